@@ -1,0 +1,160 @@
+"""The settings of hybrid delta attention: one documented, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ThresholdMode = Literal["relative", "absolute"]
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """How keys outside the exact window are held, and how far the window reaches.
+
+    Positions are cut into blocks of ``block_size`` by absolute position. A query sees the keys
+    of its own block and of the ``window / block_size`` blocks before it exactly, and the held
+    keys of every older block (DeltaLLM, arXiv 2507.19608, in a blocked form).
+
+    Args:
+        threshold: A key value is held until it has changed by more than the threshold. Either
+            one number, or one number for each layer. 0 holds nothing that has changed.
+        threshold_mode: ``"relative"``: the threshold of a block and kv head is ``threshold``
+            times the root mean square of the block's keys around their mean, so it needs no
+            calibration. ``"absolute"``: ``threshold`` itself, in units of the keys (the paper).
+        block_size: Tokens in a block.
+        window: Tokens before the query's own block that stay exact; a multiple of
+            ``block_size``. The exact span is ``window`` to ``window + block_size`` tokens.
+        sinks: Keys at the start of the text that always stay exact.
+        keyframes: Whether the first key of each block is exact, which makes blocks independent
+            of each other. ``False`` runs one chain over the whole text, as in the paper.
+        block_fraction: When set, ``block_size`` is not used as given but becomes this fraction
+            of the prompt's length once the prompt is seen (the paper's 5 % window). Needs
+            ``window=0``, the block-diagonal form.
+
+    Raises:
+        ValueError: A value is out of range; the message names it.
+    """
+
+    threshold: float | tuple[float, ...] = 1.0
+    threshold_mode: ThresholdMode = "relative"
+    block_size: int = 64
+    window: int = 64
+    sinks: int = 4
+    keyframes: bool = True
+    block_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate every field once, so that the code that uses them can trust them."""
+        if isinstance(self.threshold, (list, tuple)):
+            # JSON gives lists; a tuple keeps the configuration hashable.
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if not thresholds:
+            raise ValueError("[DeltaConfig] threshold must not be an empty list.")
+        for value in thresholds:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {value}.")
+        if self.threshold_mode not in ("relative", "absolute"):
+            raise ValueError(
+                "[DeltaConfig] threshold_mode must be 'relative' or 'absolute' but got "
+                f"{self.threshold_mode!r}."
+            )
+        for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {value!r}.")
+            if value < least:
+                raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {value}.")
+        if self.window % self.block_size:
+            raise ValueError(
+                f"[DeltaConfig] window must be a multiple of block_size ({self.block_size}) but "
+                f"got {self.window}."
+            )
+        if not isinstance(self.keyframes, bool):
+            raise ValueError(
+                f"[DeltaConfig] keyframes must be true or false but got {self.keyframes!r}."
+            )
+        if self.block_fraction is not None:
+            fraction = self.block_fraction
+            if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+                raise ValueError(
+                    f"[DeltaConfig] block_fraction must be in (0, 1] but got {fraction!r}."
+                )
+            if self.window:
+                raise ValueError(
+                    f"[DeltaConfig] block_fraction needs window=0 but got window={self.window}."
+                )
+
+    @classmethod
+    def paper(cls, threshold: float | tuple[float, ...] = 0.6) -> DeltaConfig:
+        """The paper's own setting, as far as it is public (arXiv 2507.19608).
+
+        One chain over the whole text, an absolute threshold, a block-diagonal exact window of
+        5 % of the prompt, key 0 exact. The one to use on short prompts: with blocks and a
+        window of 64 tokens nothing is skipped under 128 tokens.
+        """
+        return cls(
+            threshold=threshold,
+            threshold_mode="absolute",
+            window=0,
+            sinks=1,
+            keyframes=False,
+            block_fraction=0.05,
+        )
+
+    @property
+    def window_blocks(self) -> int:
+        """Blocks before the query's own block that stay exact."""
+        return self.window // self.block_size
+
+    def resolve(self, prompt_length: int) -> DeltaConfig:
+        """The same setting with a fixed block size, for a prompt of ``prompt_length`` tokens."""
+        if self.block_fraction is None:
+            return self
+        block_size = max(1, round(self.block_fraction * prompt_length))
+        return dataclasses.replace(self, block_size=block_size, block_fraction=None)
+
+    def for_layer(self, layer: int, n_layers: int) -> DeltaConfig:
+        """The setting of one layer, with that layer's own threshold.
+
+        Raises:
+            ValueError: There are thresholds for another number of layers.
+        """
+        if not isinstance(self.threshold, tuple):
+            return self
+        if len(self.threshold) != n_layers:
+            raise ValueError(
+                f"[DeltaConfig] threshold has {len(self.threshold)} values but the model has "
+                f"{n_layers} layers."
+            )
+        return dataclasses.replace(self, threshold=self.threshold[layer])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The setting as plain JSON values, as stored under ``delta`` in a config.json."""
+        values = dataclasses.asdict(self)
+        if isinstance(self.threshold, tuple):
+            values["threshold"] = list(self.threshold)
+        if self.block_fraction is None:
+            del values["block_fraction"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DeltaConfig:
+        """The setting written by :meth:`to_dict`; keys left out take their defaults.
+
+        Raises:
+            ValueError: An unknown key, or a value out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(
+                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are {', '.join(sorted(names))}."
+            )
+        return cls(**values)

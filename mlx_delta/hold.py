@@ -1,0 +1,104 @@
+"""Holding keys with MLX operations: the encoder of finished blocks, on any device.
+
+Agrees with :func:`mlx_delta.reference.hold`; works on all blocks, kv heads and rows at once.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .config import DeltaConfig
+
+
+def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
+    """The threshold of each block.
+
+    Args:
+        keys: float32 [B, Hkv, n_blocks, block_size, D].
+        config: The setting of this layer.
+
+    Returns:
+        float32 [B, Hkv, n_blocks].
+    """
+    if config.threshold_mode == "absolute":
+        return mx.full(keys.shape[:3], config.threshold, mx.float32)
+    deviation = keys - keys.mean(axis=3, keepdims=True)
+    return config.threshold * mx.sqrt(mx.square(deviation).mean(axis=(3, 4)))
+
+
+def hold_blocks(
+    keys: mx.array, config: DeltaConfig, first_block: int = 0, previous: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Hold the keys of whole blocks.
+
+    Args:
+        keys: [B, Hkv, n_blocks * block_size, D], of any floating type, after RoPE.
+        config: The setting of this layer.
+        first_block: Which block of the text the first one is.
+        previous: [B, Hkv, D], the held key before the first one. Used without keyframes only;
+            ``None`` at the start of the text.
+
+    Returns:
+        The held keys, shaped and typed as ``keys``, and how many of each block's deltas are
+        zero, int32 [B, Hkv, n_blocks]. Rows where the hold starts anew count as no zeros.
+    """
+    B, H, length, D = keys.shape
+    block_size = config.block_size
+    n_blocks = length // block_size
+    # float32: differences of bf16 keys rounded to bf16 would move values across the threshold.
+    blocks = keys.astype(mx.float32).reshape(B, H, n_blocks, block_size, D)
+    thresholds = block_thresholds(blocks, config)[..., None]  # [B, Hkv, n_blocks, 1]
+    first_position = first_block * block_size
+
+    if config.keyframes:
+        # Blocks are independent: step through the tokens of all blocks side by side.
+        lanes, steps, lane_stride = n_blocks, block_size, block_size
+        held = blocks[:, :, :, 0]
+    else:
+        lanes, steps, lane_stride = 1, length, 0
+        blocks = blocks.reshape(B, H, 1, length, D)
+        thresholds = mx.repeat(thresholds, block_size, axis=2)  # one per token
+        held = blocks[:, :, :, 0] if previous is None else previous[:, :, None].astype(mx.float32)
+
+    rows = []
+    for t in range(steps):
+        key = blocks[:, :, :, t]  # [B, Hkv, lanes, D]
+        if t == 0 and (config.keyframes or previous is None):
+            rows.append(key)
+            continue
+        threshold = thresholds if config.keyframes else thresholds[:, :, t : t + 1]
+        # "not more than" rather than "less than": a NaN compares false and so propagates.
+        keep = mx.abs(key - held) <= threshold
+        exact_lanes = _lanes_before(config.sinks, first_position + t, lanes, lane_stride)
+        if exact_lanes:
+            keep = keep & (mx.arange(lanes) >= exact_lanes)[:, None]
+        held = mx.where(keep, held, key)
+        rows.append(held)
+
+    result = mx.stack(rows, axis=3).reshape(B, H, length, D)
+    zeros = _count_zeros(result, config, first_position, previous)
+    return result.astype(keys.dtype), zeros
+
+
+def _lanes_before(position: int, first: int, lanes: int, stride: int) -> int:
+    """How many of the lanes at first, first + stride, ... lie before a position."""
+    if first >= position:
+        return 0
+    return lanes if stride == 0 else min(lanes, -(-(position - first) // stride))
+
+
+def _count_zeros(
+    held: mx.array, config: DeltaConfig, first_position: int, previous: mx.array | None
+) -> mx.array:
+    """Zeros of the delta key matrix per block, int32 [B, Hkv, n_blocks]."""
+    B, H, length, D = held.shape
+    if previous is None:
+        before = mx.concatenate([held[:, :, :1], held[:, :, :-1]], axis=2)
+    else:
+        before = mx.concatenate([previous[:, :, None].astype(held.dtype), held[:, :, :-1]], axis=2)
+    position = mx.arange(first_position, first_position + length)
+    counted = position >= max(config.sinks, 1)
+    if config.keyframes:
+        counted = counted & (position % config.block_size != 0)
+    zeros = (held == before).sum(axis=-1) * counted
+    return zeros.reshape(B, H, -1, config.block_size).sum(axis=-1).astype(mx.int32)

@@ -1,0 +1,192 @@
+"""Loading a model and its tokenizer, with checks that name what is wrong before anything runs."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
+
+from .config import DeltaConfig
+from .models import MODELS, get_model_classes
+from .models.common import read_delta
+
+BUNDLED = Path(__file__).parent / "bundled"
+DEMO = "demo"
+
+# The delta argument's default: the setting that the model's config.json holds.
+MODEL_SETTING: Literal["model"] = "model"
+
+
+def load(
+    path_or_hf_repo: str | Path = DEMO,
+    delta: DeltaConfig | None | Literal["model"] = MODEL_SETTING,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> (
+    tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]
+):
+    """Load a model that attends with the delta, and its tokenizer.
+
+    Without a GPU the weights are converted to float32: other types have no fast product there.
+
+    Args:
+        path_or_hf_repo: A bundled model's name (``"demo"``), a directory, or a Hugging Face
+            repository.
+        delta: The setting; ``None`` for dense attention. When not given, the one in the model's
+            config.json, or the default one if there is none.
+        tokenizer_config: Passed to mlx-lm's ``load_tokenizer``.
+        model_config: Entries that replace those of config.json.
+        adapter_path: LoRA adapters to apply.
+        lazy: Leave the weights unread until they are needed.
+        return_config: Return the model's configuration as well.
+        revision: Revision of the repository.
+        trust_remote_code: Let the tokenizer run code of its own.
+
+    Returns:
+        The model and the tokenizer, and the configuration if asked for.
+
+    Raises:
+        FileNotFoundError: There is no such model, or a file of it is missing.
+        ValueError: A file is broken, or the model is of a kind that can't hold keys.
+    """
+    path = find_model(path_or_hf_repo, revision)
+    config = read_config(path)
+    check_weights(path)
+    if delta == MODEL_SETTING:
+        delta = read_delta(config.get("delta", DeltaConfig()))
+    # Our classes stand in for a model_file, which would need trust_remote_code to run.
+    overrides = {**(model_config or {}), "delta": delta, "model_file": None}
+    classes = get_model_classes
+    if delta is None and config.get("model_type") not in MODELS:
+        model, config = load_model(path, lazy=True, model_config=model_config)
+    else:
+        model, config = load_model(
+            path, lazy=True, model_config=overrides, get_model_classes=classes
+        )
+    if delta is not None and isinstance(delta.threshold, tuple):
+        delta.for_layer(0, len(model.layers))  # as many thresholds as layers, or an error now
+    if not has_gpu():
+        model.set_dtype(mx.float32)
+    if adapter_path is not None:
+        model = load_adapters(model, adapter_path)
+        model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+    tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def has_gpu() -> bool:
+    """Whether MLX runs on a GPU here."""
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The directory of a bundled model, a local one, or one fetched from the hub.
+
+    Raises:
+        FileNotFoundError: It is none of these.
+    """
+    name = str(path_or_hf_repo)
+    if not name.strip():
+        raise FileNotFoundError("[load] the model's name is empty; give a path or a hub name.")
+    if (BUNDLED / name / "config.json").is_file() and Path(name).name == name:
+        return BUNDLED / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"[load] model {name!r} is a file; give the directory it is in.")
+    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"[load] there is no model directory {name!r}; give an existing path, a hub name "
+            f"(owner/name), or a bundled model ({bundled})."
+        )
+    try:
+        return _download(name, revision=revision)
+    except Exception as error:  # whatever the hub's client raises: they share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"[load] model {name!r} is neither a local directory nor could it be fetched from "
+            f"the hub: {reason}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model directory's config.json.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not a JSON object.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"[load] {path} has no config.json: not a model directory.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"[load] {file} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"[load] {file} must hold a JSON object but holds {type(config).__name__}.")
+    return config
+
+
+def check_weights(path: Path) -> None:
+    """Check that a directory's weight files are all there and whole, without reading weights.
+
+    Raises:
+        FileNotFoundError: There are no weights, or a shard that the index names is missing.
+        ValueError: A file is truncated or not safetensors.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"[load] {index} is not a valid index of weights: {error}.") from error
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"[load] {path} lacks {missing[0]} ({len(missing)} of {len(shards)} weight files "
+                "missing); fetch the model again."
+            )
+    if not files:
+        raise FileNotFoundError(f"[load] {path} has no weights (model*.safetensors).")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Compare a safetensors file's size with what its header announces."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"[load] {file} is truncated or not a safetensors file.")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
+            end = max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"[load] {file} has a broken safetensors header.") from error
+    if 8 + length + end != size:
+        raise ValueError(
+            f"[load] {file} has {size} bytes but its header announces {8 + length + end}; fetch or "
+            "convert it again."
+        )

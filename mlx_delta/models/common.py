@@ -1,0 +1,73 @@
+"""What the delta models share: reading their configuration, and making their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..attention import delta_attention
+from ..cache import DeltaKVCache, _HeldKeys
+from ..config import DeltaConfig
+
+
+def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | None:
+    """The ``delta`` entry of a config.json as a setting; ``None`` (or JSON null) is dense."""
+    if delta is None or isinstance(delta, DeltaConfig):
+        return delta
+    return DeltaConfig.from_dict(delta)
+
+
+def normalize_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give mlx-lm the rope settings under the names it reads.
+
+    transformers 5 writes one ``rope_parameters`` instead of ``rope_theta`` and ``rope_scaling``;
+    mlx-lm's Llama would silently fall back to theta 10,000 without scaling.
+    """
+    config = dict(config)
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        return config
+    parameters = dict(parameters)
+    theta = parameters.pop("rope_theta", None)
+    if theta is not None and config.get("rope_theta") is None:
+        config["rope_theta"] = theta
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default" and config.get("rope_scaling") is None:
+        config["rope_scaling"] = parameters
+    return config
+
+
+def attend(
+    layer: nn.Module, x: mx.array, mask: mx.array | str | None, cache: _HeldKeys
+) -> mx.array:
+    """Project x [B, L, hidden], rotate, attend with the delta; [B, L, Hq * D], heads joined.
+
+    ``layer`` is an attention layer of mlx-lm's, with its usual names.
+    """
+    B, L, _ = x.shape
+    queries = layer.q_proj(x).reshape(B, L, layer.n_heads, -1).transpose(0, 2, 1, 3)
+    keys = layer.k_proj(x).reshape(B, L, layer.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    values = layer.v_proj(x).reshape(B, L, layer.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    offset = cache.offset
+    queries, keys = layer.rope(queries, offset=offset), layer.rope(keys, offset=offset)
+    output = delta_attention(queries, keys, values, cache, layer.scale, mask)
+    return output.transpose(0, 2, 1, 3).reshape(B, L, -1)
+
+
+def make_delta_caches(
+    layers: list[nn.Module], config: DeltaConfig, prompt_length: int | None = None
+) -> list[DeltaKVCache]:
+    """One cache for each layer, with that layer's own threshold.
+
+    Args:
+        layers: The model's layers.
+        config: The model's setting.
+        prompt_length: Length of the prompt, for settings that depend on it; without it they
+            take the length of the first chunk that comes.
+    """
+    if prompt_length is not None:
+        config = config.resolve(prompt_length)
+    return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]

@@ -1,0 +1,76 @@
+"""Llama with hybrid delta attention: mlx-lm's model, with its attention and caches replaced.
+
+Sliding-window layers keep mlx-lm's own attention: what lies outside their window is not seen at
+all, so there is nothing to hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.cache import RotatingKVCache
+
+from ..cache import _HeldKeys
+from ..config import DeltaConfig
+from .common import attend, make_delta_caches, normalize_rope, read_delta
+
+
+@dataclass
+class ModelArgs(llama.ModelArgs):
+    """mlx-lm's arguments, and the setting of hybrid delta attention (``None``: dense)."""
+
+    delta: DeltaConfig | dict | None = None
+
+    def __post_init__(self) -> None:
+        """Read the setting as it stands in a config.json."""
+        super().__post_init__()
+        self.delta = read_delta(self.delta)
+
+    @classmethod
+    def from_dict(cls, params: dict) -> ModelArgs:
+        """Arguments from a config.json, in either spelling of the rope settings."""
+        return super().from_dict(normalize_rope(params))
+
+
+class Attention(llama.Attention):
+    """mlx-lm's attention, reading held keys where the cache has them."""
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
+    ) -> mx.array:
+        """Attend; x is [B, L, hidden]."""
+        if not isinstance(cache, _HeldKeys):
+            return super().__call__(x, mask, cache)
+        return self.o_proj(attend(self, x, mask, cache))
+
+
+class Model(llama.Model):
+    """mlx-lm's Llama. With a setting it attends with the delta, also when given no cache."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        if args.delta is not None:
+            for layer in self.layers:
+                if not layer.use_sliding:
+                    layer.self_attn = Attention(args)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[Any] | None = None, input_embeddings: Any = None
+    ) -> mx.array:
+        """Logits [B, L, vocabulary] of inputs [B, L]."""
+        if cache is None and self.args.delta is not None:
+            cache = self.make_cache()
+        return super().__call__(inputs, cache, input_embeddings)
+
+    def make_cache(self, prompt_length: int | None = None) -> list[Any]:
+        """A new cache for each layer; see ``make_delta_caches`` for ``prompt_length``."""
+        if self.args.delta is None:
+            return super().make_cache()
+        caches = make_delta_caches(self.layers, self.args.delta, prompt_length)
+        return [
+            RotatingKVCache(max_size=self.model.sliding_window) if layer.use_sliding else cache
+            for layer, cache in zip(self.layers, caches, strict=True)
+        ]

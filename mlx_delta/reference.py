@@ -1,0 +1,146 @@
+"""Hybrid delta attention in plain float32 steps, for one head.
+
+This file is the specification: everything faster in this library must agree with it. It follows
+DeltaLLM (arXiv 2507.19608), in the blocked form that :class:`mlx_delta.DeltaConfig` describes;
+``DeltaConfig.paper()`` gives the paper's own setting. NumPy only, one loop per sum, no batching.
+
+Shapes: queries [L, D], keys [N, D], values [N, Dv]; the queries are the last L positions. Keys
+are taken after RoPE.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import DeltaConfig
+
+
+def block_threshold(keys: np.ndarray, config: DeltaConfig) -> float:
+    """The threshold of one complete block of keys [block_size, D].
+
+    Relative: ``threshold * rms(keys - mean over the block's tokens)``, over all its elements.
+    """
+    threshold = np.float32(config.threshold)
+    if config.threshold_mode == "absolute":
+        return threshold
+    deviation = keys - keys.mean(axis=0, dtype=np.float32)
+    return threshold * np.sqrt(np.mean(deviation * deviation, dtype=np.float32))
+
+
+def is_exact_position(position: int, config: DeltaConfig) -> bool:
+    """Whether the hold starts anew at a position: sinks, keyframes, and always the first key."""
+    keyframe = config.keyframes and position % config.block_size == 0
+    return keyframe or position < max(config.sinks, 1)
+
+
+def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """Held keys of a whole text.
+
+    ``held[t, d] = keys[t, d]`` where it differs from ``held[t - 1, d]`` by more than the block's
+    threshold, and ``held[t - 1, d]`` elsewhere. The reference is the last *propagated* value, so
+    an error stays under the threshold and never adds up. An unfinished last block is never far
+    from any query, so its keys are returned as they are. NaN propagates.
+    """
+    keys = keys.astype(np.float32)
+    held = keys.copy()
+    for start in range(0, len(keys) - config.block_size + 1, config.block_size):
+        threshold = block_threshold(keys[start : start + config.block_size], config)
+        for t in range(start, start + config.block_size):
+            if not is_exact_position(t, config):
+                keep = np.abs(keys[t] - held[t - 1]) <= threshold
+                held[t] = np.where(keep, held[t - 1], keys[t])
+    return held
+
+
+def delta_keys(held: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """The delta key matrix: ``held[t] - held[t - 1]``, zero wherever a value was held.
+
+    A row where the hold starts anew stands for itself.
+    """
+    delta = held.copy()
+    for t in range(1, len(held)):
+        if not is_exact_position(t, config):
+            delta[t] = held[t] - held[t - 1]
+    return delta
+
+
+def recurrent_scores(query: np.ndarray, delta: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """Scores of one query [D] along the delta keys [N, D], running along the keys.
+
+    ``q.held[t] = q.held[t - 1] + q.delta[t]``: every zero of the delta key matrix is a
+    multiply-accumulate that need not be done.
+    """
+    scores = np.zeros(len(delta), np.float32)
+    for t in range(len(delta)):
+        changed = delta[t] != 0
+        update = np.dot(query[changed], delta[t, changed])
+        scores[t] = update if is_exact_position(t, config) else scores[t - 1] + update
+    return scores
+
+
+def exact_pairs(n_queries: int, n_keys: int, config: DeltaConfig) -> np.ndarray:
+    """Which pairs [L, N] are computed with the full key: near blocks, and the sinks."""
+    query_block = np.arange(n_keys - n_queries, n_keys)[:, None] // config.block_size
+    key = np.arange(n_keys)[None]
+    near = key // config.block_size >= query_block - config.window_blocks
+    return near | (key < config.sinks)
+
+
+def hybrid_attention(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, config: DeltaConfig, scale: float
+) -> np.ndarray:
+    """Attention output [L, Dv]: full keys near the query, held keys further away.
+
+    Scores, then scale, causal mask, float32 softmax; the values are untouched.
+    """
+    queries, keys, values = (x.astype(np.float32) for x in (queries, keys, values))
+    n_queries, n_keys = len(queries), len(keys)
+    scores = np.where(
+        exact_pairs(n_queries, n_keys, config),
+        queries @ keys.T,
+        queries @ hold(keys, config).T,
+    )
+    causal = np.arange(n_keys)[None] <= np.arange(n_keys - n_queries, n_keys)[:, None]
+    scores = np.where(causal, scores * np.float32(scale), -np.inf)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return (weights / weights.sum(axis=1, keepdims=True)) @ values
+
+
+def sparsity(keys: np.ndarray, config: DeltaConfig, first_query: int, end_query: int) -> float:
+    """Multiply-accumulates of QK^T skipped / all causal ones, for a range of query positions.
+
+    Pairs computed exactly count as not skipped.
+    """
+    n_keys, head_dim = keys.shape
+    delta = delta_keys(hold(keys, config), config)
+    zeros = [
+        0 if is_exact_position(t, config) else head_dim - np.count_nonzero(delta[t])
+        for t in range(n_keys)
+    ]
+    exact = exact_pairs(n_keys, n_keys, config)
+    skipped = total = 0
+    for query in range(first_query, end_query):
+        for key in range(query + 1):
+            total += head_dim
+            skipped += 0 if exact[query, key] else zeros[key]
+    return skipped / total if total else 0.0
+
+
+def paper_sparsity(keys: np.ndarray, config: DeltaConfig) -> float:
+    """The paper's own figure: ``zeros(delta) / numel(delta) * (1 - w / L)``.
+
+    Counted over the blocks that the last query sees as held; ``w`` is the longest exact span,
+    ``window + block_size``.
+    """
+    n_keys, head_dim = keys.shape
+    far = ((n_keys - 1) // config.block_size - config.window_blocks) * config.block_size
+    if far <= 0:
+        return 0.0
+    delta = delta_keys(hold(keys, config), config)
+    zeros = sum(
+        head_dim - np.count_nonzero(delta[t])
+        for t in range(far)
+        if not is_exact_position(t, config)
+    )
+    span = min(config.window + config.block_size, n_keys)
+    return zeros / (far * head_dim) * (1 - span / n_keys)
