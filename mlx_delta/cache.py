@@ -227,6 +227,16 @@ class _HeldKeys(_BaseCache):
         return sum(x.nbytes for x in buffers if x is not None)
 
     @property
+    def dense_nbytes(self) -> int:
+        """Bytes that mlx-lm's dense cache would have allocated for as many tokens."""
+        if self.keys is None:
+            return 0
+        B, H, _, head_dim = self.keys.shape
+        tokens = -(-self.size() // self.step) * self.step
+        per_token = head_dim * self.keys.itemsize + self.values.shape[3] * self.values.itemsize
+        return B * H * tokens * per_token
+
+    @property
     def state(self) -> list[Any]:
         """Everything needed to go on: a JSON header and the buffers."""
         header = {
