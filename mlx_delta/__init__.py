@@ -22,8 +22,7 @@ from .sparsity import Sparsity, measure_sparsity  # noqa: E402
 __version__ = "0.1.0"
 
 # mlx-lm's load_prompt_cache looks classes up by name in its own module.
-_mlx_lm_cache.DeltaKVCache = DeltaKVCache
-_mlx_lm_cache.BatchDeltaKVCache = BatchDeltaKVCache
+vars(_mlx_lm_cache).update(DeltaKVCache=DeltaKVCache, BatchDeltaKVCache=BatchDeltaKVCache)
 
 __all__ = [
     "DeltaConfig",

@@ -92,8 +92,6 @@ class BatchDeltaKVCache(_HeldKeys):
 
     def filter(self, batch_indices: list[int] | mx.array) -> None:
         """Keep these rows only, in this order."""
-        if isinstance(batch_indices, mx.array):
-            batch_indices = batch_indices.tolist()
         kept = [int(index) for index in batch_indices]
         rows = mx.array(kept, mx.int32)
         self.keys, self.values, self.zeros, self._spare = (

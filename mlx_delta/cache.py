@@ -62,17 +62,23 @@ class _HeldKeys(_BaseCache):
 
     def __init__(self, config: DeltaConfig | None = None):
         self.config = config or DeltaConfig()
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.zeros: mx.array | None = None  # [B, Hkv, blocks], zero deltas of encoded blocks
+        # mx.array, or None before the first update.
+        self.keys: Any = None
+        self.values: Any = None
+        self.zeros: Any = None  # [B, Hkv, blocks], zero deltas of encoded blocks
         # Full keys of the last encoded block, [B, Hkv, block_size, D]: one block of slack, so
         # that rewinding by up to a block is exact.
-        self._spare: mx.array | None = None
+        self._spare: Any = None
         self._spare_valid: list[bool] = [False]
         self._lengths: list[int] = [0]
         self._encoded: list[int] = [0]
 
     # Reading and writing.
+
+    @property
+    def offset(self) -> Any:
+        """Position of the next token: an int, or for a batch one per row, [B]."""
+        raise NotImplementedError
 
     def update(self, keys: mx.array, values: mx.array) -> HybridKeys:
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] to every row."""

@@ -120,6 +120,13 @@ class DeltaConfig:
         block_size = max(1, round(self.block_fraction * prompt_length))
         return dataclasses.replace(self, block_size=block_size, block_fraction=None)
 
+    @property
+    def layer_threshold(self) -> float:
+        """The threshold as one number; for settings of a single layer."""
+        if isinstance(self.threshold, tuple):
+            raise ValueError("[DeltaConfig] thresholds per layer: call for_layer first.")
+        return self.threshold
+
     def for_layer(self, layer: int, n_layers: int) -> DeltaConfig:
         """The setting of one layer, with that layer's own threshold.
 
@@ -155,6 +162,7 @@ class DeltaConfig:
         unknown = sorted(set(values) - names)
         if unknown:
             raise ValueError(
-                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are {', '.join(sorted(names))}."
+                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are "
+                f"{', '.join(sorted(names))}."
             )
         return cls(**values)

@@ -11,6 +11,7 @@ from mlx_lm import batch_generate as mlx_lm_batch_generate
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import stream_generate as mlx_lm_stream_generate
 from mlx_lm.generate import BatchResponse, GenerationResponse
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
@@ -98,7 +99,7 @@ def batch_generate(
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
     """Token ids of a prompt, as mlx-lm encodes it: with a BOS token unless it begins with one."""
     if isinstance(prompt, mx.array):
-        return prompt.tolist()
+        return [int(token) for token in prompt]
     if not isinstance(prompt, str):
         return list(prompt)
     bos = tokenizer.bos_token
@@ -144,14 +145,30 @@ def _prepare(
     """Check prompt and options; make the caches when the setting depends on the prompt."""
     tokens = encode_prompt(tokenizer, prompt)
     caches = options.get("prompt_cache")
-    cached = getattr(caches[0], "offset", 0) if caches else 0
+    cached = caches[0].size() if caches else 0
     check_prompt(name, model, len(tokens), cached)
     check_options(name, model, options)
-    if caches is None and getattr(model.args, "delta", None) is not None:
-        options["prompt_cache"] = model.make_cache(prompt_length=len(tokens))
-        draft_model = options.get("draft_model")
-        if draft_model is not None:
-            from mlx_lm.models.cache import make_prompt_cache
-
-            options["prompt_cache"] += make_prompt_cache(draft_model)
+    if caches is None:
+        options["prompt_cache"] = make_caches(model, len(tokens), options.get("max_kv_size"))
+        if options.get("draft_model") is not None:
+            options["prompt_cache"] += make_prompt_cache(options["draft_model"])
     return tokens
+
+
+def make_caches(
+    model: nn.Module, prompt_tokens: int | None = None, max_kv_size: int | None = None
+) -> list[Any]:
+    """New caches for a model.
+
+    Args:
+        model: From :func:`mlx_delta.load`.
+        prompt_tokens: Length of the prompt, for settings that depend on it (the paper's).
+        max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
+            ignores it where a model makes its own caches; here it is honoured.
+    """
+    if getattr(model.args, "delta", None) is not None:
+        return model.make_cache(prompt_length=prompt_tokens)
+    caches = make_prompt_cache(model, max_kv_size)
+    if max_kv_size is not None:
+        caches = [RotatingKVCache(max_kv_size, keep=4) if type(c) is KVCache else c for c in caches]
+    return caches

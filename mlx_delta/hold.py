@@ -21,9 +21,9 @@ def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
         float32 [B, Hkv, n_blocks].
     """
     if config.threshold_mode == "absolute":
-        return mx.full(keys.shape[:3], config.threshold, mx.float32)
+        return mx.full(keys.shape[:3], config.layer_threshold, mx.float32)
     deviation = keys - keys.mean(axis=3, keepdims=True)
-    return config.threshold * mx.sqrt(mx.square(deviation).mean(axis=(3, 4)))
+    return config.layer_threshold * mx.sqrt(mx.square(deviation).mean(axis=(3, 4)))
 
 
 def hold_blocks(

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 
 from .config import DeltaConfig
@@ -34,9 +32,7 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> (
-    tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]
-):
+) -> tuple[Any, ...]:
     """Load a model that attends with the delta, and its tokenizer.
 
     Without a GPU the weights are converted to float32: other types have no fast product there.
@@ -141,7 +137,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"[load] {file} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"[load] {file} must hold a JSON object but holds {type(config).__name__}.")
+        raise ValueError(
+            f"[load] {file} must hold a JSON object but holds {type(config).__name__}."
+        )
     return config
 
 
@@ -156,7 +154,9 @@ def check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"[load] {index} is not a valid index of weights: {error}.") from error
         missing = [shard for shard in shards if not (path / shard).is_file()]

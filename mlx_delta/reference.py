@@ -15,16 +15,16 @@ import numpy as np
 from .config import DeltaConfig
 
 
-def block_threshold(keys: np.ndarray, config: DeltaConfig) -> float:
+def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
     """The threshold of one complete block of keys [block_size, D].
 
     Relative: ``threshold * rms(keys - mean over the block's tokens)``, over all its elements.
     """
-    threshold = np.float32(config.threshold)
+    threshold = np.float32(config.layer_threshold)
     if config.threshold_mode == "absolute":
         return threshold
     deviation = keys - keys.mean(axis=0, dtype=np.float32)
-    return threshold * np.sqrt(np.mean(deviation * deviation, dtype=np.float32))
+    return np.float32(threshold * np.sqrt(np.mean(deviation * deviation, dtype=np.float32)))
 
 
 def is_exact_position(position: int, config: DeltaConfig) -> bool:

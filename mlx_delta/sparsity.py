@@ -90,7 +90,6 @@ def _skipped(cache: _HeldKeys, first: int, end: int, row: int) -> np.ndarray:
 
 def _block_zeros(cache: _HeldKeys, row: int) -> tuple[np.ndarray, int]:
     """Zero deltas of each encoded block [Hkv, blocks], and head_dim."""
-    assert cache.zeros is not None and cache.keys is not None
     encoded = cache._encoded[row if len(cache._encoded) > 1 else 0]
     return np.array(cache.zeros[row, :, :encoded], np.int64), cache.keys.shape[3]
 

@@ -23,7 +23,9 @@ def get_model_classes(config: dict) -> tuple[type, type]:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ValueError(f"[load] model_type must be a string in config.json but got {model_type!r}.")
+        raise ValueError(
+            f"[load] model_type must be a string in config.json but got {model_type!r}."
+        )
     name = MODEL_REMAPPING.get(model_type, model_type)
     if name in MLA_MODELS:
         raise ValueError(

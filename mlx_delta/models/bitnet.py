@@ -15,7 +15,6 @@ from mlx_lm.models.bitlinear_layers import BitLinear as MetalBitLinear
 from mlx_lm.models.cache import KVCache
 
 from ..cache import _HeldKeys
-from ..config import DeltaConfig
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 
 
@@ -27,7 +26,7 @@ class ModelArgs(bitnet.ModelArgs):
     multiplies the ternary codes (``autobitlinear``) or divides them (``bitlinear``).
     """
 
-    delta: DeltaConfig | dict | None = None
+    delta: Any = None  # DeltaConfig, or a dict or None as in config.json
     quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +53,7 @@ class BitLinear(MetalBitLinear):
     """mlx-lm's ternary layer, which also runs without Metal."""
 
     def execute_matmul_kernel(self, x: mx.array, packed_weights: mx.array) -> mx.array:
-        """x [..., in] times the unpacked weights, [..., out], scaled."""
+        """Multiply x [..., in] with the unpacked, scaled weights; [..., out]."""
         if mx.metal.is_available():
             return super().execute_matmul_kernel(x, packed_weights)
         # float32: sums of thousands of terms lose too much in bf16.
@@ -67,10 +66,8 @@ class BitLinear(MetalBitLinear):
 class Attention(bitnet.Attention):
     """mlx-lm's attention, reading held keys where the cache has them."""
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
-        """Attend; x is [B, L, hidden]."""
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
         if not isinstance(cache, _HeldKeys):
             return super().__call__(x, mask, cache)
         return self.o_proj(self.attn_sub_norm(attend(self, x, mask, cache)))
@@ -78,6 +75,8 @@ class Attention(bitnet.Attention):
 
 class Model(bitnet.Model):
     """mlx-lm's BitNet. With a setting it attends with the delta, also when given no cache."""
+
+    args: ModelArgs
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

@@ -40,9 +40,7 @@ def normalize_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def attend(
-    layer: nn.Module, x: mx.array, mask: mx.array | str | None, cache: _HeldKeys
-) -> mx.array:
+def attend(layer: nn.Module, x: mx.array, mask: Any, cache: _HeldKeys) -> mx.array:
     """Project x [B, L, hidden], rotate, attend with the delta; [B, L, Hq * D], heads joined.
 
     ``layer`` is an attention layer of mlx-lm's, with its usual names.

@@ -14,7 +14,6 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
 from ..cache import _HeldKeys
-from ..config import DeltaConfig
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 
 
@@ -22,7 +21,7 @@ from .common import attend, make_delta_caches, normalize_rope, read_delta
 class ModelArgs(llama.ModelArgs):
     """mlx-lm's arguments, and the setting of hybrid delta attention (``None``: dense)."""
 
-    delta: DeltaConfig | dict | None = None
+    delta: Any = None  # DeltaConfig, or a dict or None as in config.json
 
     def __post_init__(self) -> None:
         """Read the setting as it stands in a config.json."""
@@ -38,10 +37,8 @@ class ModelArgs(llama.ModelArgs):
 class Attention(llama.Attention):
     """mlx-lm's attention, reading held keys where the cache has them."""
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
-        """Attend; x is [B, L, hidden]."""
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
         if not isinstance(cache, _HeldKeys):
             return super().__call__(x, mask, cache)
         return self.o_proj(attend(self, x, mask, cache))
@@ -49,6 +46,8 @@ class Attention(llama.Attention):
 
 class Model(llama.Model):
     """mlx-lm's Llama. With a setting it attends with the delta, also when given no cache."""
+
+    args: ModelArgs
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

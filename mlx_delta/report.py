@@ -1,0 +1,119 @@
+"""What ``python -m mlx_delta.generate`` says about a text it generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.generate import GenerationResponse
+
+from .cache import _HeldKeys
+from .config import DeltaConfig
+from .sparsity import Sparsity, measure_sparsity
+
+
+@dataclass(frozen=True)
+class Report:
+    """A generated text with its counts, speeds (tokens per second), sparsity and cache bytes."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    finish_reason: str | None
+    peak_memory_gb: float
+    seconds: float
+    sparsity: Sparsity
+    cache_bytes: int
+    dense_cache_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        tokens: list[int],
+        response: GenerationResponse,
+        caches: list[Any],
+        cached_tokens: int,
+        seconds: float,
+    ) -> Report:
+        """Take stock after the last response; ``cached_tokens`` came from a prompt cache."""
+        return cls(
+            text=text,
+            tokens=tokens,
+            prompt_tokens=response.prompt_tokens,
+            prompt_tps=response.prompt_tps,
+            generation_tokens=response.generation_tokens,
+            generation_tps=response.generation_tps,
+            finish_reason=response.finish_reason,
+            peak_memory_gb=response.peak_memory,
+            seconds=seconds,
+            sparsity=measure_sparsity(caches, cached_tokens + response.prompt_tokens),
+            cache_bytes=sum(c.nbytes for c in caches),
+            dense_cache_bytes=sum(
+                c.dense_nbytes if isinstance(c, _HeldKeys) else c.nbytes for c in caches
+            ),
+        )
+
+    def lines(self, dense: Report | None = None) -> list[str]:
+        """mlx-lm's three lines, one for sparsity, one for the cache, and the comparison's."""
+        s, megabyte = self.sparsity, 1e6
+        lines = [
+            f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec",
+            f"Generation: {self.generation_tokens} tokens, "
+            f"{self.generation_tps:.3f} tokens-per-sec",
+            f"Peak memory: {self.peak_memory_gb:.3f} GB",
+            f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
+            f"(paper's formula: {s.paper:.3f})",
+            f"Cache: {self.cache_bytes / megabyte:.2f} MB "
+            f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
+        ]
+        if dense is not None:
+            lines.append(self._comparison(dense))
+        return lines
+
+    def first_difference(self, dense: Report) -> int | None:
+        """Index of the first token that differs; ``None`` if none does."""
+        shorter = min(len(self.tokens), len(dense.tokens))
+        for i in range(shorter):
+            if self.tokens[i] != dense.tokens[i]:
+                return i
+        return None if len(self.tokens) == len(dense.tokens) else shorter
+
+    def _comparison(self, dense: Report) -> str:
+        index = self.first_difference(dense)
+        if index is None:
+            return f"Compare: the same {len(self.tokens)} tokens without the delta"
+        return (
+            f"Compare: differs from token {index + 1} of {len(self.tokens)} on; "
+            f"without the delta:\n{dense.text}"
+        )
+
+    def to_dict(
+        self, model: str, delta: DeltaConfig | None, dense: Report | None = None
+    ) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        values = {
+            "model": model,
+            "delta": None if delta is None else delta.to_dict(),
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "prompt_tps": self.prompt_tps,
+            "generation_tps": self.generation_tps,
+            "prefill_sparsity": self.sparsity.prefill,
+            "decode_sparsity": self.sparsity.decode,
+            "overall_sparsity": self.sparsity.overall,
+            "paper_sparsity": self.sparsity.paper,
+            "cache_bytes": self.cache_bytes,
+            "dense_cache_bytes": self.dense_cache_bytes,
+            "peak_memory_gb": self.peak_memory_gb,
+            "finish_reason": self.finish_reason,
+            "seconds": self.seconds,
+        }
+        if dense is not None:
+            values["dense_text"] = dense.text
+            values["first_difference"] = self.first_difference(dense)
+        return values
