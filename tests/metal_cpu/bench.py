@@ -1,0 +1,333 @@
+"""Runs `mx.fast.metal_kernel` kernels on the CPU, as Metal would run them on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import mlx.core as mx
+
+from . import signature, strict, toolchain
+from .errors import KernelFault, KernelRejected
+from .launch import Memory, Placement, Traffic, launch, poison
+from .rewrite import rewrite_threadgroup
+from .signature import GeneratedKernel, SignatureError
+
+Mode = Literal["fast", "checked"]
+
+_VECTOR_ATTRIBUTES = {
+    "thread_position_in_grid": "position_in_grid",
+    "thread_position_in_threadgroup": "position_in_threadgroup",
+    "threadgroup_position_in_grid": "threadgroup_in_grid",
+    "threadgroups_per_grid": "threadgroups_per_grid",
+    "threads_per_grid": "threads_per_grid",
+    "grid_size": "threads_per_grid",
+    "threads_per_threadgroup": "threads_per_threadgroup",
+    "dispatch_threads_per_threadgroup": "dispatch_threads_per_threadgroup",
+}
+_SCALAR_ATTRIBUTES = {
+    "thread_index_in_threadgroup": "t->index_in_threadgroup",
+    "thread_index_in_simdgroup": "t->lane",
+    "simdgroup_index_in_threadgroup": "t->simdgroup",
+    "simdgroups_per_threadgroup": "t->simdgroups",
+    "dispatch_simdgroups_per_threadgroup": "t->simdgroups",
+    "threads_per_simdgroup": "32u",
+    "thread_execution_width": "32u",
+    "thread_index_in_quadgroup": "t->lane % 4",
+    "quadgroup_index_in_threadgroup": "t->index_in_threadgroup / 4",
+    "quadgroups_per_threadgroup": "t->simdgroups * 8",
+}
+
+
+class Outputs(list[mx.array]):
+    """A kernel's outputs, as the kernel itself would return them, and what the bench saw.
+
+    Attributes:
+        traffic: By buffer, the bytes loaded and stored. Counted in checked mode only.
+        threadgroup_bytes: Threadgroup memory in use.
+    """
+
+    def __init__(
+        self, arrays: Sequence[mx.array], traffic: dict[str, Traffic], threadgroup_bytes: int
+    ) -> None:
+        super().__init__(arrays)
+        self.traffic = traffic
+        self.threadgroup_bytes = threadgroup_bytes
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """The arguments of `mx.fast.metal_kernel`, kept as data so that a test can change the source."""
+
+    name: str
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    source: str
+    header: str = ""
+    ensure_row_contiguous: bool = True
+    atomic_outputs: bool = False
+
+    def build(self) -> Callable[..., Any]:
+        """The kernel, made by MLX."""
+        arguments = {**asdict(self), "input_names": list(self.input_names)}
+        arguments["output_names"] = list(self.output_names)
+        kernel: Callable[..., Any] = mx.fast.metal_kernel(**arguments)
+        return kernel
+
+    def edited(self, edit: Callable[[str], str]) -> KernelSource:
+        """The same kernel with its header and its body edited as one text."""
+        joint = "\n/*body*/\n"
+        header, _, body = edit(self.header + joint + self.source).partition(joint)
+        return replace(self, header=header, source=body)
+
+    @classmethod
+    def of(cls, builder: Callable[[], Any]) -> KernelSource:
+        """What a function that builds and returns one kernel passes to MLX.
+
+        Args:
+            builder: The function; if it is cached, its `__wrapped__`.
+        """
+        with mock.patch.object(mx.fast, "metal_kernel", cls):
+            source = builder()
+        if not isinstance(source, cls):
+            raise TypeError(f"[KernelSource.of] {builder} returned {source!r}, not a kernel")
+        return source
+
+
+class MetalBench:
+    """Runs kernels as Metal would, with checks that a GPU does not make.
+
+    Args:
+        compiler: Which compiler to use; by default the first that is installed.
+        strict: Whether `run` first has each kernel's syntax checked (needs clang or zig).
+    """
+
+    def __init__(self, compiler: toolchain.Compiler | None = None, strict: bool = True) -> None:
+        self.on_gpu = mx.metal.is_available()
+        found = compiler or toolchain.find_compiler()
+        if found is None:
+            raise toolchain.CompileError(toolchain.INSTALL_HINT)
+        self.compiler = found
+        self.strict = strict and bool(found.syntax_command)
+
+    def run(
+        self,
+        kernel: Callable[..., Any] | KernelSource,
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Sequence[tuple[str, Any]] | None = None,
+        init_value: float | None = None,
+        stream: Any = None,
+        verbose: bool = False,
+        mode: Mode = "fast",
+        seed: int = 0,
+        placement: Placement = "end",
+        divergent_simd: bool = False,
+        allow_unwritten: bool = False,
+        timeout_s: float = 60.0,
+    ) -> Outputs:
+        """Runs a kernel once. The arguments up to `verbose` are those of the kernel itself.
+
+        Args:
+            kernel: What `mx.fast.metal_kernel` returned, or a KernelSource.
+            mode: "fast" runs optimised code; out-of-bounds accesses hit guard pages, and memory that was
+                never written holds NaN. "checked" follows every access, which finds races,
+                uninitialised reads, unwritten outputs and any out-of-bounds access, and counts bytes.
+            seed: Picks the order in which threads run; 0 is in order.
+            placement: Where inputs lie. "end": aligned to 16 bytes, guard page behind; "start": guard
+                page in front; "unaligned": aligned to their elements only, as slices may be.
+            divergent_simd: Allows simd functions that only some lanes of a simdgroup reach.
+            allow_unwritten: Allows a kernel to leave parts of its outputs unwritten.
+            timeout_s: CPU seconds before the kernel is stopped.
+
+        Raises:
+            KernelRejected: Metal's compiler would refuse the source.
+            KernelFault: the kernel did something that Metal leaves undefined.
+        """
+        _check_launch(grid, threadgroup)
+        if isinstance(kernel, KernelSource):
+            kernel = kernel.build()
+        call: dict[str, Any] = {
+            "output_shapes": output_shapes,
+            "output_dtypes": output_dtypes,
+            "grid": grid,
+            "threadgroup": threadgroup,
+        }
+        if template is not None:
+            call["template"] = template
+        if init_value is not None:
+            call["init_value"] = init_value
+        generated = signature.parse(signature.capture(kernel, inputs, **call))
+        if verbose:
+            print(generated.text)
+        library = self.compile(generated, checked=mode == "checked")
+
+        arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        memories = _place(generated, arrays, output_shapes, output_dtypes, init_value, placement)
+        result = launch(
+            toolchain.build_runtime(self.compiler),
+            library,
+            memories,
+            grid=grid,
+            threadgroup=threadgroup,
+            seed=seed,
+            checked=mode == "checked",
+            divergent_simd=divergent_simd,
+            timeout_s=timeout_s,
+        )
+        ignored = {"output not written"} if allow_unwritten else set()
+        problems = [
+            d.describe(generated.source) for d in result.diagnoses if d.kind not in ignored
+        ]
+        for m in memories:
+            if m.overrun is not None:
+                problems.append(f"out-of-bounds access: byte {m.overrun} past '{m.name}' was written")
+        if problems:
+            raise KernelFault(problems)
+        outputs = [m for m in memories if m.is_output]
+        return Outputs(
+            [
+                _to_array(m.data, tuple(shape), dtype)
+                for m, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
+            ],
+            {m.name: m.traffic for m in memories} if mode == "checked" else {},
+            result.threadgroup_bytes,
+        )
+
+    def compile(self, generated: GeneratedKernel, checked: bool) -> Path:
+        """Compiles MLX's source, after the strict syntax pass, into a cached library."""
+        if self.strict:
+            strict.check(self.compiler, generated)
+        try:
+            return toolchain.build_kernel(self.compiler, translation_unit(generated), checked)
+        except toolchain.CompileError as error:
+            raise KernelRejected(f"does not compile:\n{error}") from None
+
+    def bind(self, kernel: Callable[..., Any] | KernelSource, **options: Any) -> Callable[..., Outputs]:
+        """A callable with the kernel's own arguments that runs it here with `run`'s options."""
+
+        def bound(**call: Any) -> Outputs:
+            return self.run(kernel, **call, **options)
+
+        return bound
+
+    @contextlib.contextmanager
+    def patched(self, **options: Any) -> Iterator[None]:
+        """Makes MLX look like a GPU build whose kernels run here.
+
+        Kernels that are built within the context run on the bench, even later: import the module that
+        builds them, or clear its cache, inside.
+        """
+        build = mx.fast.metal_kernel
+
+        def build_bound(**arguments: Any) -> Callable[..., Outputs]:
+            return self.bind(build(**arguments), **options)
+
+        with (
+            mock.patch.object(mx.fast, "metal_kernel", build_bound),
+            mock.patch.object(mx.metal, "is_available", lambda: True),
+            mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
+        ):
+            yield
+
+
+def _check_launch(grid: Sequence[int], threadgroup: Sequence[int]) -> None:
+    threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
+    if len(grid) != 3 or min(grid) < 1 or len(threadgroup) != 3 or min(threadgroup) < 1:
+        raise ValueError(f"[MetalBench] grid {grid} and threadgroup {threadgroup} must be positive.")
+    if threads > 1024:
+        raise KernelRejected(f"threadgroup {threadgroup} has {threads} threads, more than 1024.")
+
+
+def translation_unit(generated: GeneratedKernel) -> str:
+    """C++ that defines the kernel and an entry point with a plain C signature."""
+    arguments = []
+    for index, buffer in enumerate(generated.buffers):
+        pointer = f"({'const ' if buffer.is_const else ''}{buffer.type}*)buffers[{index}]"
+        arguments.append(f"*{pointer}" if buffer.is_reference else pointer)
+    for attribute in generated.attributes:
+        if (field := _VECTOR_ATTRIBUTES.get(attribute)) is not None:
+            arguments.append(f"uint3(t->{field}[0], t->{field}[1], t->{field}[2])")
+        elif attribute in _SCALAR_ATTRIBUTES:
+            arguments.append(_SCALAR_ATTRIBUTES[attribute])
+        else:
+            raise SignatureError(f"the thread attribute {attribute} is not supported")
+    return "\n".join(
+        [
+            '#include "msl/execute.h"',
+            '#include "mlx/backend/metal/kernels/utils.h"',
+            '#line 1 "kernel.metal"',
+            rewrite_threadgroup(generated.source),
+            '#line 1 "entry"',
+            'extern "C" void mcpu_entry(void** buffers, ThreadAttributes* t) {',
+            f"  {generated.function}({', '.join(arguments)});",
+            "}\n",
+        ]
+    )
+
+
+def _row_strides(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return strides
+
+
+# What MLX passes besides an input `x` if the body names x_shape, x_strides or x_ndim.
+_METADATA: dict[str, Callable[[Sequence[int]], mx.array]] = {
+    "_shape": lambda shape: mx.array(list(shape), mx.int32),
+    "_strides": lambda shape: mx.array(_row_strides(shape), mx.int64),
+    "_ndim": lambda shape: mx.array(len(shape), mx.int32),
+}
+
+
+def _place(
+    generated: GeneratedKernel,
+    arrays: Sequence[mx.array],
+    output_shapes: Sequence[Sequence[int]],
+    output_dtypes: Sequence[mx.Dtype],
+    init_value: float | None,
+    placement: Placement,
+) -> list[Memory]:
+    """What each of the generated function's buffers holds, in its order."""
+    names = [buffer.name for buffer in generated.buffers]
+    given: list[tuple[str, mx.array]] = []
+    for index, array in enumerate(arrays):
+        name = names.pop(0)
+        given.append((name, array))
+        later = len(arrays) - index - 1 + len(output_shapes)  # buffers that are not metadata
+        for suffix, value in _METADATA.items():
+            if len(names) > later and names[0] == name + suffix:
+                given.append((names.pop(0), value(array.shape)))
+    memories = [
+        Memory(name, _to_bytes(array), array.dtype.size, is_output=False, placement=placement)
+        for name, array in given
+    ]
+    for name, shape, dtype in zip(names, output_shapes, output_dtypes, strict=True):
+        size = math.prod(shape) * dtype.size
+        initial = poison(size) if init_value is None else _to_bytes(mx.full(shape, init_value, dtype))
+        memories.append(
+            Memory(name, initial, dtype.size, is_output=True, is_initialised=init_value is not None)
+        )
+    return memories
+
+
+def _to_bytes(array: mx.array) -> bytes:
+    """An array's elements in row-major order, which is how kernels see inputs by default."""
+    return bytes(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))) if array.size else b""
+
+
+def _to_array(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    if not data:
+        return mx.zeros(shape, dtype)
+    return mx.array(memoryview(data)).view(dtype).reshape(shape)

@@ -1,0 +1,16 @@
+"""The `bench` fixture. A project's conftest.py imports it: `from .metal_cpu.fixture import bench`."""
+
+from __future__ import annotations
+
+import pytest
+
+from .bench import MetalBench
+from .toolchain import INSTALL_HINT, find_compiler
+
+
+@pytest.fixture(scope="session")
+def bench() -> MetalBench:
+    """A MetalBench; the test is skipped where there is no compiler."""
+    if find_compiler() is None:
+        pytest.skip(INSTALL_HINT)
+    return MetalBench()
