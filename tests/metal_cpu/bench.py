@@ -203,6 +203,16 @@ class MetalBench:
             result.threadgroup_bytes,
         )
 
+    def check_syntax(self, kernel: Callable[..., Any] | KernelSource, **call: Any) -> None:
+        """The strict pass alone, for the kernel that this call would run.
+
+        Raises:
+            KernelRejected: Metal's compiler would refuse the source.
+        """
+        built = kernel.build() if isinstance(kernel, KernelSource) else kernel
+        if self.strict:
+            strict.check(self.compiler, signature.parse(signature.capture(built, **call)))
+
     def compile(self, generated: GeneratedKernel, checked: bool) -> Path:
         """Compiles MLX's source, after the strict syntax pass, into a cached library."""
         if self.strict:

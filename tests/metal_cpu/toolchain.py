@@ -172,6 +172,7 @@ def kernel_flags(compiler: Compiler, checked: bool) -> list[str]:
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-strict-aliasing",
+        "-fno-finite-loops",  # a mutation's endless loop must not vanish
         "-ftrivial-auto-var-init=pattern",  # an uninitialised variable is not 0 by luck
         "-g1",  # line numbers
         "-O1" if checked else "-O2",
@@ -184,6 +185,8 @@ def kernel_flags(compiler: Compiler, checked: bool) -> list[str]:
         return flags + (["-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc"] if checked else [])
     flags += ["-Wno-everything", "-fsanitize=bounds,alignment,integer-divide-by-zero,shift-exponent"]
     flags += ["-fsanitize-trap=all"]
+    if compiler.family == "zig" or int(compiler.version.split(".")[0]) >= 20:
+        flags += ["-fno-sanitize-merge=all"]  # else all traps of a function share one line
     # -Xclang: only the instrumentation, without the driver linking a runtime.
     to_front_end = ["-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"]
     to_front_end += ["-cl-single-precision-constant"]

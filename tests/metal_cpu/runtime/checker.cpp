@@ -43,6 +43,13 @@ int find_region(const char* p) {
   return -1;
 }
 
+// The region whose pages `p` lies in, next to the region itself. Farther off, the guard pages are hit.
+int find_near(const char* p) {
+  for (int i = 0; i < region_count; i++)
+    if (p >= regions[i].start - 8192 && p < regions[i].start + regions[i].size + 8192) return i;
+  return -1;
+}
+
 struct Me {
   int memory;  // 0: device, 1: threadgroup
   uint16_t thread;
@@ -108,9 +115,11 @@ void access(const void* address, long size, AccessType type, const void* return_
   if (on_own_stack(p)) return;
   const uintptr_t pc = (uintptr_t)return_address;
   const int index = find_region(p);
-  if (index < 0) {  // constants live in the kernel's own image; another thread's stack is no place
-    if (on_any_stack(p)) report(kOutOfBounds, -1, 0, size, type.stores, pc);
-    return;
+  if (index < 0) {
+    const int near = find_near(p);
+    if (near >= 0) report(kOutOfBounds, near, p - regions[near].start, size, type.stores, pc);
+    if (on_any_stack(p)) report(kOutOfBounds, -1, 0, size, type.stores, pc);  // another thread's
+    return;  // a constant in the kernel's own image
   }
   Region& region = regions[index];
   const long offset = p - region.start;

@@ -60,6 +60,7 @@ template <class T> struct numeric_limits {
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 template <class V, class... A> constexpr V make_vec(A...) { return V(); }  // see strict.py
 template <class T, int N> struct packed_vec { T e[N]; };
+template <class T> using scalar = typename enable_if<true, T>::type;  // any number: not deduced from
 #define VECTORS(T) \
   typedef vec<T, 2> T##2; typedef vec<T, 3> T##3; typedef vec<T, 4> T##4; \
   typedef packed_vec<T, 2> packed_##T##2; typedef packed_vec<T, 3> packed_##T##3; \
@@ -101,12 +102,12 @@ uint mulhi(uint, uint); int mulhi(int, int); int mul24(int, int); int mad24(int,
 float mix(float, float, float); half mix(half, half, half);
 template <class T, int N> vec<T, N> max(vec<T, N>, vec<T, N>);
 template <class T, int N> vec<T, N> min(vec<T, N>, vec<T, N>);
-template <class T, int N> vec<T, N> max(vec<T, N>, T);
-template <class T, int N> vec<T, N> min(vec<T, N>, T);
+template <class T, int N> vec<T, N> max(vec<T, N>, scalar<T>);
+template <class T, int N> vec<T, N> min(vec<T, N>, scalar<T>);
 template <class T, int N> vec<T, N> clamp(vec<T, N>, vec<T, N>, vec<T, N>);
-template <class T, int N> vec<T, N> clamp(vec<T, N>, T, T);
+template <class T, int N> vec<T, N> clamp(vec<T, N>, scalar<T>, scalar<T>);
 template <class T, int N> vec<T, N> mix(vec<T, N>, vec<T, N>, vec<T, N>);
-template <class T, int N> vec<T, N> mix(vec<T, N>, vec<T, N>, T);
+template <class T, int N> vec<T, N> mix(vec<T, N>, vec<T, N>, scalar<T>);
 template <class T, int N> vec<T, N> abs(vec<T, N>);
 template <class T, int N> vec<T, N> popcount(vec<T, N>);
 template <class T, int N> vec<T, N> clz(vec<T, N>);
