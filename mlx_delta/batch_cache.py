@@ -21,14 +21,15 @@ class BatchDeltaKVCache(_HeldKeys):
         config: The setting of this layer; the default one when not given.
     """
 
+    # While right padding is being fed: how much, and where each row's text ends.
+    _right_padding: list[int] | None = None
+    _text_ends: list[int] | None = None
+
     def __init__(self, left_padding: list[int], config: DeltaConfig | None = None):
         super().__init__(config)
         self._lengths = [-int(padding) for padding in left_padding]
         self._encoded = [0] * len(self._lengths)
         self._spare_valid = [False] * len(self._lengths)
-        self._right_padding: list[int] | None = None
-        # Where each row's text ends, while right padding is being fed.
-        self._text_ends: list[int] | None = None
 
     @property
     def offset(self) -> mx.array:

@@ -63,7 +63,8 @@ def load(
     if delta == MODEL_SETTING:
         delta = read_delta(config.get("delta", DeltaConfig()))
     # Our classes stand in for a model_file, which would need trust_remote_code to run.
-    overrides = {**(model_config or {}), "delta": delta, "model_file": None}
+    setting = None if delta is None else delta.to_dict()
+    overrides = {**(model_config or {}), "delta": setting, "model_file": None}
     classes = get_model_classes
     if delta is None and config.get("model_type") not in MODELS:
         model, config = load_model(path, lazy=True, model_config=model_config)

@@ -1,0 +1,71 @@
+"""Settings: validation, the paper's preset, and the round trip through a config.json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_delta import DeltaConfig
+
+valid = st.builds(
+    lambda window_blocks, block_size, **rest: DeltaConfig(
+        window=window_blocks * block_size, block_size=block_size, **rest
+    ),
+    window_blocks=st.integers(0, 8),
+    block_size=st.integers(1, 256),
+    threshold=st.floats(0, 10) | st.lists(st.floats(0, 10), min_size=1, max_size=4),
+    threshold_mode=st.sampled_from(["relative", "absolute"]),
+    sinks=st.integers(0, 300),
+    keyframes=st.booleans(),
+)
+
+
+@given(valid)
+def test_a_setting_survives_its_config_json(config):
+    assert DeltaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"threshold": -1.0}, r"threshold must be >= 0 but got -1\.0"),
+        ({"threshold": float("nan")}, "threshold must be >= 0 but got nan"),
+        ({"threshold": float("inf")}, "threshold must be >= 0 but got inf"),
+        ({"threshold": [1.0, -2.0]}, r"threshold must be >= 0 but got -2\.0"),
+        ({"threshold": []}, "threshold must not be an empty list"),
+        ({"threshold": "1"}, "threshold must be a number but got '1'"),
+        ({"threshold_mode": "absolut"}, "threshold_mode must be .* but got 'absolut'"),
+        ({"block_size": 0}, "block_size must be >= 1 but got 0"),
+        ({"block_size": 6.5}, r"block_size must be a whole number but got 6\.5"),
+        ({"window": 65}, r"window must be a multiple of block_size \(64\) but got 65"),
+        ({"window": -64}, "window must be >= 0 but got -64"),
+        ({"sinks": -1}, "sinks must be >= 0 but got -1"),
+        ({"keyframes": 1}, "keyframes must be true or false but got 1"),
+        ({"block_fraction": 1.5, "window": 0}, r"block_fraction must be in \(0, 1\] but got 1\.5"),
+        ({"block_fraction": 0.05}, "block_fraction needs window=0 but got window=64"),
+        ({"treshold": 1.0}, "unknown setting 'treshold'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_value_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        DeltaConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "block"), [(1, 1), (10, 1), (20, 1), (30, 2), (100, 5), (1024, 51)]
+)
+def test_the_papers_window_is_five_percent_of_the_prompt(prompt, block):
+    config = DeltaConfig.paper().resolve(prompt)
+    assert (config.block_size, config.window, config.keyframes) == (block, 0, False)
+    assert config.resolve(7) == config, "fixed once the prompt was seen"
+
+
+def test_each_layer_takes_its_own_threshold():
+    config = DeltaConfig(threshold=(0.5, 1.5))
+    assert [config.for_layer(i, 2).threshold for i in range(2)] == [0.5, 1.5]
+    with pytest.raises(ValueError, match="threshold has 2 values but the model has 3 layers"):
+        config.for_layer(0, 3)

@@ -1,0 +1,95 @@
+"""The MLX encoder against the specification."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta import DeltaConfig, reference
+from mlx_delta.hold import hold_blocks
+
+from .tiny import SMALL, smooth_keys
+
+CHAIN = DeltaConfig(
+    block_size=8, window=0, keyframes=False, threshold=0.6, threshold_mode="absolute", sinks=1
+)
+SETTINGS = {
+    "blocks, relative": SMALL,
+    "blocks, absolute": DeltaConfig(
+        block_size=8, window=8, threshold=0.5, threshold_mode="absolute"
+    ),
+    "chain, absolute": CHAIN,
+    "chain, relative": DeltaConfig(block_size=8, window=8, keyframes=False),
+    "chain, blocks of one": DeltaConfig.paper().resolve(20),
+    "many sinks": DeltaConfig(block_size=8, window=8, sinks=21),
+    "no sinks": DeltaConfig(block_size=8, window=8, sinks=0),
+}
+each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def _reference(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    return np.stack([[reference.hold(head, config) for head in row] for row in keys])
+
+
+@each_setting
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_agrees_with_the_reference(config, blocks):
+    keys = smooth_keys((2, 3, blocks * config.block_size, 20))
+    held, zeros = hold_blocks(mx.array(keys), config)
+    np.testing.assert_array_equal(held, _reference(keys, config))
+    for row in range(2):
+        for head in range(3):
+            delta = reference.delta_keys(np.array(held[row, head]), config)
+            for block in range(blocks):
+                start = block * config.block_size
+                expected = sum(
+                    (delta[t] == 0).sum()
+                    for t in range(start, start + config.block_size)
+                    if not reference.is_exact_position(t, config)
+                )
+                assert zeros[row, head, block].item() == expected
+
+
+@each_setting
+def test_encoding_block_by_block_is_encoding_at_once(config):
+    keys = mx.array(smooth_keys((1, 2, 6 * config.block_size, 20)))
+    whole, whole_zeros = hold_blocks(keys, config)
+    parts, zeros, previous = [], [], None
+    for first, end in ((0, 1), (1, 4), (4, 6)):
+        part = keys[:, :, first * config.block_size : end * config.block_size]
+        held, count = hold_blocks(part, config, first, previous)
+        parts.append(held)
+        zeros.append(count)
+        previous = None if config.keyframes else held[:, :, -1]
+    assert mx.array_equal(mx.concatenate(parts, axis=2), whole)
+    assert mx.array_equal(mx.concatenate(zeros, axis=2), whole_zeros)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["fp16", "bf16"])
+def test_half_types_hold_their_own_values(dtype):
+    """Compared in float32, stored as they were: no value appears that was not a key."""
+    keys = mx.array(smooth_keys((1, 2, 32, 16))).astype(dtype)
+    held, _ = hold_blocks(keys, SMALL)
+    assert held.dtype == dtype
+    expected = _reference(np.array(keys.astype(mx.float32)), SMALL)
+    np.testing.assert_array_equal(held.astype(mx.float32), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("name", ["blocks, absolute", "chain, absolute", "chain, blocks of one"])
+def test_nan_and_infinity_are_not_hidden(name, value):
+    config = SETTINGS[name]
+    keys = np.ones((1, 1, 4 * config.block_size, 4), np.float32)
+    keys[0, 0, 2, 1] = value
+    held, _ = hold_blocks(mx.array(keys), config)
+    np.testing.assert_array_equal(held[0, 0, 2, 1], value)
+    assert np.isfinite(np.array(held)[0, 0, 3:]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_a_relative_block_with_a_value_that_is_not_finite_propagates_it(value):
+    keys = np.ones((1, 1, 16, 4), np.float32)
+    keys[0, 0, 5, 1] = value
+    held, _ = hold_blocks(mx.array(keys), DeltaConfig(block_size=8, window=8))
+    np.testing.assert_array_equal(held, keys)
