@@ -15,7 +15,7 @@ import mlx.core as mx
 from . import signature, strict, toolchain
 from .errors import KernelFault, KernelRejected
 from .launch import Memory, Placement, Traffic, launch, poison
-from .rewrite import rewrite_threadgroup
+from .rewrite import rewrite
 from .signature import GeneratedKernel, SignatureError
 
 Mode = Literal["fast", "checked"]
@@ -276,7 +276,7 @@ def translation_unit(generated: GeneratedKernel) -> str:
             '#include "msl/execute.h"',
             '#include "mlx/backend/metal/kernels/utils.h"',
             '#line 1 "kernel.metal"',
-            rewrite_threadgroup(generated.source),
+            rewrite(generated.source),
             '#line 1 "entry"',
             'extern "C" void mcpu_entry(void** buffers, ThreadAttributes* t) {',
             f"  {generated.function}({', '.join(arguments)});",

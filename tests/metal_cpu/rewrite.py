@@ -1,4 +1,4 @@
-"""The only text rewriting between Metal and C++: declarations of threadgroup variables.
+"""The text rewriting between Metal and C++: threadgroup variables, and 16-bit literals.
 
 `threadgroup` is two things in Metal. In `threadgroup float* p` it qualifies what a pointer points at,
 which a macro can express (or drop). In `threadgroup float tile[64];` it is a storage class that C++ does
@@ -47,6 +47,14 @@ def split_top_level(text: str, separator: str = ",") -> list[str]:
     return parts
 
 
+def rewrite(source: str) -> str:
+    """Turns Metal into what C++ with the headers of runtime/msl accepts, line by line."""
+    literal = r"(?<![\w.])((?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)"
+    source = re.sub(literal + r"[hH]\b", r"half(\1)", source)
+    source = re.sub(literal + r"(?:bf|BF)\b", r"bfloat(\1)", source)
+    return rewrite_threadgroup(source)
+
+
 def rewrite_threadgroup(source: str) -> str:
     """Replaces declarations of threadgroup variables; line numbers stay as they are."""
     result: list[str] = []
@@ -59,11 +67,9 @@ def rewrite_threadgroup(source: str) -> str:
             raise RewriteError(f"threadgroup variable declared in a macro: {token.strip()!r}")
         depth += (token == "(") - (token == ")")
         if token == "threadgroup" and depth == 0:
-            end = position
-            while end < len(stream) and stream[end] not in (";", "{", ")", "="):
-                end += 1
+            end = _end_of_declarators(stream, position)
             declaration = "".join(stream[position + 1 : end])
-            if end < len(stream) and stream[end] == ";" and _declares_storage(declaration):
+            if stream[end : end + 1] == [";"] and _declares_storage(declaration):
                 result.append(_reference(declaration))
                 position = end + 1
                 continue
@@ -72,17 +78,31 @@ def rewrite_threadgroup(source: str) -> str:
     return "".join(result)
 
 
+def _end_of_declarators(stream: list[str], position: int) -> int:
+    """The index of the token that ends the declarators: a `;`, or what shows that there are none."""
+    depth = 0
+    while position < len(stream):
+        token = stream[position]
+        if token in (";", "{", "=") or (token == ")" and depth == 0):
+            break
+        depth += (token == "(") - (token == ")")
+        position += 1
+    return position
+
+
 def _declares_storage(declaration: str) -> bool:
-    code = "".join(token for token in tokens(declaration) if is_code(token) or token.isspace())
-    outside = re.sub(r"\[.*?\]|<.*>", "", code, flags=re.DOTALL)
+    outside = re.sub(r"\[.*?\]|<.*>", "", _without_comments(declaration), flags=re.DOTALL)
     return not re.search(r"[*&()<>]", outside) and len(outside.split()) >= 2
+
+
+def _without_comments(source: str) -> str:
+    return "".join(token if is_code(token) else " " for token in tokens(source))
 
 
 def _reference(declaration: str) -> str:
     """`float a[4], b` as C++ that binds `a` and `b` to memory of the runtime."""
     lines = declaration.count("\n")
-    code = " ".join(t for t in tokens(declaration.replace("\n", " ")) if is_code(t) and t.strip())
-    first, *others = split_top_level(code)
+    first, *others = split_top_level(_without_comments(declaration))
     match = _DECLARATOR.search(first)
     if match is None:
         raise RewriteError(f"cannot read the declaration: threadgroup {declaration.strip()!r}")
@@ -95,7 +115,7 @@ def _reference(declaration: str) -> str:
         name = part["name"]
         declared.append(
             f"static const char {name}_key = 0; "
-            f"using {name}_type = threadgroup {type_name} {part['dimensions']}; "
+            f"using {name}_type = threadgroup {type_name}{part['dimensions']}; "
             f"{name}_type& {name} = "
             f'metal::threadgroup_variable<{name}_type>(&{name}_key, "{name}");'
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from .errors import KernelRejected
-from .rewrite import RewriteError, is_code, rewrite_threadgroup, split_top_level, tokens
+from .rewrite import RewriteError, is_code, rewrite, split_top_level, tokens
 from .signature import GeneratedKernel
 from .toolchain import (
     MLX_INCLUDE,
@@ -63,7 +63,7 @@ def check(compiler: Compiler, generated: GeneratedKernel) -> None:
 def _translation_unit(generated: GeneratedKernel) -> str:
     text = generated.text.replace("[[kernel]]", "")
     text = re.sub(r"template \[\[host_name\([^\]]*\)\]\]", "template", text)
-    text = array_parameters(construct_vectors(rewrite_threadgroup(text)))
+    text = array_parameters(construct_vectors(rewrite(text)))
     utilities = array_parameters((MLX_INCLUDE / "mlx/backend/metal/kernels/utils.h").read_text())
     utilities = utilities.replace("#pragma once", "")
     return f'#include "msl/strict.h"\n{utilities}\n#line 1 "kernel.metal"\n{text}\n'

@@ -13,9 +13,6 @@ typedef long ptrdiff_t;
 typedef _Float16 half;
 typedef __bf16 bfloat;
 
-half operator""h(long double);
-bfloat operator""bf(long double);
-
 #define __METAL__ 1
 #define __METAL_VERSION__ 310
 #define METAL_FUNC inline

@@ -14,9 +14,6 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 
-inline half operator""h(long double x) { return (half)(float)x; }
-inline bfloat operator""bf(long double x) { return (bfloat)(float)x; }
-
 namespace metal {
 using ::bfloat;
 using ::half;

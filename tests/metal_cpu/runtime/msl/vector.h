@@ -17,6 +17,7 @@ struct swizzle {
     for (int i = 0; i < size; i++) result.e[i] = e[index[i]];
     return result;
   }
+  constexpr T operator[](int i) const { return e[index[i]]; }
   swizzle& operator=(const vec<T, size>& other) {
     for (int i = 0; i < size; i++) e[index[i]] = other.e[i];
     return *this;
