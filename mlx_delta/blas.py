@@ -55,8 +55,9 @@ def preload_blas() -> None:
     elif "mlx.core" in sys.modules:
         _status = (
             "BLAS: MLX's own; float32 products are slow. It is too late for OpenBLAS: "
-            "import mlx_delta before mlx.core."
+            "import mlx_delta before mlx.core, or set MLX_DELTA_BLAS=off."
         )
+        level = logging.WARNING  # the one case that the caller can put right
     elif choice:
         try:
             _load(choice)
