@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 ThresholdMode = Literal["relative", "absolute"]
 
+KEY_BITS = (16, 8, 4, 3, 2)
+VALUE_BITS = (16, 8, 4)
+
 
 @dataclass(frozen=True)
 class DeltaConfig:
@@ -34,6 +37,13 @@ class DeltaConfig:
         block_fraction: When set, ``block_size`` is not used as given but becomes this fraction
             of the prompt's length once the prompt is seen (the paper's 5 % window). Needs
             ``window=0``, the block-diagonal form.
+        key_bits: How held keys are stored. ``None``: in full, as long as the text (fast without
+            a GPU, saves no memory). 16: packed, only the values that changed, in 16 bits each.
+            8, 4, 3 or 2: packed, and those values as codes of so many bits on a grid of the
+            block and channel. Packed keys need ``keyframes`` and a ``block_size`` that is a
+            multiple of 8, up to 64; a float32 model's keys are rounded to float16.
+        value_bits: How values (V) are stored. ``None``: in the model's type. 16: in 16 bits.
+            8 or 4: as codes, in mlx-lm's own quantized form.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -46,6 +56,8 @@ class DeltaConfig:
     sinks: int = 4
     keyframes: bool = True
     block_fraction: float | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Validate every field once, so that the code that uses them can trust them."""
@@ -90,6 +102,27 @@ class DeltaConfig:
                 raise ValueError(
                     f"[DeltaConfig] block_fraction needs window=0 but got window={self.window}."
                 )
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        """Validate how keys and values are stored."""
+        for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value not in widths):
+                known = ", ".join(map(str, widths))
+                raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {value!r}.")
+        if self.key_bits is None:
+            return
+        if not self.keyframes or self.block_fraction is not None:
+            raise ValueError(
+                f"[DeltaConfig] key_bits={self.key_bits} needs keyframes=True and a fixed "
+                "block_size: packed blocks are read independently of each other."
+            )
+        if self.block_size % 8 or self.block_size > 64:
+            raise ValueError(
+                f"[DeltaConfig] key_bits={self.key_bits} needs a block_size that is a multiple "
+                f"of 8, up to 64, but got {self.block_size}."
+            )
 
     @classmethod
     def paper(cls, threshold: float | tuple[float, ...] = 0.6) -> DeltaConfig:
@@ -147,9 +180,8 @@ class DeltaConfig:
         values = dataclasses.asdict(self)
         if isinstance(self.threshold, tuple):
             values["threshold"] = list(self.threshold)
-        if self.block_fraction is None:
-            del values["block_fraction"]
-        return values
+        optional = ("block_fraction", "key_bits", "value_bits")
+        return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeltaConfig:

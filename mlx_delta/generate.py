@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
                 f"--model {args.model} is not the model of the prompt cache "
                 f"({metadata.get('model')}); leave --model out, or use another cache."
             )
-    name = args.model or metadata.get("model", DEMO)
+    name = args.model if args.model is not None else metadata.get("model", DEMO)
 
     model, tokenizer = load(
         name,

@@ -27,7 +27,11 @@ def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
 
 
 def hold_blocks(
-    keys: mx.array, config: DeltaConfig, first_block: int = 0, previous: mx.array | None = None
+    keys: mx.array,
+    config: DeltaConfig,
+    first_block: int = 0,
+    previous: mx.array | None = None,
+    stored: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks.
 
@@ -37,6 +41,9 @@ def hold_blocks(
         first_block: Which block of the text the first one is.
         previous: [B, Hkv, D], the held key before the first one. Used without keyframes only;
             ``None`` at the start of the text.
+        stored: What each key becomes once it is stored, shaped as ``keys``, where that is not
+            the key itself. Keys are compared with what is really stored, so that rounding adds
+            nothing to the threshold's bound. Used with keyframes only.
 
     Returns:
         The held keys, shaped and typed as ``keys``, and how many of each block's deltas are
@@ -49,14 +56,15 @@ def hold_blocks(
     blocks = keys.astype(mx.float32).reshape(B, H, n_blocks, block_size, D)
     thresholds = block_thresholds(blocks, config)[..., None]  # [B, Hkv, n_blocks, 1]
     first_position = first_block * block_size
+    targets = blocks if stored is None else stored.astype(mx.float32).reshape(blocks.shape)
 
     if config.keyframes:
         # Blocks are independent: step through the tokens of all blocks side by side.
         lanes, steps, lane_stride = n_blocks, block_size, block_size
-        held = blocks[:, :, :, 0]
+        held = targets[:, :, :, 0]
     else:
         lanes, steps, lane_stride = 1, length, 0
-        blocks = blocks.reshape(B, H, 1, length, D)
+        blocks = targets = blocks.reshape(B, H, 1, length, D)
         thresholds = mx.repeat(thresholds, block_size, axis=2)  # one per token
         held = blocks[:, :, :, 0] if previous is None else previous[:, :, None].astype(mx.float32)
 
@@ -64,7 +72,7 @@ def hold_blocks(
     for t in range(steps):
         key = blocks[:, :, :, t]  # [B, Hkv, lanes, D]
         if t == 0 and (config.keyframes or previous is None):
-            rows.append(key)
+            rows.append(held)
             continue
         threshold = thresholds if config.keyframes else thresholds[:, :, t : t + 1]
         # "not more than" rather than "less than": a NaN compares false and so propagates.
@@ -72,7 +80,7 @@ def hold_blocks(
         exact_lanes = _lanes_before(config.sinks, first_position + t, lanes, lane_stride)
         if exact_lanes:
             keep = keep & (mx.arange(lanes) >= exact_lanes)[:, None]
-        held = mx.where(keep, held, key)
+        held = mx.where(keep, held, targets[:, :, :, t])
         rows.append(held)
 
     result = mx.stack(rows, axis=3).reshape(B, H, length, D)

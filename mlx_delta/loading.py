@@ -48,7 +48,7 @@ def load(
         lazy: Leave the weights unread until they are needed.
         return_config: Return the model's configuration as well.
         revision: Revision of the repository.
-        trust_remote_code: Let the tokenizer run code of its own.
+        trust_remote_code: Let the tokenizer, and a dense model, run code of their own.
 
     Returns:
         The model and the tokenizer, and the configuration if asked for.
@@ -62,16 +62,19 @@ def load(
     check_weights(path)
     if delta == MODEL_SETTING:
         delta = read_delta(config.get("delta", DeltaConfig()))
-    # Our classes stand in for a model_file, which would need trust_remote_code to run.
     setting = None if delta is None else delta.to_dict()
+    # Our classes stand in for a model_file, which would need trust_remote_code to run.
     overrides = {**(model_config or {}), "delta": setting, "model_file": None}
-    classes = get_model_classes
+    options: dict[str, Any] = {"model_config": overrides, "get_model_classes": get_model_classes}
     if delta is None and config.get("model_type") not in MODELS:
-        model, config = load_model(path, lazy=True, model_config=model_config)
-    else:
-        model, config = load_model(
-            path, lazy=True, model_config=overrides, get_model_classes=classes
-        )
+        options = {"model_config": model_config, "trust_remote_code": trust_remote_code}
+    try:
+        model, config = load_model(path, lazy=True, **options)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        # mlx-lm builds the model from the configuration without checking it.
+        raise ValueError(
+            f"[load] {path / 'config.json'} does not describe a model that can be built: {error}."
+        ) from error
     if delta is not None and isinstance(delta.threshold, tuple):
         delta.for_layer(0, len(model.layers))  # as many thresholds as layers, or an error now
     if not has_gpu():

@@ -49,14 +49,15 @@ def smooth_keys(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 def llama_model(delta: DeltaConfig | None = SMALL, seed: int = 0, **changes: Any) -> llama.Model:
     """A random Llama; the same weights for the same seed, whatever the setting."""
-    mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict({**LLAMA, "delta": delta, **changes}))
+    rng = np.random.default_rng(seed)
     # Larger weights than the default: attention that depends on what it looks at.
     weights = [
-        (name, mx.random.normal(w.shape) * (0.3 if w.ndim > 1 else 0) + (w.ndim == 1))
+        (name, mx.array(rng.normal(size=w.shape) * 0.3 if w.ndim > 1 else np.ones(w.shape)))
         for name, w in sorted(tree_flatten(model.parameters()))
     ]
     model.load_weights(weights)
+    model.set_dtype(mx.float32)
     model.eval()
     mx.eval(model.parameters())
     return model
