@@ -96,14 +96,24 @@ def test_left_padding_of_llama(setting: str):
         module.TestModels().left_padding_test_runner(model)
 
 
+def tokens_and_logits(setting: str, **options: int) -> tuple[tuple[int, ...], mx.array]:
+    """Twenty tokens that the demo model goes on with, and the logits that they come from."""
+    model, tokenizer = load_demo(SETTINGS[setting])
+    prompt = mx.array(tokenizer.encode("The night was dark, and the road was long. " * 4))
+    tokens, logits = zip(*generate_step(prompt, model, max_tokens=20, **options), strict=True)
+    return tokens, mx.stack(logits)
+
+
 @pytest.mark.parametrize("prefill_step_size", [2048, 7])
 def test_logits_are_those_of_mlx_lm_while_the_window_covers_all(prefill_step_size: int):
-    results = []
-    for setting in ("stock", "window-covers-all"):
-        model, tokenizer = load_demo(SETTINGS[setting])
-        prompt = mx.array(tokenizer.encode("The night was dark, and the road was long." * 4))
-        steps = generate_step(prompt, model, max_tokens=20, prefill_step_size=prefill_step_size)
-        results.append(list(zip(*steps, strict=True)))
-    (stock_tokens, stock_logits), (tokens, logits) = results
-    assert tokens == stock_tokens
-    assert mx.allclose(mx.stack(logits), mx.stack(stock_logits), rtol=1e-4, atol=1e-4)
+    expected_tokens, expected = tokens_and_logits("stock")
+    tokens, logits = tokens_and_logits("window-covers-all", prefill_step_size=prefill_step_size)
+    assert tokens == expected_tokens
+    assert mx.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_others_with_the_delta_on():
+    """Otherwise the runs above would show nothing."""
+    _, expected = tokens_and_logits("stock")
+    _, logits = tokens_and_logits("delta-on")
+    assert not mx.allclose(logits, expected, rtol=1e-2, atol=1e-2)

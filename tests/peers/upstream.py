@@ -52,7 +52,8 @@ def _download(aside: Path) -> Path:
         text=True,
     )
     if result.returncode:
-        raise CannotFetch(f"pip cannot download mlx-lm {VERSION}: {result.stderr.strip()[-300:]}")
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise CannotFetch(f"pip cannot download the sdist of mlx-lm {VERSION}: {reason}")
     (sdist,) = aside.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(aside, filter="data")
