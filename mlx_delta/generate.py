@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    # It warns of prompts beyond the context, which get an error of our own.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         run(args)
     except KeyboardInterrupt:
