@@ -101,6 +101,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        # What MLX raises when the GPU can't hold any more.
+        print(
+            f"error: out of memory ({error}); use a shorter prompt, a smaller --prefill-step-size "
+            "or a smaller model.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

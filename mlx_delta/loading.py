@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any, Literal
@@ -56,10 +57,12 @@ def load(
     Raises:
         FileNotFoundError: There is no such model, or a file of it is missing.
         ValueError: A file is broken, or the model is of a kind that can't hold keys.
+        MemoryError: The weights are larger than this machine's memory.
     """
     path = find_model(path_or_hf_repo, revision)
     config = read_config(path)
     check_weights(path)
+    check_memory(path)
     if delta == MODEL_SETTING:
         delta = read_delta(config.get("delta", DeltaConfig()))
     setting = None if delta is None else delta.to_dict()
@@ -173,6 +176,34 @@ def check_weights(path: Path) -> None:
         raise FileNotFoundError(f"[load] {path} has no weights (model*.safetensors).")
     for file in files:
         _check_safetensors(file)
+
+
+def check_memory(path: Path) -> None:
+    """Refuse weights that this machine can't hold: MLX would end the process without a word.
+
+    Raises:
+        MemoryError: They are larger than the memory, as float32 where there is no GPU.
+    """
+    bytes_of = (lambda file: file.stat().st_size) if has_gpu() else _float32_bytes
+    size = sum(bytes_of(file) for file in path.glob("model*.safetensors"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise MemoryError(
+            f"[load] the weights of {path} take {size / 1e9:.1f} GB but this machine has "
+            f"{memory / 1e9:.1f} GB of memory; use a smaller or more strongly quantized model."
+        )
+
+
+def _float32_bytes(file: Path) -> int:
+    """Bytes of a file's tensors once those of 16-bit floats are float32."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    size = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            size += (end - start) * (2 if entry["dtype"] in ("F16", "BF16") else 1)
+    return size
 
 
 def _check_safetensors(file: Path) -> None:

@@ -216,6 +216,15 @@ def test_a_prompt_cache_of_another_model(run, tmp_path):
     assert status == 1 and "--model demo is not the model of the prompt cache" in err
 
 
+def test_running_out_of_gpu_memory(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    monkeypatch.setattr("mlx_delta.generate.stream_generate", fail)
+    status, _, err = run("-p", "x")
+    assert status == 1 and "error: out of memory" in err and "--prefill-step-size" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_says_so_and_leaves_nothing_half_written(tmp_path, path):
     target = tmp_path / "out"

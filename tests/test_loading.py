@@ -192,6 +192,12 @@ def test_a_hub_name_is_fetched(monkeypatch, checkpoint):
     assert asked == ["owner/name"]
 
 
+def test_weights_larger_than_the_memory_are_refused(monkeypatch, checkpoint):
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}.get)
+    with pytest.raises(MemoryError, match=r"take 0\.0 GB but this machine has 0\.0 GB"):
+        load(checkpoint)
+
+
 def test_a_file_is_not_a_model(checkpoint):
     with pytest.raises(FileNotFoundError, match="is a file; give the directory"):
         load(checkpoint / "config.json")
