@@ -1,4 +1,4 @@
-"""The `bench` fixture. A project's conftest.py imports it: `from .metal_cpu.fixture import bench`."""
+"""The `bench` fixture; a project's conftest.py has `from .metal_cpu.fixture import bench`."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class Traffic:
     Attributes:
         loaded: Sum over all threads. A value that 32 lanes load counts 32 times.
         loaded_distinct: Bytes loaded by any thread, each counted once.
-        loaded_per_threadgroup: Each byte once for every threadgroup that loads it: what a GPU fetches
-            if its caches keep nothing from one threadgroup to the next.
+        loaded_per_threadgroup: Each byte once for every threadgroup that loads it: what a GPU
+            fetches if its caches keep nothing from one threadgroup to the next.
         stored: Sum over all threads.
         stored_distinct: Bytes stored by any thread, each counted once.
     """

@@ -36,13 +36,13 @@ class Mutation:
         """Applies the mutation.
 
         Raises:
-            ValueError: the text is not there, so that a mutation cannot silently stop testing anything.
+            ValueError: the text is not there; else a mutation could silently stop testing.
         """
         parts = source.split(self.old)
         if len(parts) - 1 < max(self.occurrence, 1):
             raise ValueError(
-                f"[Mutation] {self.name}: {self.old!r} occurs {len(parts) - 1} times in the source, "
-                f"occurrence {self.occurrence} was to be replaced."
+                f"[Mutation] {self.name}: {self.old!r} occurs {len(parts) - 1} times in the "
+                f"source, occurrence {self.occurrence} was to be replaced."
             )
         if self.occurrence == 0:
             return self.new.join(parts)

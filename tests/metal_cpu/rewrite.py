@@ -1,8 +1,8 @@
 """The text rewriting between Metal and C++: threadgroup variables, and 16-bit literals.
 
-`threadgroup` is two things in Metal. In `threadgroup float* p` it qualifies what a pointer points at,
-which a macro can express (or drop). In `threadgroup float tile[64];` it is a storage class that C++ does
-not have, so that declaration becomes a reference to memory that the runtime hands out.
+`threadgroup` is two things in Metal. In `threadgroup float* p` it qualifies what a pointer points
+at, which a macro can express (or drop). In `threadgroup float tile[64];` it is a storage class that
+C++ does not have, so that declaration becomes a reference to memory that the runtime hands out.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def rewrite_threadgroup(source: str) -> str:
 
 
 def _end_of_declarators(stream: list[str], position: int) -> int:
-    """The index of the token that ends the declarators: a `;`, or what shows that there are none."""
+    """Index of the token that ends the declarators: a `;`, or what shows that there are none."""
     depth = 0
     while position < len(stream):
         token = stream[position]
@@ -91,18 +91,19 @@ def _end_of_declarators(stream: list[str], position: int) -> int:
 
 
 def _declares_storage(declaration: str) -> bool:
-    outside = re.sub(r"\[.*?\]|<.*>", "", _without_comments(declaration), flags=re.DOTALL)
+    outside = re.sub(r"\[.*?\]|<.*>", "", without_comments(declaration), flags=re.DOTALL)
     return not re.search(r"[*&()<>]", outside) and len(outside.split()) >= 2
 
 
-def _without_comments(source: str) -> str:
-    return "".join(token if is_code(token) else " " for token in tokens(source))
+def without_comments(source: str) -> str:
+    """The source with a space for each comment and preprocessor line."""
+    return "".join(t if is_code(t) or t.isspace() else " " for t in tokens(source))
 
 
 def _reference(declaration: str) -> str:
     """`float a[4], b` as C++ that binds `a` and `b` to memory of the runtime."""
     lines = declaration.count("\n")
-    first, *others = split_top_level(_without_comments(declaration))
+    first, *others = split_top_level(without_comments(declaration))
     match = _DECLARATOR.search(first)
     if match is None:
         raise RewriteError(f"cannot read the declaration: threadgroup {declaration.strip()!r}")

@@ -1,9 +1,9 @@
 """Captures the Metal source that MLX itself would compile, and reads its signature.
 
 `mx.fast.metal_kernel` takes a body and writes the rest: the buffers' types and address spaces, the
-attributes that the body names, the template. Writing that a second time would be testing a copy. MLX
-prints its text when a kernel is called with `verbose=True`, which works on machines without Metal as long
-as nothing is evaluated: inside `mx.export_function`.
+attributes that the body names, the template. Writing that a second time would be testing a copy.
+MLX prints its text when a kernel is called with `verbose=True`, which works on machines without
+Metal as long as nothing is evaluated: inside `mx.export_function`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class GeneratedKernel:
 
     text: str  # all of it, as MLX would compile it
     source: str  # without the line that instantiates the template
+    header: str  # the functions in front of the kernel
     function: str  # "custom_kernel_add_float" or "custom_kernel_add<float16_t, 4>"
     buffers: tuple[Buffer, ...]
     attributes: tuple[str, ...]  # "thread_position_in_grid", in the order of the parameters
@@ -127,4 +128,5 @@ def parse(text: str) -> GeneratedKernel:
         else:
             raise SignatureError(f"cannot read the parameter {parameter.strip()!r}")
     function = instantiation[1] if instantiation else signature[1]
-    return GeneratedKernel(text, source, function, tuple(buffers), tuple(attributes))
+    header = source[:start]
+    return GeneratedKernel(text, source, header, function, tuple(buffers), tuple(attributes))

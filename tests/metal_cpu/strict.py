@@ -1,7 +1,8 @@
 """The strict pass: refuses source that Metal's compiler would refuse and C++ would not mind.
 
-The executing pass forgets address spaces. Here they are real type qualifiers (clang can do that), so that
-a pointer without one, or the wrong one, is an error. Only the syntax is checked, in a tenth of a second.
+The executing pass forgets address spaces. Here they are real type qualifiers (clang can do that),
+so that a pointer without one, or the wrong one, is an error. Only the syntax is checked, in a tenth
+of a second.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import re
 
 from .errors import KernelRejected
-from .rewrite import RewriteError, is_code, rewrite, split_top_level, tokens
+from .rewrite import RewriteError, rewrite, split_top_level, without_comments
 from .signature import GeneratedKernel
 from .toolchain import (
     MLX_INCLUDE,
-    RUNTIME,
     CompileError,
     Compiler,
     cached,
@@ -37,9 +37,9 @@ def check(compiler: Compiler, generated: GeneratedKernel) -> None:
         compiler: A clang; with any other compiler there is nothing to check with.
         generated: MLX's source, whose instantiation makes templates be checked too.
     """
-    if problem := _lint(generated):
-        raise KernelRejected(f"strict: {problem}")
     try:
+        if problem := _lint(generated):
+            raise KernelRejected(f"strict: {problem}")
         unit = _translation_unit(generated)
     except RewriteError as error:
         raise KernelRejected(f"strict: {error}") from None
@@ -71,18 +71,21 @@ def _translation_unit(generated: GeneratedKernel) -> str:
 
 def _lint(generated: GeneratedKernel) -> str | None:
     """What needs no compiler."""
-    code = "".join(t if is_code(t) or t.isspace() else " " for t in tokens(generated.source))
-    cast = re.search(r"\(\s*(?:const\s+)?\w+(?:\s*<[^()]*?>)?(?:\s+const)?\s*\*\s*\)\s*[\w(&]", code)
-    if cast:  # C++ lets a C-style cast drop an address space
-        return f"pointer cast without an address space: {cast[0]!r}"
-    literal = re.search(r"\b(?:\d+\.\d*|\.\d+|\d+[eE][+-]?\d+)(?:[eE][+-]?\d+)?[lL]\b", code)
-    if literal:
-        return f"Metal has no long double: {literal[0]}"
+    code = without_comments(generated.source)
+    # C++ lets a C-style cast drop an address space.
+    cast = r"\(\s*(?:const\s+)?\w+(?:\s*<[^()]*?>)?(?:\s+const)?\s*\*\s*\)\s*[\w(&]"
+    if match := re.search(cast, code):
+        return f"pointer cast without an address space: {match[0]!r}"
+    literal = r"\b(?:\d+\.\d*|\.\d+|\d+[eE][+-]?\d+)(?:[eE][+-]?\d+)?[lL]\b"
+    if match := re.search(literal, code):
+        return f"Metal has no long double: {match[0]}"
+    if match := re.search(r"threadgroup_variable<(\w+)_type>", rewrite(generated.header)):
+        return f"only a kernel may declare a threadgroup variable, not a function: {match[1]}"
     return None
 
 
 def construct_vectors(source: str) -> str:
-    """Rewrites `float2(a, b)` and `float2 v(a, b);`: clang has that syntax for Metal, not for C++."""
+    """Rewrites `float2(a, b)` and `float2 v(a, b);`, which clang knows in Metal but not in C++."""
     alias = re.compile(
         rf"\busing\s+(\w+)\s*=\s*(?:{_VECTOR}|{_VECTOR_NAMES})\s*;"
         rf"|\btypedef\s+(?:{_VECTOR}|{_VECTOR_NAMES})\s+(\w+)\s*;"

@@ -189,7 +189,9 @@ MEMORY = [
         "too much threadgroup memory: 32800 bytes",
         "fast",
     ),
-    Mistake("endless-loop", "while (x[i] >= 0) {} out[i] = 0;", "timeout", "fast", {"timeout_s": 0.1}),
+    Mistake(
+        "endless-loop", "while (x[i] >= 0) {} out[i] = 0;", "timeout", "fast", {"timeout_s": 0.1}
+    ),
 ]
 THREADS = [
     Mistake(

@@ -37,7 +37,9 @@ MUTATIONS = [
     Mutation("bound-too-small", "i < N;", "i + 1 < N;"),
     Mutation("forgets-the-row", "x[row * N + i]", "x[i]"),
     Mutation("no-simd-sum", "sum = simd_sum(sum);", ""),
-    Mutation("barrier-in-a-branch", "threadgroup_barrier", "if (simdgroup < 3) threadgroup_barrier"),
+    Mutation(
+        "barrier-in-a-branch", "threadgroup_barrier", "if (simdgroup < 3) threadgroup_barrier"
+    ),
     Mutation("array-too-small", "partial[32]", "partial[3]"),
     Mutation("reads-all-partials", "lane < simdgroups_per_threadgroup", "lane < 32"),
 ]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,7 +16,7 @@ from .bench import KernelSource, MetalBench
 from .errors import KernelRejected
 from .rewrite import RewriteError, rewrite, tokens
 
-CALL = {
+CALL: dict[str, Any] = {
     "inputs": [],
     "grid": (4, 1, 1),
     "threadgroup": (4, 1, 1),

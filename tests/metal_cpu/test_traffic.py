@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from .bench import KernelSource, MetalBench, Outputs
@@ -75,6 +77,6 @@ def test_rewritten_output(bench: MetalBench) -> None:
 
 def test_fast_mode_counts_nothing(bench: MetalBench) -> None:
     kernel = KernelSource("traffic", [], ["out"], "out[thread_position_in_grid.x] = 1;")
-    call = {"grid": (4, 1, 1), "threadgroup": (4, 1, 1), "inputs": []}
+    call: dict[str, Any] = {"grid": (4, 1, 1), "threadgroup": (4, 1, 1), "inputs": []}
     out = bench.run(kernel, **call, output_shapes=[(4,)], output_dtypes=[mx.float32])
     assert out.traffic == {} and len(out) == 1

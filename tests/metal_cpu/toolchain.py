@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,8 +38,8 @@ class Compiler:
 
     Attributes:
         command: What compiles C++.
-        syntax_command: What checks syntax only, which `zig c++` cannot; empty for g++, whose front end
-            has no address spaces.
+        syntax_command: What checks syntax only, which `zig c++` cannot; empty for g++, whose front
+            end has no address spaces.
     """
 
     family: str  # "clang", "zig" or "g++"
@@ -86,8 +87,6 @@ def _zig() -> Compiler | None:
     if spec is None or spec.origin is None:
         return None
     zig = str(Path(spec.origin).parent / "zig")
-    from importlib.metadata import version
-
     target = f"--target={platform.machine()}-linux-gnu"
     return Compiler("zig", version("ziglang"), (zig, "c++"), (zig, "clang", target))
 
@@ -103,7 +102,7 @@ def cache_directory() -> Path:
 @functools.cache
 def bench_version() -> str:
     """A digest of what every kernel is compiled with: the bench's headers, and MLX's."""
-    digest = hashlib.sha256(mx.__version__.encode())
+    digest = hashlib.sha256(version("mlx").encode())
     for path in sorted(p for p in RUNTIME.rglob("*") if p.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -127,7 +126,8 @@ def call_compiler(command: Sequence[str]) -> str:
     """Runs a compiler. Returns its warnings; raises CompileError with its errors."""
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise CompileError(process.stderr[:6000] or f"{command[0]}: exit status {process.returncode}")
+        message = process.stderr[:6000] or f"{command[0]}: exit status {process.returncode}"
+        raise CompileError(message)
     return process.stderr
 
 
@@ -183,8 +183,8 @@ def kernel_flags(compiler: Compiler, checked: bool) -> list[str]:
         flags += ["-fsanitize-undefined-trap-on-error"]
         # The driver would link GCC's own runtime for -fsanitize=thread.
         return flags + (["-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc"] if checked else [])
-    flags += ["-Wno-everything", "-fsanitize=bounds,alignment,integer-divide-by-zero,shift-exponent"]
-    flags += ["-fsanitize-trap=all"]
+    flags += ["-Wno-everything", "-fsanitize-trap=all"]
+    flags += ["-fsanitize=bounds,alignment,integer-divide-by-zero,shift-exponent"]
     if compiler.family == "zig" or int(compiler.version.split(".")[0]) >= 20:
         flags += ["-fno-sanitize-merge=all"]  # else all traps of a function share one line
     # -Xclang: only the instrumentation, without the driver linking a runtime.

@@ -15,12 +15,15 @@
 #endif
 
 // Which call this is: as a default argument, the line and the column of the caller. Lanes meet only at
-// the same call.
+// the same call. (g++ knows no columns, so there two calls on one line are the same.)
 #if __has_builtin(__builtin_COLUMN)
-#define MCPU_SITE int site = (__builtin_LINE() << 9) | (__builtin_COLUMN() & 511)
+constexpr int mcpu_here(int line = __builtin_LINE(), int column = __builtin_COLUMN()) {
+  return line << 9 | (column & 511);
+}
 #else
-#define MCPU_SITE int site = __builtin_LINE() << 9
+constexpr int mcpu_here(int line = __builtin_LINE()) { return line << 9; }
 #endif
+#define MCPU_SITE int site = mcpu_here()
 
 namespace metal {
 enum class mem_flags {

@@ -1,17 +1,17 @@
 // The Metal standard library for the strict pass: declarations only, with address spaces as real type
 // qualifiers and clang's own vectors. Nothing of this is ever run.
 #pragma once
-typedef signed char int8_t;
+typedef signed char int8_t;  // spelled out: a syntax check may have no system headers
 typedef short int16_t;
 typedef int int32_t;
 typedef long int64_t;
-typedef unsigned char uint8_t, uchar;
-typedef unsigned short uint16_t, ushort;
-typedef unsigned uint32_t, uint;
-typedef unsigned long uint64_t, ulong, size_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned uint32_t;
+typedef unsigned long uint64_t, size_t;
 typedef long ptrdiff_t;
-typedef _Float16 half;
-typedef __bf16 bfloat;
+#define MCPU_STRICT
+#include "types.h"
 
 #define __METAL__ 1
 #define __METAL_VERSION__ 310
@@ -24,35 +24,6 @@ typedef __bf16 bfloat;
 #define double metal_has_no_double_type
 
 namespace metal {
-using ::bfloat;
-using ::half;
-template <class T, T v> struct integral_constant { static constexpr T value = v; };
-using true_type = integral_constant<bool, true>;
-using false_type = integral_constant<bool, false>;
-template <class A, class B> struct is_same : integral_constant<bool, __is_same(A, B)> {};
-template <class A, class B> constexpr bool is_same_v = __is_same(A, B);
-template <class A, class B> constexpr bool is_convertible_v = __is_convertible_to(A, B);
-template <class T> constexpr bool is_integral_v = __is_integral(T);
-template <class T> constexpr bool is_unsigned_v = __is_unsigned(T);
-template <class T> constexpr bool is_signed_v = __is_signed(T);
-template <class T> constexpr bool is_floating_point_v = __is_floating_point(T);
-template <bool c, class T = void> struct enable_if {};
-template <class T> struct enable_if<true, T> { using type = T; };
-template <bool c, class T = void> using enable_if_t = typename enable_if<c, T>::type;
-template <bool c, class A, class B> struct conditional { using type = A; };
-template <class A, class B> struct conditional<false, A, B> { using type = B; };
-template <bool c, class A, class B> using conditional_t = typename conditional<c, A, B>::type;
-template <class T> using remove_cv_t = __remove_cv(T);
-template <class T> using remove_reference_t = __remove_reference_t(T);
-template <class T> struct numeric_limits {
-  static constexpr T max() { return T(1); }
-  static constexpr T min() { return T(0); }
-  static constexpr T lowest() { return T(0); }
-  static constexpr T epsilon() { return T(1); }
-  static constexpr T infinity() { return T(1); }
-  static constexpr T quiet_NaN() { return T(1); }
-};
-
 // ---- vectors ----
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 template <class V, class... A> constexpr V make_vec(A...) { return V(); }  // see strict.py
@@ -185,18 +156,4 @@ typedef atomic<ulong> atomic_ulong;
 IN_SPACE(device) IN_SPACE(threadgroup)
 }  // namespace metal
 
-template <class T, class U> T as_type(U);
-#define INFINITY __builtin_inff()
-#define NAN __builtin_nanf("")
-#define HUGE_VALF __builtin_inff()
-#define FLT_MAX 3.40282347e+38f
-#define FLT_MIN 1.17549435e-38f
-#define FLT_EPSILON 1.19209290e-07f
-#define HALF_MAX ((half)65504.0f)
-#define M_PI_F 3.14159265358979323846f
-#define M_E_F 2.71828182845904523536f
-#define M_LOG2E_F 1.44269504088896340736f
-#define M_LN2_F 0.693147180559945309417f
-#define M_SQRT2_F 1.41421356237309504880f
-#define M_SQRT1_2_F 0.707106781186547524401f
 using namespace metal;

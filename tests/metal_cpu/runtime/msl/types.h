@@ -1,10 +1,12 @@
 // Metal's scalar types, type traits and numeric limits.
 #pragma once
+#ifndef MCPU_STRICT
 #include <stddef.h>
 #include <stdint.h>
+#endif
 
 #ifdef __clang__
-typedef _Float16 half;   // rounded after every operation: see -ffloat16-excess-precision=none
+typedef _Float16 half;  // rounded after every operation: see -ffloat16-excess-precision=none
 typedef __bf16 bfloat;
 #else
 #include "float16_gcc.h"
@@ -105,7 +107,7 @@ MCPU_LIMITS(bfloat, 3.38953139e+38f, 1.17549435e-38f, 0.0078125f)
 }  // namespace metal
 
 template <class T, class U>
-inline T as_type(const U& value) {
+inline T as_type(U value) {
   static_assert(sizeof(T) == sizeof(U), "as_type needs types of the same size");
   T result;
   __builtin_memcpy((void*)&result, &value, sizeof(result));
