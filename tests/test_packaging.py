@@ -84,13 +84,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, setuptools_path: str) -> dic
     return {"wheel": files, "top level": packages, "sdist": sources}
 
 
-def checkout_files(folder: str, *patterns: str) -> set[str]:
-    """The names, relative to the checkout, of its files in a folder."""
-    found = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+def checkout_files(folder: str) -> set[str]:
+    """The names, relative to the checkout, of the source and data files in a folder."""
     return {
         path.relative_to(ROOT).as_posix()
-        for path in found
-        if path.is_file() and "__pycache__" not in path.parts
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
 
 
@@ -100,10 +99,8 @@ def test_the_wheel_has_one_top_level_package(built: dict[str, set[str]]):
 
 
 def test_the_wheel_holds_every_module_and_data_file(built: dict[str, set[str]]):
-    expected = checkout_files("mlx_delta", "**/*.py", "py.typed", "bundled/**/*")
-    beside = checkout_files("kernels", "**/*.py", "*.metal", "*.h")
-    beside |= checkout_files("convert", "**/*.py")
-    expected |= {f"mlx_delta/{name}" for name in beside}
+    beside = checkout_files("kernels") | checkout_files("convert")
+    expected = checkout_files("mlx_delta") | {f"mlx_delta/{name}" for name in beside}
     assert {"mlx_delta/py.typed", "mlx_delta/kernels/__init__.py"} <= expected
     assert expected - built["wheel"] == set()
 
@@ -122,10 +119,8 @@ def test_the_wheel_holds_nothing_else(built: dict[str, set[str]]):
 
 
 def test_the_sdist_holds_what_a_build_and_a_test_run_need(built: dict[str, set[str]]):
-    expected = checkout_files("mlx_delta", "**/*.py", "py.typed", "bundled/**/*")
-    expected |= checkout_files("kernels", "**/*.py", "*.metal", "*.h")
-    expected |= checkout_files("convert", "**/*.py")
-    expected |= checkout_files("tests", "**/*.py")
+    folders = ("mlx_delta", "kernels", "convert", "tests")
+    expected = set().union(*map(checkout_files, folders))
     expected |= {"pyproject.toml", "LICENSE", "README.md"}
     assert expected - built["sdist"] == set()
 
