@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from .cache import DeltaKVCache, _HeldKeys
 from .config import DeltaConfig
+from .values import ValueStore
 
 
 class BatchDeltaKVCache(_HeldKeys):
@@ -29,7 +30,7 @@ class BatchDeltaKVCache(_HeldKeys):
         super().__init__(config)
         self._lengths = [-int(padding) for padding in left_padding]
         self._encoded = [0] * len(self._lengths)
-        self._spare_valid = [False] * len(self._lengths)
+        self._make_stores()
 
     @property
     def offset(self) -> mx.array:
@@ -94,14 +95,10 @@ class BatchDeltaKVCache(_HeldKeys):
     def filter(self, batch_indices: list[int] | mx.array) -> None:
         """Keep these rows only, in this order."""
         kept = [int(index) for index in batch_indices]
-        rows = mx.array(kept, mx.int32)
-        self.keys, self.values, self.zeros, self._spare = (
-            None if x is None else x[rows]
-            for x in (self.keys, self.values, self.zeros, self._spare)
-        )
+        self._keys.take(kept)
+        self._values.take(mx.array(kept, mx.int32))
         self._lengths = [self._lengths[row] for row in kept]
         self._encoded = [self._encoded[row] for row in kept]
-        self._spare_valid = [self._spare_valid[row] for row in kept]
 
     def extend(self, other: BatchDeltaKVCache) -> None:
         """Append the rows of another batch cache."""
@@ -121,37 +118,33 @@ class BatchDeltaKVCache(_HeldKeys):
         cache = DeltaKVCache(self.config)
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
-        cache._spare_valid = [self._spare_valid[idx]]
-        if self.keys is not None:
-            length = max(1, cache.offset)
-            blocks = -(-length // self.config.block_size)
-            cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, :length])
-            cache.values = mx.contiguous(self.values[idx : idx + 1, :, :length])
-            cache.zeros = mx.contiguous(self.zeros[idx : idx + 1, :, :blocks])
-            cache._spare = mx.contiguous(self._spare[idx : idx + 1])
+        length = max(1, cache.offset)
+        cache._keys = self._keys.row(idx, length, self._encoded[idx])
+        cache._values = self._values.row(idx, length)
+        cache._model, cache._item_size = self._model, self._item_size
         return cache
 
     def _append_rows(self, caches: list) -> None:
         """Become the rows of all these caches, padded at the end to one length."""
         filled = [cache for cache in caches if not cache.empty()]
+        for cache in filled:
+            _check_same_model(cache, filled[0])
         if filled:
-            self.keys, self.values, self.zeros, self._spare = (
-                mx.concatenate([_padded(cache, name, filled) for cache in caches])
-                for name in ("keys", "values", "zeros", "_spare")
-            )
-        for name in ("_lengths", "_encoded", "_spare_valid"):
+            self._model, self._item_size = filled[0]._model, filled[0]._item_size
+        counts = [len(cache._lengths) for cache in caches]
+        self._keys = type(caches[0]._keys).join([cache._keys for cache in caches], counts)
+        self._values = ValueStore.join([cache._values for cache in caches], counts)
+        for name in ("_lengths", "_encoded"):
             setattr(self, name, [x for cache in caches for x in getattr(cache, name)])
 
 
-def _padded(cache: _HeldKeys, name: str, filled: list[_HeldKeys]) -> mx.array:
-    """A cache's buffer, padded on axis 2 to the longest of all; zeros where it has none."""
-    largest = max((getattr(c, name) for c in filled), key=lambda x: x.shape[2])
-    buffer = getattr(cache, name)
-    if buffer is None:
-        return mx.zeros((len(cache._lengths), *largest.shape[1:]), largest.dtype)
-    padding = [(0, 0)] * buffer.ndim
-    padding[2] = (0, largest.shape[2] - buffer.shape[2])
-    return mx.pad(buffer, padding)
+def _check_same_model(cache: _HeldKeys, other: _HeldKeys) -> None:
+    """Rows of one batch are of one model."""
+    if cache._model != other._model:
+        raise ValueError(
+            "[BatchDeltaKVCache] caches of different models can't share a batch: kv heads and head "
+            f"dimensions are {cache._model} and {other._model}."
+        )
 
 
 def _check_same_setting(where: str, caches: list) -> None:

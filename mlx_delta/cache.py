@@ -3,16 +3,15 @@
 :class:`DeltaKVCache` fulfils mlx-lm's cache contract for one text (or several of equal length);
 its twin for ragged batches is in ``batch_cache.py``. What they share is :class:`_HeldKeys`.
 
-Positions count from the start of a row's own text, so token ``t`` of every row lies at index
-``t`` of the buffers, whatever padding the batch came with. One buffer serves both kinds of keys:
-a block is encoded, in place, once no later query's window reaches it.
+Positions count from the start of a row's own text, whatever padding the batch came with. A block
+is encoded once no later query's window reaches it. Keys are stored in full
+(:mod:`mlx_delta.dense_keys`) or packed (:mod:`mlx_delta.packed`), as the setting says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -20,39 +19,60 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache
 
 from .config import DeltaConfig
-from .hold import hold_blocks
+from .dense_keys import DenseKeys, KeyView
+from .packed import PackedKeys, PackedView
+from .values import ValueStore
 
 STATE_VERSION = 1
 
-# A row index: every row, or some of them.
-Rows = slice | mx.array
 
-
-@dataclass(frozen=True)
 class HybridKeys:
     """What an update leaves for attention to read.
 
     Attributes:
-        held: [B, Hkv, capacity, D]; held keys in every block that is far from the last query.
-        full: [B, Hkv, capacity, D]; full keys in every block that is near to the first query.
-        values: [B, Hkv, capacity, Dv].
+        keys: The keys as they are stored; ``held`` and ``full`` are views of them.
+        stored_values: The values as they are stored.
         starts: Position of each row's first query; one entry when all rows agree.
         length: Keys to look at, over all rows: one more than the last query's position.
         block_size: Tokens in a block.
         window_blocks: Blocks before a query's own that stay exact.
     """
 
-    held: mx.array
-    full: mx.array
-    values: mx.array
-    starts: tuple[int, ...]
-    length: int
-    block_size: int
-    window_blocks: int
+    def __init__(
+        self,
+        keys: KeyView | PackedView,
+        values: ValueStore,
+        starts: tuple[int, ...],
+        length: int,
+        config: DeltaConfig,
+        dtype: mx.Dtype,
+    ):
+        self.keys = keys
+        self.stored_values = values
+        self.starts = starts
+        self.length = length
+        self.block_size = config.block_size
+        self.window_blocks = config.window_blocks
+        self._dtype = dtype
+
+    @property
+    def held(self) -> mx.array:
+        """[B, Hkv, length or more, D]; held keys in every block far from the last query."""
+        return self.keys.held
+
+    @property
+    def full(self) -> mx.array:
+        """[B, Hkv, length or more, D]; full keys in every block near to the first query."""
+        return self.keys.full
+
+    @cached_property
+    def values(self) -> mx.array:
+        """[B, Hkv, length, Dv], of the model's type."""
+        return self.stored_values.dense(self.length, self._dtype)
 
 
 class _HeldKeys(_BaseCache):
-    """Buffers of keys, values and counts of zeros, and the encoding of finished blocks.
+    """Stores of keys and values, and which blocks are encoded.
 
     Subclasses say how many rows there are. ``_lengths`` and ``_encoded`` (tokens, and encoded
     blocks) have one entry per row, or a single one where all rows agree.
@@ -60,18 +80,21 @@ class _HeldKeys(_BaseCache):
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
 
+    # Kv heads, and dimensions of a key and a value; None before the first update.
+    _model: tuple[int, ...] | None = None
+    _item_size = 0  # bytes of a number of the model's type
+
     def __init__(self, config: DeltaConfig | None = None):
         self.config = config or DeltaConfig()
-        # mx.array, or None before the first update.
-        self.keys: Any = None
-        self.values: Any = None
-        self.zeros: Any = None  # [B, Hkv, blocks], zero deltas of encoded blocks
-        # Full keys of the last encoded block, [B, Hkv, block_size, D]: one block of slack, so
-        # that rewinding by up to a block is exact.
-        self._spare: Any = None
-        self._spare_valid: list[bool] = [False]
         self._lengths: list[int] = [0]
         self._encoded: list[int] = [0]
+        self._make_stores()
+
+    def _make_stores(self) -> None:
+        """Empty stores, as the setting asks for."""
+        store = DenseKeys if self.config.key_bits is None else PackedKeys
+        self._keys: DenseKeys | PackedKeys = store(self.config, len(self._lengths))
+        self._values = ValueStore(self.config.value_bits)
 
     # Reading and writing.
 
@@ -84,24 +107,35 @@ class _HeldKeys(_BaseCache):
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] to every row."""
         steps = keys.shape[2]
         if self.config.block_fraction is not None:
-            self.config = self.config.resolve(steps)
+            self.config = self._keys.config = self.config.resolve(steps)
+        self._check_shapes(keys, values)
         starts = tuple(self._lengths)
         length = max(starts) + steps
-        self._reserve(keys, values, length)
-        self._write(keys, values)
-        full = self.keys[...]  # a handle of its own: encoding replaces blocks in place
+        capacity = -(-length // self.step) * self.step
+        self._values.write(values, starts, capacity)
         targets = self._far_blocks([end - 1 for end in self._ends(steps)])
+        targets = [max(pair) for pair in zip(targets, self._encoded, strict=True)]
+        view = self._keys.append(keys, starts, self._encoded, targets, capacity)
         self._lengths = [start + steps for start in starts]
-        self._encode(targets)
-        return HybridKeys(
-            held=self.keys,
-            full=full,
-            values=self.values,
-            starts=starts,
-            length=length,
-            block_size=self.config.block_size,
-            window_blocks=self.config.window_blocks,
-        )
+        self._encoded = targets
+        return HybridKeys(view, self._values, starts, length, self.config, values.dtype)
+
+    def _check_shapes(self, keys: mx.array, values: mx.array) -> None:
+        """Refuse the keys of another model than the cache holds."""
+        got = (keys.shape[1], keys.shape[3], values.shape[3])
+        if self._model is None:
+            self._model, self._item_size = got, keys.itemsize
+        if got != self._model:
+            raise ValueError(
+                f"[{type(self).__name__}] the cache is of a model with kv heads and head "
+                f"dimensions {self._model} but these keys and values have {got}."
+            )
+        buffers = self._values.buffers
+        if buffers is not None and buffers[0].shape[0] != keys.shape[0]:
+            raise ValueError(
+                f"[{type(self).__name__}] the cache has {buffers[0].shape[0]} rows but these keys "
+                f"have {keys.shape[0]}."
+            )
 
     def _ends(self, steps: int) -> list[int]:
         """The end of each row's text after ``steps`` more tokens."""
@@ -111,59 +145,6 @@ class _HeldKeys(_BaseCache):
         """How many blocks a query at each position sees as held ones."""
         block_size, window_blocks = self.config.block_size, self.config.window_blocks
         return [max(0, position // block_size - window_blocks) for position in positions]
-
-    def _reserve(self, keys: mx.array, values: mx.array, length: int) -> None:
-        """Make room for ``length`` tokens."""
-        capacity = 0 if self.keys is None else self.keys.shape[2]
-        if length <= capacity:
-            return
-        grown = -(-length // self.step) * self.step
-        B, H = keys.shape[:2]
-        blocks = -(-grown // self.config.block_size)
-        self.keys = _grow(self.keys, (B, H, grown, keys.shape[3]), keys.dtype)
-        self.values = _grow(self.values, (B, H, grown, values.shape[3]), values.dtype)
-        self.zeros = _grow(self.zeros, (B, H, blocks), mx.int32)
-        if self._spare is None:
-            shape = (B, H, self.config.block_size, keys.shape[3])
-            self._spare = mx.zeros(shape, keys.dtype)
-
-    def _write(self, keys: mx.array, values: mx.array) -> None:
-        """Put new tokens at each row's own position; those before position 0 are padding."""
-        steps = keys.shape[2]
-        if len(set(self._lengths)) == 1:
-            start = self._lengths[0]
-            skip = max(0, -start)
-            self.keys[..., start + skip : start + steps, :] = keys[..., skip:, :]
-            self.values[..., start + skip : start + steps, :] = values[..., skip:, :]
-        elif steps == 1 and min(self._lengths) >= 0:
-            index = mx.array(self._lengths)[:, None, None, None]
-            self.keys = mx.put_along_axis(self.keys, index, keys, axis=2)
-            self.values = mx.put_along_axis(self.values, index, values, axis=2)
-        else:
-            for row, start in enumerate(self._lengths):
-                skip = max(0, -start)
-                if skip < steps:
-                    self.keys[row, :, start + skip : start + steps] = keys[row, :, skip:]
-                    self.values[row, :, start + skip : start + steps] = values[row, :, skip:]
-
-    def _encode(self, targets: list[int]) -> None:
-        """Encode each row up to its target block; blocks are only ever encoded once."""
-        for (encoded, target), rows in _equal_rows(self._encoded, targets).items():
-            if target <= encoded:
-                continue
-            start, end = encoded * self.config.block_size, target * self.config.block_size
-            keys = self.keys[rows, :, start:end]
-            previous = None
-            if not self.config.keyframes and start:
-                previous = self.keys[rows, :, start - 1]
-            held, zeros = hold_blocks(keys, self.config, encoded, previous)
-            self._spare[rows] = keys[:, :, -self.config.block_size :]
-            self.keys[rows, :, start:end] = held
-            self.zeros[rows, :, encoded:target] = zeros
-        for row, target in enumerate(targets):
-            if target > self._encoded[row]:
-                self._encoded[row] = target
-                self._spare_valid[row] = True
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return keys and values for attention code that knows nothing of deltas.
@@ -186,7 +167,8 @@ class _HeldKeys(_BaseCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Keys (held far away, full near) and values of all tokens so far."""
         length = self.size()
-        return self.keys[..., :length, :], self.values[..., :length, :]
+        keys = self._keys.fetch(length, self._encoded)
+        return keys, self._values.dense(length, keys.dtype)
 
     # Rewinding.
 
@@ -202,18 +184,11 @@ class _HeldKeys(_BaseCache):
         """
         n = max(0, min(self.size(), n))
         self._lengths = [length - n for length in self._lengths]
-        block_size = self.config.block_size
         # The blocks in the next query's window have to hold full keys again.
         targets = self._far_blocks(self._lengths)
-        groups = _equal_rows(self._encoded, targets, self._spare_valid)
-        for (encoded, target, spare_valid), rows in groups.items():
-            if target < encoded and spare_valid:
-                start = (encoded - 1) * block_size
-                self.keys[rows, :, start : start + block_size] = self._spare[rows]
-        for row, target in enumerate(targets):
-            if target < self._encoded[row]:
-                self._encoded[row] = target
-                self._spare_valid[row] = False
+        targets = [min(pair) for pair in zip(targets, self._encoded, strict=True)]
+        self._keys.rewind(self._encoded, targets)
+        self._encoded = targets
         return n
 
     # Bookkeeping.
@@ -224,79 +199,107 @@ class _HeldKeys(_BaseCache):
 
     def empty(self) -> bool:
         """Whether nothing was ever written."""
-        return self.keys is None
+        return self._values.buffers is None
+
+    @property
+    def zeros(self) -> mx.array:
+        """Zero deltas of each encoded block, int32 [B, Hkv, blocks]."""
+        return self._keys.zeros
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key."""
+        return self._keys.head_dim
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room to grow included."""
-        buffers = (self.keys, self.values, self.zeros, self._spare)
-        return sum(x.nbytes for x in buffers if x is not None)
+        return self.key_nbytes + self.value_nbytes
+
+    @property
+    def key_nbytes(self) -> int:
+        """Bytes allocated for keys: everything but the values."""
+        return self._keys.nbytes
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes allocated for values."""
+        return self._values.nbytes
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that mlx-lm's dense cache would have allocated for as many tokens."""
-        if self.keys is None:
+        if self._model is None or self._values.buffers is None:
             return 0
-        B, H, _, head_dim = self.keys.shape
+        B = self._values.buffers[0].shape[0]
+        H, head_dim, value_dim = self._model
         tokens = -(-self.size() // self.step) * self.step
-        per_token = head_dim * self.keys.itemsize + self.values.shape[3] * self.values.itemsize
-        return B * H * tokens * per_token
+        return B * H * tokens * (head_dim + value_dim) * self._item_size
 
     @property
     def state(self) -> list[Any]:
         """Everything needed to go on: a JSON header and the buffers."""
+        keys, *others = self._keys.arrays()
         header = {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
             "lengths": self._lengths,
             "encoded": self._encoded,
-            "spare_valid": self._spare_valid,
+            "model": self._model,
+            "item_size": self._item_size,
+            **self._keys.header(),
         }
-        return [json.dumps(header), self.keys, self.values, self.zeros, self._spare]
+        return [json.dumps(header), keys, *self._values.arrays(), *others]
 
     @state.setter
     def state(self, state: Any) -> None:
         name = type(self).__name__
         try:
-            header, keys, values, zeros, spare = state
-            header = json.loads(header)
+            header = json.loads(state[0])
             version = header["version"]
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"[{name}] not a saved state of this cache: {error}.") from error
-        if version != STATE_VERSION:
+            if version != STATE_VERSION:
+                raise ValueError(
+                    f"it has version {version} but this library reads version {STATE_VERSION}"
+                )
+            self.config = DeltaConfig.from_dict(header["config"])
+            self._lengths, self._encoded = header["lengths"], header["encoded"]
+            self._item_size = header["item_size"]
+            self._model = None if header["model"] is None else tuple(header["model"])
+            self._make_stores()
+            end = 2 + self._values.n_arrays
+            if len(state) != end + self._keys.n_arrays - 1:
+                raise ValueError(f"it has {len(state)} parts")
+            self._keys.restore(header, [state[1], *state[end:]])
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(
-                f"[{name}] saved state has version {version} but this library reads version "
-                f"{STATE_VERSION}; make the prompt cache anew."
-            )
-        self.config = DeltaConfig.from_dict(header["config"])
-        self._lengths = header["lengths"]
-        self._encoded = header["encoded"]
-        self._spare_valid = header["spare_valid"]
-        self.keys, self.values, self.zeros, self._spare = keys, values, zeros, spare
-        self._check_state(name)
+                f"[{name}] not a saved state of this cache: {error}; make the prompt cache anew."
+            ) from error
+        values = state[2:end]
+        self._values.buffers = None if values[0] is None else tuple(values)
+        self._check_state(name, state[1:])
 
-    def _check_state(self, name: str) -> None:
+    def _check_state(self, name: str, buffers: list[Any]) -> None:
         """Refuse a state whose counts and buffers do not fit together."""
-        counts = {len(self._lengths), len(self._encoded), len(self._spare_valid)}
-        if len(counts) != 1:
+        if len(self._lengths) != len(self._encoded):
             raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
-        buffers = (self.keys, self.values, self.zeros, self._spare)
         if all(x is None for x in buffers):
             return
-        if any(not isinstance(x, mx.array) for x in buffers):
+        needed = [buffers[0], *(self._values.buffers or [None]), self._keys.zeros]
+        if any(not isinstance(x, mx.array) for x in needed) or self._model is None:
             raise ValueError(f"[{name}] saved state lacks one of its buffers.")
-        B, H, capacity, head_dim = self.keys.shape
-        block_size = self.config.block_size
-        expected = {
-            "values": (self.values.shape[:3], (B, H, capacity)),
-            "zeros": (self.zeros.shape, (B, H, -(-capacity // block_size))),
-            "spare": (self._spare.shape, (B, H, block_size, head_dim)),
-        }
-        for what, (shape, wanted) in expected.items():
-            if tuple(shape) != wanted:
-                raise ValueError(f"[{name}] saved {what} have shape {shape}, expected {wanted}.")
+        B, H, _, head_dim = buffers[0].shape
+        if (H, head_dim) != self._model[:2] or len(self._lengths) not in (1, B):
+            raise ValueError(
+                f"[{name}] saved keys have shape {tuple(buffers[0].shape)} but the state is of "
+                f"{len(self._lengths)} rows of a model of {self._model}."
+            )
+        assert self._values.buffers is not None
+        values = self._values.buffers[0]
+        size = self.config.block_size
+        capacity = self._keys.check(name, self._lengths, self._encoded) or values.shape[2]
+        self._values.check(name, (B, H, capacity))
         for length, encoded in zip(self._lengths, self._encoded, strict=True):
-            if length > capacity or not 0 <= encoded * block_size <= max(0, length):
+            if length > capacity or not 0 <= encoded * size <= max(0, length):
                 raise ValueError(
                     f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "
                     f"in a buffer of {capacity} tokens."
@@ -331,21 +334,3 @@ class DeltaKVCache(_HeldKeys):
         from .batch_cache import BatchDeltaKVCache
 
         return BatchDeltaKVCache.merge(caches)
-
-
-def _grow(buffer: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """A buffer of this shape that starts with what the old one held; longer on axis 2 only."""
-    if buffer is None:
-        return mx.zeros(shape, dtype)
-    room = (*shape[:2], shape[2] - buffer.shape[2], *shape[3:])
-    return mx.concatenate([buffer, mx.zeros(room, buffer.dtype)], axis=2)
-
-
-def _equal_rows(*counts: Sequence[int]) -> dict[tuple[int, ...], Rows]:
-    """Rows that agree in all counts, to be worked on together."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, key in enumerate(zip(*counts, strict=True)):
-        groups.setdefault(key, []).append(row)
-    if len(groups) == 1:
-        return {key: slice(None) for key in groups}
-    return {key: mx.array(rows) for key, rows in groups.items()}

@@ -6,7 +6,7 @@ what runs without Metal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -58,6 +58,12 @@ class PackedBlocks:
     dtype: mx.Dtype
     head_dim: int
 
+    def first(self, blocks: int) -> PackedBlocks:
+        """The first blocks only."""
+        grid = None if self.grid is None else self.grid[:, :, :blocks]
+        masks, offsets = self.masks[:, :, :blocks], self.offsets[:, :, :blocks]
+        return replace(self, masks=masks, offsets=offsets, grid=grid)
+
 
 def storage_type(dtype: mx.Dtype) -> mx.Dtype:
     """The 16-bit type that keys of a type are stored in.
@@ -85,6 +91,16 @@ def to_storage(values: mx.array) -> mx.array:
 def worst_words(block_size: int, head_dim: int, bits: int) -> int:
     """Words of a block's payload if every value changes."""
     return -(-block_size * head_dim // (32 // bits))
+
+
+def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
+    """Hold and pack the keys of whole blocks; see :func:`pack_blocks`."""
+    return pack_blocks(keys, config, first_block)
+
+
+def unpack(packed: PackedBlocks, blocks: int) -> mx.array:
+    """Held keys of the first blocks, [B, Hkv, blocks * block_size, D]; see ``unpack_blocks``."""
+    return unpack_blocks(packed.first(blocks))
 
 
 def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:

@@ -91,7 +91,7 @@ def _skipped(cache: _HeldKeys, first: int, end: int, row: int) -> np.ndarray:
 def _block_zeros(cache: _HeldKeys, row: int) -> tuple[np.ndarray, int]:
     """Zero deltas of each encoded block [Hkv, blocks], and head_dim."""
     encoded = cache._encoded[row if len(cache._encoded) > 1 else 0]
-    return np.array(cache.zeros[row, :, :encoded], np.int64), cache.keys.shape[3]
+    return np.array(cache.zeros[row, :, :encoded], np.int64), cache.head_dim
 
 
 def _paper(cache: _HeldKeys, length: int, row: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -28,7 +29,11 @@ from .tiny import SMALL, smooth_keys
 LENGTH = 150
 TEXT = inputs(LENGTH)
 CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False)
-each_setting = pytest.mark.parametrize("config", [SMALL, CHAIN], ids=["blocks", "chain"])
+PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
+CODED = dataclasses.replace(SMALL, key_bits=4)
+each_setting = pytest.mark.parametrize(
+    "config", [SMALL, CHAIN, PACKED, CODED], ids=["blocks", "chain", "packed", "coded"]
+)
 
 
 def whole(config: DeltaConfig) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""What the stores of keys and values share: growing, padding and writing row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+# A row index: every row, or some of them.
+Rows = slice | mx.array
+
+
+def equal_rows(*counts: Sequence[int]) -> dict[tuple[int, ...], Rows]:
+    """Rows that agree in all counts, to be worked on together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, key in enumerate(zip(*counts, strict=True)):
+        groups.setdefault(key, []).append(row)
+    if len(groups) == 1:
+        return {key: slice(None) for key in groups}
+    return {key: mx.array(rows) for key, rows in groups.items()}
+
+
+def grow(buffer: mx.array | None, shape: Sequence[int], dtype: mx.Dtype, axis: int = 2) -> mx.array:
+    """A buffer of this shape that starts with what the old one held; longer on one axis only."""
+    if buffer is None:
+        return mx.zeros(tuple(shape), dtype)
+    if buffer.shape[axis] >= shape[axis]:
+        return buffer
+    room = list(shape)
+    room[axis] -= buffer.shape[axis]
+    return mx.concatenate([buffer, mx.zeros(room, buffer.dtype)], axis=axis)
+
+
+def pad_to(buffer: mx.array, size: int, axis: int = 2) -> mx.array:
+    """The buffer with zeros behind it on one axis, up to a size."""
+    padding = [(0, 0)] * buffer.ndim
+    padding[axis] = (0, size - buffer.shape[axis])
+    return mx.pad(buffer, padding)
+
+
+def write_tokens(buffer: mx.array, new: mx.array, starts: Sequence[int]) -> mx.array:
+    """Put tokens at each row's own index; those before index 0 are padding and left out.
+
+    Args:
+        buffer: [B, H, capacity, D]; changed in place.
+        new: [B, H, L, D].
+        starts: Index of each row's first new token; one entry where all rows agree.
+
+    Returns:
+        The buffer with the tokens in it.
+    """
+    steps = new.shape[2]
+    if len(set(starts)) == 1:
+        start = starts[0]
+        skip = max(0, -start)
+        buffer[..., start + skip : start + steps, :] = new[..., skip:, :]
+    elif steps == 1 and min(starts) >= 0:
+        index = mx.array(list(starts))[:, None, None, None]
+        buffer = mx.put_along_axis(buffer, index, new, axis=2)
+    else:
+        for row, start in enumerate(starts):
+            skip = max(0, -start)
+            if skip < steps:
+                buffer[row, :, start + skip : start + steps] = new[row, :, skip:]
+    return buffer
