@@ -196,7 +196,7 @@ class MetalBench:
         ignored = {"output not written"} if allow_unwritten else set()
         problems = [d.describe(generated.source) for d in result.diagnoses if d.kind not in ignored]
         problems += [
-            f"out-of-bounds access: byte {m.overrun} past '{m.name}' was written"
+            f"out-of-bounds access: byte {m.overrun} of '{m.name}' was written"
             for m in memories
             if m.overrun is not None
         ]

@@ -17,7 +17,7 @@ Placement = Literal["end", "start", "unaligned"]
 _GUARD = 4 << 30  # inaccessible bytes on each side of a buffer: no 32-bit index jumps over them
 _MAX_FAULTS = 32
 _INPUT, _OUTPUT = 0, 1
-_POISON = 0xFF  # NaN in every floating-point type
+_POISON = b"\xff"  # NaN in every floating-point type
 _lock = threading.Lock()  # the runtime has one set of fibers
 
 
@@ -52,7 +52,7 @@ class Memory:
     is_initialised: bool = True
     placement: Placement = "end"
     traffic: Traffic = field(default_factory=Traffic)
-    overrun: int | None = None  # the first byte past its end that was written
+    overrun: int | None = None  # a byte just outside that was written, from the start
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Fault(c.Structure):
         ("pc", c.c_size_t),
         ("other_pc", c.c_size_t),
         ("other_thread", c.c_int),
-        ("region_name", c.c_char_p),
+        ("variable_name", c.c_char_p),
     ]
 
 
@@ -110,6 +110,7 @@ class _Options(c.Structure):
         ("seed", c.c_uint64),
         ("checked", c.c_int),
         ("divergent_simd", c.c_int),
+        ("byte_cells", c.c_int),
         ("timeout_s", c.c_double),
     ]
 
@@ -159,7 +160,6 @@ class _Mapped:
             kind=_OUTPUT if memory.is_output else _INPUT,
             granularity=memory.item_size,
             initialised=memory.is_initialised,
-            name=memory.name.encode(),
         )
 
     def read_back(self, traffic: _Traffic) -> None:
@@ -167,10 +167,14 @@ class _Mapped:
         memory.traffic = Traffic(*(getattr(traffic, name) for name, *_ in _Traffic._fields_))
         if not memory.is_output:
             return
-        past_end = self.address + len(memory.data)
-        rest = c.string_at(past_end, self.end - past_end)
-        memory.overrun = next((i for i, byte in enumerate(rest) if byte != _POISON), None)
-        memory.data = c.string_at(self.address, len(memory.data))
+        size, first = len(memory.data), self.mapping.base + _GUARD
+        before = c.string_at(first, self.address - first)
+        after = c.string_at(self.address + size, self.end - self.address - size)
+        if after.strip(_POISON):
+            memory.overrun = size + len(after) - len(after.lstrip(_POISON))
+        elif before.strip(_POISON):
+            memory.overrun = len(before.rstrip(_POISON)) - 1 - len(before)
+        memory.data = c.string_at(self.address, size)
 
     def unmap(self) -> None:
         self.runtime.mcpu_unmap(c.byref(self.mapping))
@@ -178,7 +182,7 @@ class _Mapped:
 
 def poison(size: int) -> bytes:
     """What an output holds before a kernel writes it."""
-    return bytes([_POISON]) * size
+    return _POISON * size
 
 
 def launch(
@@ -196,40 +200,58 @@ def launch(
     """Runs a compiled kernel; the memories' data, traffic and overrun are updated."""
     runtime, kernel = _load_runtime(runtime_path), _load_kernel(kernel_path)
     options = _Options(
-        (c.c_uint32 * 3)(*grid),
-        (c.c_uint32 * 3)(*threadgroup),
-        seed,
-        checked,
-        divergent_simd,
-        timeout_s,
+        grid=(c.c_uint32 * 3)(*grid),
+        threadgroup=(c.c_uint32 * 3)(*threadgroup),
+        seed=seed,
+        checked=checked,
+        divergent_simd=divergent_simd,
+        timeout_s=timeout_s,
     )
     faults = (_Fault * _MAX_FAULTS)()
-    threadgroup_bytes = c.c_size_t()
-    mapped: list[_Mapped] = []
+    used = c.c_size_t()
     with _lock:
-        try:
-            mapped.extend(_Mapped(runtime, memory) for memory in memories)
-            regions = (_Region * len(mapped))(*(m.region() for m in mapped))
-            pointers = (c.c_void_p * len(mapped))(*(m.address for m in mapped))
-            count = runtime.mcpu_launch(
-                kernel.mcpu_entry,
-                pointers,
-                regions,
-                len(mapped),
-                c.byref(options),
-                faults,
-                c.byref(threadgroup_bytes),
-            )
+        count = _launch_once(runtime, kernel, memories, options, faults, used)
+        if count < 0:
+            options.byte_cells = True
+            count = _launch_once(runtime, kernel, memories, options, faults, used)
+    names = [memory.name for memory in memories]
+    return LaunchResult(_diagnose(kernel_path, kernel, names, faults[:count]), used.value)
+
+
+def _launch_once(
+    runtime: c.CDLL,
+    kernel: c.CDLL,
+    memories: Sequence[Memory],
+    options: _Options,
+    faults: c.Array[_Fault],
+    used_threadgroup_bytes: c.c_size_t,
+) -> int:
+    mapped: list[_Mapped] = []
+    try:
+        mapped.extend(_Mapped(runtime, memory) for memory in memories)
+        regions = (_Region * len(mapped))(*(m.region() for m in mapped))
+        pointers = (c.c_void_p * len(mapped))(*(m.address for m in mapped))
+        count: int = runtime.mcpu_launch(
+            kernel.mcpu_entry,
+            pointers,
+            regions,
+            len(mapped),
+            c.byref(options),
+            faults,
+            c.byref(used_threadgroup_bytes),
+        )
+        if count >= 0:
             for m, region in zip(mapped, regions, strict=True):
                 m.read_back(region.traffic)
-        finally:
-            for m in mapped:
-                m.unmap()
-    diagnoses = _diagnose(kernel_path, kernel, faults[:count])
-    return LaunchResult(diagnoses, threadgroup_bytes.value)
+        return count
+    finally:
+        for m in mapped:
+            m.unmap()
 
 
-def _diagnose(path: Path, kernel: c.CDLL, faults: Sequence[_Fault]) -> list[Diagnosis]:
+def _diagnose(
+    path: Path, kernel: c.CDLL, buffers: Sequence[str], faults: Sequence[_Fault]
+) -> list[Diagnosis]:
     base = _load_address(kernel)
     addresses = [max(pc - base, 1) for fault in faults for pc in (fault.pc, fault.other_pc)]
     lines = source_lines(path, addresses)
@@ -237,7 +259,7 @@ def _diagnose(path: Path, kernel: c.CDLL, faults: Sequence[_Fault]) -> list[Diag
         Diagnosis(
             kind=FAULTS[fault.kind],
             line=fault.site >> 9 or lines[2 * i],  # a call's line is known, an access's looked up
-            buffer=(fault.region_name or b"").decode(),
+            buffer=_region_name(fault, buffers),
             is_write=bool(fault.is_write),
             a=fault.a,
             b=fault.b,
@@ -248,6 +270,12 @@ def _diagnose(path: Path, kernel: c.CDLL, faults: Sequence[_Fault]) -> list[Diag
         )
         for i, fault in enumerate(faults)
     ]
+
+
+def _region_name(fault: _Fault, buffers: Sequence[str]) -> str:
+    if 0 <= fault.region < len(buffers):
+        return buffers[fault.region]
+    return bytes(fault.variable_name or b"").decode()
 
 
 class _DynamicInfo(c.Structure):

@@ -103,7 +103,8 @@ def without_comments(source: str) -> str:
 def _reference(declaration: str) -> str:
     """`float a[4], b` as C++ that binds `a` and `b` to memory of the runtime."""
     lines = declaration.count("\n")
-    first, *others = split_top_level(without_comments(declaration))
+    code = without_comments(declaration).replace("\n", " ")
+    first, *others = split_top_level(code)
     match = _DECLARATOR.search(first)
     if match is None:
         raise RewriteError(f"cannot read the declaration: threadgroup {declaration.strip()!r}")

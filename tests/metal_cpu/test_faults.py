@@ -104,9 +104,16 @@ MEMORY = [
     Mistake(
         "write-past-end-before-the-guard-page",
         "out[i + 3] = x[i];",
-        "byte 0 past 'out' was written",
+        "byte 244 of 'out' was written",
         "fast",
         {"output_shapes": [(61,)], "allow_unwritten": True},
+    ),
+    Mistake(
+        "write-before-start",
+        "out[int(i) - 1] = x[i];",
+        "byte -1 of 'out' was written",
+        "fast",
+        {"allow_unwritten": True},
     ),
     Mistake(
         "write-past-end-exactly",

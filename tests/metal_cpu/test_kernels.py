@@ -348,6 +348,21 @@ def test_threads_that_exit_early_do_not_disturb_simd_functions(
     assert out[0].tolist() == [32.0] * 32 + [8.0] * 8
 
 
+def test_bytes_of_wider_elements_do_not_race(bench: MetalBench) -> None:
+    body = """
+        threadgroup uint b[16];
+        uint t = thread_position_in_threadgroup.x;
+        ((threadgroup uchar*)b)[t] = t;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        ((device ushort*)out)[t] = ((threadgroup uchar*)b)[63 - t];"""
+    kernel = KernelSource("bytes", [], ["out"], body)
+    for options in RUNS:
+        out = bench.run(
+            kernel, inputs=[], **outputs((32,), dtype=mx.uint32), **linear(64), **options
+        )
+        assert out[0].view(mx.uint16).tolist() == list(range(63, -1, -1))
+
+
 def test_messages_through_device_memory(bench: MetalBench) -> None:
     body = """uint i = thread_position_in_grid.x; out[i] = i;
         threadgroup_barrier(mem_flags::mem_device);

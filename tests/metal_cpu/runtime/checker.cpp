@@ -31,7 +31,7 @@ struct Shadow {
 };
 
 Shadow shadows[kMaxRegions];
-bool enabled;
+bool enabled, byte_cells, needs_byte_cells;
 int last_region;
 
 int find_region(const char* p) {
@@ -136,6 +136,10 @@ void access(const void* address, long size, AccessType type, const void* return_
     if (type.stores) count(shadow.stored, offset, size, t.stored, t.stored_distinct, nullptr);
   }
   if (!shadow.cells) return;
+  if (offset % region.granularity || size % region.granularity) {
+    needs_byte_cells = true;  // say, bytes of an array of float
+    abort_launch();
+  }
 
   const int memory = region.kind == kThreadgroupVariable;
   const uint32_t simdgroup = mcpu_thread->simdgroup;
@@ -171,15 +175,20 @@ size_t cell_count(const Region& region) { return region.size / region.granularit
 
 }  // namespace
 
-void checker_begin(bool on) {
+void checker_begin(bool on, bool cells_of_one_byte) {
   enabled = on;
+  byte_cells = cells_of_one_byte;
+  needs_byte_cells = false;
   last_region = 0;
 }
+
+bool checker_needs_byte_cells() { return needs_byte_cells; }
 
 void checker_add_region(int index) {
   Region& region = regions[index];
   Shadow& shadow = shadows[index] = {};
   if (!enabled) return;
+  if (byte_cells) region.granularity = 1;
   if (region.kind != kThreadgroupVariable) {
     shadow.loaded = (uint32_t*)calloc(region.size + 1, sizeof(uint32_t));
     shadow.stored = (uint32_t*)calloc(region.size + 1, sizeof(uint32_t));

@@ -16,9 +16,9 @@ struct Region {
   char* start;
   size_t size;
   int kind;
-  int granularity;  // bytes per shadow cell: the smallest unit two threads may write independently
+  int granularity;  // bytes per shadow cell: the smallest unit that is accessed by itself
   int initialised;  // false: memory holds poison, and reading it before writing is a fault
-  const char* name;
+  const char* name;  // a threadgroup variable's
   Traffic traffic;
 };
 
@@ -28,14 +28,14 @@ struct Fault {
   long a, b;
   uint32_t threadgroup[3], thread;
   uintptr_t pc, other_pc;
-  int other_thread;         // -1: unknown
-  const char* region_name;  // null: none
+  int other_thread;           // -1: unknown
+  const char* variable_name;  // of the threadgroup variable, if it is one
 };
 
 struct LaunchOptions {  // mirrored by _Options in launch.py
   uint32_t grid[3], threadgroup[3];
   uint64_t seed;
-  int checked, divergent_simd;
+  int checked, divergent_simd, byte_cells;
   double timeout_s;
 };
 
@@ -55,10 +55,12 @@ extern uint32_t current_group;  // index of the running threadgroup in the grid
 
 bool running();  // is a kernel thread running?
 void add_fault(Fault fault);
+[[noreturn]] void abort_launch();
 bool on_own_stack(const char* address);
 bool on_any_stack(const char* address);
 
-void checker_begin(bool enabled);
+void checker_begin(bool enabled, bool byte_cells);
+bool checker_needs_byte_cells();  // a cell was accessed in parts
 void checker_add_region(int index);
 void checker_reset_region(int index);  // a threadgroup variable, when a new threadgroup starts
 void checker_find_unwritten();

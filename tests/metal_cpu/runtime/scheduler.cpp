@@ -45,8 +45,6 @@ ThreadgroupVariable variables[64];
 int variable_count;
 size_t threadgroup_bytes;
 
-[[noreturn]] void abort_launch() { longjmp(launch_end, 1); }
-
 [[noreturn]] void fatal(int kind, int site, long a = 0, long b = 0) {
   mcpu_fault(kind, site, a, b);
   abort_launch();
@@ -292,6 +290,8 @@ char* map_guarded(size_t size, size_t guard, Mapping& mapping) {
 
 }  // namespace
 
+void abort_launch() { longjmp(launch_end, 1); }
+
 bool running() { return current != nullptr; }
 
 void add_fault(Fault fault) {
@@ -304,7 +304,7 @@ void add_fault(Fault fault) {
     memcpy(fault.threadgroup, mcpu_thread->threadgroup_in_grid, sizeof(fault.threadgroup));
     fault.thread = mcpu_thread->index_in_threadgroup;
   }
-  if (fault.region >= 0) fault.region_name = regions[fault.region].name;
+  if (fault.region >= 0) fault.variable_name = regions[fault.region].name;
   faults[fault_count++] = fault;
   // Going on after these would let the kernel damage memory that is not its own.
   if (running() && (fault.kind == kOutOfBounds || fault.kind == kWriteToConst)) abort_launch();
@@ -380,7 +380,8 @@ void mcpu_make_readonly(const Mapping* mapping, size_t guard) {
 }
 void mcpu_unmap(const Mapping* mapping) { munmap(mapping->base, mapping->size); }
 
-// `buffer_regions` is updated with each buffer's traffic. Returns the number of faults.
+// `buffer_regions` is updated with each buffer's traffic. Returns the number of faults, or -1 if the
+// launch must be repeated with byte_cells.
 int mcpu_launch(Entry kernel, void** kernel_buffers, Region* buffer_regions, int buffer_count,
                 const LaunchOptions* launch_options, Fault* reported, size_t* used_threadgroup_bytes) {
   allocate_stacks();
@@ -395,7 +396,7 @@ int mcpu_launch(Entry kernel, void** kernel_buffers, Region* buffer_regions, int
   memset(&now, 0, sizeof(now));
   region_count = buffer_count;
   memcpy(regions, buffer_regions, buffer_count * sizeof(Region));
-  checker_begin(options.checked);
+  checker_begin(options.checked, options.byte_cells);
   for (int i = 0; i < buffer_count; i++) checker_add_region(i);
 
   install_signals();
@@ -410,7 +411,7 @@ int mcpu_launch(Entry kernel, void** kernel_buffers, Region* buffer_regions, int
   memcpy(buffer_regions, regions, buffer_count * sizeof(Region));
   memcpy(reported, faults, fault_count * sizeof(Fault));
   *used_threadgroup_bytes = threadgroup_bytes;
-  return fault_count;
+  return checker_needs_byte_cells() ? -1 : fault_count;
 }
 
 }  // extern "C"
