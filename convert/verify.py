@@ -1,0 +1,290 @@
+"""Comparing a converted directory with its source, in a process of its own.
+
+Both models run in float32, one layer in memory at a time, on the same text. The directory is
+loaded by ``mlx_delta.load``, so that what is compared is what a user will run. Weights that
+should be exact are compared one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import ConvertError
+from .pipeline import STEP_ELEMENTS
+from .sources import SourceOptions, open_source
+from .weights import Affine, Source, Ternary, Weight
+
+TOKENS = 64
+TEXT = (
+    "The library opened early on the first cold morning of the year. A man with a grey coat "
+    "asked for the map of the harbour, and the clerk, who knew every drawer by heart, found it "
+    "within a minute. 'You will see', she said, 'that the two piers of 1907 are gone; what is "
+    "left are 3 walls and the old light.' He thanked her, paid 25 cents for a copy and left."
+)
+ROWS = 1 << 14  # of the head at once: its float32 logits for the text take 4 MB
+
+
+def run_verification(source: str, folder: Path, reading: SourceOptions) -> dict[str, Any]:
+    """Verify in a fresh process; what it found, for the report.
+
+    Raises:
+        ConvertError: The result could not be loaded, or a weight that should be exact is not.
+    """
+    job = json.dumps({"source": source, "folder": str(folder), "reading": asdict(reading)})
+    process = subprocess.run(
+        [sys.executable, "-m", "mlx_delta.convert", "verify", job],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    lines = process.stdout.strip().splitlines()
+    if process.returncode or not lines:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConvertError(f"the result could not be verified: {reason}")
+    found = json.loads(lines[-1])
+    if found["wrong"]:
+        raise ConvertError(
+            f"the result is wrong: {found['wrong'][0]} does not equal the source "
+            f"({len(found['wrong'])} such); please report this."
+        )
+    if not found["finite"]:
+        raise ConvertError("the result is wrong: its logits are not finite; try --dtype bfloat16.")
+    return dict(found)
+
+
+def main(arguments: list[str]) -> int:
+    """The fresh process: prints what it found as one line of JSON."""
+    job = json.loads(arguments[0])
+    reading = SourceOptions(**job["reading"])
+    print(json.dumps(verify(open_source(job["source"], reading), Path(job["folder"]))))
+    return 0
+
+
+def verify(source: Source, folder: Path) -> dict[str, Any]:
+    """Compare a directory with its source.
+
+    Returns:
+        ``exact``: weights found equal; ``wrong``: those that should be and are not; Kullback-
+        Leibler divergence (source to result), top-1 agreement and losses on the text.
+    """
+    import mlx_delta
+
+    model, tokenizer = mlx_delta.load(folder, delta=None, lazy=True)
+    tokens = _tokens(tokenizer, source)
+    layers = Layers(source)
+    inputs = mx.array(tokens[:-1])[None]
+    new_hidden = model.model.embed_tokens(inputs).astype(mx.float32)
+    old_hidden = layers.embed(tokens[:-1])
+    exact, wrong = 0, []
+
+    def compare_weights(prefixes: tuple[str, ...]) -> None:
+        nonlocal exact
+        for name, weight in source.weights.items():
+            if name.startswith(prefixes) and not weight.lossy and len(weight.shape) == 2:
+                same = _equal(model, name, weight)
+                exact += same is True
+                wrong.extend([name] if same is False else [])
+
+    compare_weights(("model.embed_tokens.", "lm_head."))
+    for i in range(source.arch.layers):
+        compare_weights((f"model.layers.{i}.",))
+        old_hidden = layers.run(i, old_hidden)
+        layer = model.model.layers[i]
+        new_hidden = layer(new_hidden, mask="causal").astype(mx.float32)
+        mx.eval(old_hidden, new_hidden)
+        model.model.layers[i] = None  # its weights are not needed any more
+    new_hidden = model.model.norm(new_hidden)
+    old_hidden = layers.norm(old_hidden)
+    if source.arch.tied:
+        new = model.model.embed_tokens.as_linear(new_hidden)
+    else:
+        new = model.lm_head(new_hidden)
+    old = layers.head(old_hidden)
+    return _compare(old[0], new[0].astype(mx.float32), tokens[1:]) | {
+        "exact": exact,
+        "wrong": wrong,
+    }
+
+
+def _tokens(tokenizer: Any, source: Source) -> list[int]:
+    """A text's tokens, all within the vocabulary."""
+    count = min(TOKENS, source.arch.positions) + 1
+    tokens = [token for token in tokenizer.encode(TEXT) if token < source.arch.vocab]
+    # A tokenizer for a test may know few words; the loss then says little, the rest as much.
+    filler = np.random.RandomState(0).randint(0, source.arch.vocab, count)
+    return [*tokens, *map(int, filler)][: max(count, 2)]
+
+
+def _equal(model: Any, name: str, weight: Weight) -> bool | None:
+    """Whether a layer of the result holds the source's values; ``None`` where it need not.
+
+    Ternary layers: the codes must be the same, the scale within its type's rounding. Layers
+    that were quantized in the source and stayed so, and floating-point layers of the same type:
+    every bit.
+    """
+    module = model
+    same: bool | None
+    for part in name.rpartition(".")[0].split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    rows = weight.shape[0]
+    multiple = weight.row_multiple
+    step = max(multiple, STEP_ELEMENTS // weight.shape[1] // multiple * multiple)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        old = weight.read(start, stop)
+        if isinstance(old, Ternary):
+            same = _same_ternary(module, old, start, stop)
+        elif isinstance(old, Affine):
+            same = _same_affine(module, weight, old, start, stop)
+        elif hasattr(module, "scales"):
+            return None
+        else:
+            new = module.weight[start:stop].astype(mx.float32)
+            same = bool(mx.array_equal(new, old.astype(mx.float32))) or None
+        if same is not True:
+            return same
+    return True
+
+
+def _same_ternary(module: Any, old: Ternary, start: int, stop: int) -> bool:
+    """Compare codes."""
+    if hasattr(module, "weight_scale"):
+        quarter = module.weight.shape[0]
+        packed = np.array(module.weight)
+        rows = [(packed[r % quarter] >> (2 * (r // quarter))) & 3 for r in range(start, stop)]
+        codes = np.stack(rows)
+    else:
+        if not hasattr(module, "scales") or module.bits != 2:
+            return False
+        words = np.array(module.weight[start:stop])
+        codes = (
+            ((words[..., None] >> np.arange(0, 32, 2, dtype=np.uint32)) & 3)
+            .reshape(len(words), -1)
+            .astype(np.uint8)
+        )
+        zero = np.array(module.scales[start:stop].astype(mx.float32)) == 0
+        codes[np.repeat(zero, codes.shape[1] // zero.shape[1], axis=1)] = 1
+    expected = old.codes
+    if old.scales.size > 1:
+        expected = expected.copy()
+        expected[np.repeat(old.scales == 0, expected.shape[1] // old.scales.shape[1], axis=1)] = 1
+    return bool(np.array_equal(codes, expected))
+
+
+def _same_affine(module: Any, weight: Weight, old: Affine, start: int, stop: int) -> bool | None:
+    """Compare codes and scales, where the layer was kept as it was."""
+    if getattr(module, "bits", 0) != weight.bits or module.group_size != weight.group_size:
+        return None
+    if not bool(mx.array_equal(module.weight[start:stop], old.codes)):
+        return False
+    scales = module.scales[start:stop].astype(mx.float32)
+    if not bool(mx.array_equal(scales, old.scales.astype(mx.float32))):
+        return None  # rounded to the type that was asked for
+    return True
+
+
+class Layers:
+    """The source's model, float32, one layer in memory at a time."""
+
+    def __init__(self, source: Source):
+        from mlx_lm.models import bitnet, llama
+
+        self.source = source
+        self._module: Any = bitnet if source.arch.model_type == "bitnet" else llama
+        arch = source.arch
+        from .architecture import rope_entries
+
+        self._args = self._module.ModelArgs.from_dict(
+            {
+                **source.config,
+                **rope_entries(arch.rope),
+                "head_dim": arch.head_dim,
+                "num_key_value_heads": arch.kv_heads,
+                "tie_word_embeddings": arch.tied,
+                "attention_bias": arch.attention_bias,
+                "mlp_bias": arch.mlp_bias,
+                "max_position_embeddings": arch.positions,
+            }
+        )
+
+    def _weight(self, name: str) -> mx.array:
+        weight = self.source.weights[name]
+        rows, step = weight.shape[0], weight.row_multiple
+        step *= max(1, STEP_ELEMENTS // int(np.prod(weight.shape[1:], initial=1)) // step)
+        parts = []
+        for start in range(0, rows, step):
+            parts.append(weight.dequantized(start, min(rows, start + step)))
+            mx.eval(parts[-1])
+        return mx.concatenate(parts)
+
+    def embed(self, tokens: list[int]) -> mx.array:
+        """[1, L, hidden]: only the rows of these tokens are read."""
+        weight = self.source.weights["model.embed_tokens.weight"]
+        rows = []
+        for token in tokens:
+            start = token // weight.row_multiple * weight.row_multiple
+            part = weight.dequantized(start, min(weight.shape[0], start + weight.row_multiple))
+            rows.append(part[token - start])
+        return mx.stack(rows)[None]
+
+    def run(self, index: int, hidden: mx.array) -> mx.array:
+        """One layer."""
+        import mlx.nn as nn
+
+        layer = self._module.TransformerBlock(self._args)
+        prefix = f"model.layers.{index}."
+        names = [name for name in self.source.weights if name.startswith(prefix)]
+        linears = self.source.arch.linears()
+        for path in (path for path in linears if path.startswith(prefix)):
+            parent, name = path.removeprefix(prefix).split(".")
+            bias = path + ".bias" in self.source.weights
+            setattr(layer[parent], name, nn.Linear(linears[path][1], linears[path][0], bias=bias))
+        layer.load_weights([(name.removeprefix(prefix), self._weight(name)) for name in names])
+        return layer(hidden, mask="causal")
+
+    def norm(self, hidden: mx.array) -> mx.array:
+        """The last norm."""
+        return mx.fast.rms_norm(hidden, self._weight("model.norm.weight"), self._args.rms_norm_eps)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits [1, L, vocabulary], some rows of the head at a time."""
+        tied = self.source.arch.tied
+        weight = self.source.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        step = max(weight.row_multiple, ROWS // weight.row_multiple * weight.row_multiple)
+        parts = []
+        for start in range(0, weight.shape[0], step):
+            rows = weight.dequantized(start, min(weight.shape[0], start + step))
+            parts.append(hidden @ rows.T)
+            mx.eval(parts[-1])
+        return mx.concatenate(parts, axis=-1)
+
+
+def _compare(old: mx.array, new: mx.array, targets: list[int]) -> dict[str, Any]:
+    """Divergence, agreement and losses of logits [L, vocabulary]."""
+    old = old - mx.logsumexp(old, axis=-1, keepdims=True)
+    new = new - mx.logsumexp(new, axis=-1, keepdims=True)
+    divergence = float(mx.mean(mx.sum(mx.exp(old) * (old - new), axis=-1)))
+    agreement = float(mx.mean(mx.argmax(old, axis=-1) == mx.argmax(new, axis=-1)))
+    index = mx.array(targets)[:, None]
+    losses = [-float(mx.mean(mx.take_along_axis(x, index, axis=-1))) for x in (old, new)]
+    finite = bool(np.isfinite([divergence, *losses]).all())
+    values = {
+        "tokens": len(targets),
+        "kl": float(f"{max(divergence, 0.0):.6g}"),
+        "top1_agreement": float(f"{agreement:.6g}"),
+        "loss_source": float(f"{losses[0]:.6g}"),
+        "loss_result": float(f"{losses[1]:.6g}"),
+    }
+    summary = (
+        f"KL {values['kl']:.3g}, top-1 agreement {agreement:.1%}, loss {losses[0]:.4f} -> "
+        f"{losses[1]:.4f} on {len(targets)} tokens"
+    )
+    return {**(values if finite else {}), "finite": finite, "summary": summary}
