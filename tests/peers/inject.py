@@ -1,6 +1,8 @@
 """mlx-lm's tests on our classes: what is put in place of what, for the length of one test.
 
 * ``KVCache`` and ``BatchKVCache``, where a test file names them, become ours.
+* Our caches get the attributes ``keys`` and ``values``, at which some tests look: what
+  ``keys_and_values`` returns. Ours are stored otherwise.
 * ``Model`` and ``ModelArgs`` of mlx-lm's Llama and BitNet become ours.
 * The hub model that the tests load becomes the bundled demo model. It is a base model, so its
   tokenizer is given a chat template.
@@ -61,6 +63,10 @@ def injected(module: ModuleType, setting: DeltaConfig | None) -> Iterator[None]:
         replace(generate_module, generation_stream=generate_module.generation_stream)
         if setting is not None:
             replace(module, KVCache=DeltaKVCache, BatchKVCache=BatchDeltaKVCache)
+            for index, name in enumerate(("keys", "values")):
+                view = property(lambda cache, index=index: cache.keys_and_values()[index])
+                for cache in (DeltaKVCache, BatchDeltaKVCache):
+                    patches.enter_context(mock.patch.object(cache, name, view, create=True))
             # The tests make caches without naming a setting.
             defaults = tuple(
                 getattr(setting, field.name) for field in dataclasses.fields(DeltaConfig)

@@ -43,11 +43,13 @@ class KnownFailure:
             ``STOCK``: with mlx-lm's own classes already, so it says nothing about ours.
         error: What its failure says.
         reason: Why.
+        always: Whether it has to fail; otherwise that depends on what the model says.
     """
 
     settings: tuple[str, ...]
     error: str
     reason: str
+    always: bool = True
 
 
 _LAYOUT = "reads the inside of mlx-lm's batch cache, which aligns rows right; ours aligns them left"
@@ -68,9 +70,15 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     "test_batch_kv_cache_offset_not_mutated_in_place": KnownFailure(
         OURS, "no attribute 'left_padding'", _LAYOUT
     ),
-    "test_save_load_batch_caches": KnownFailure(OURS, "no attribute 'left_padding'", _LAYOUT),
+    "test_save_load_batch_caches": KnownFailure(
+        OURS,
+        "is of 2 rows",
+        "writes four rows into a batch cache made for two, which ours refuses to load",
+    ),
     "test_merge_with_empty_caches": KnownFailure(
-        OURS, "(2, 4, 256, 4) != (2, 4, 4, 4)", "expects buffers with no room to grow"
+        OURS,
+        "'RotatingKVCache' object has no attribute",
+        "goes on to merge another kind of cache through this class; our part of it passes",
     ),
     # test_generate.py
     "test_generate_with_logit_bias": KnownFailure(
@@ -86,10 +94,11 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     ),
     # test_server.py
     "test_handle_completions": KnownFailure(
-        STOCK,
+        OURS,
         "AssertionError",
         "expects the same sample for the same request; mlx-lm's server shows the repetition "
-        "penalty only the part of a prompt that it has no cache of",
+        "penalty only the part of a prompt that it has no cache of, whatever the cache's class",
+        always=False,
     ),
     "test_completion_quantizes_the_cache": KnownFailure(
         OURS, "is not an instance of <class 'mlx_lm.models.cache.QuantizedKVCache'>", _NO_KV_BITS
