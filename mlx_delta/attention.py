@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from . import launch
 from .cache import HybridKeys, _HeldKeys
+from .dispatch import decode_mask, has_decode_kernel
+from .packed import PackedView
+from .packing import PackedBlocks
 
 # Queries per fused call. Larger: fewer calls; smaller: less of the square above the diagonal, and
 # fewer columns seen twice. On two CPU cores 128 was fastest of 128, 256, 512 and 1,024.
@@ -42,6 +46,10 @@ def delta_attention(
     """
     view = cache.update(keys, values)
     steps = queries.shape[2]
+    if isinstance(view.keys, PackedView):
+        blocks, stored = view.keys.blocks, view.stored_values
+        if blocks is not None and has_decode_kernel(queries, blocks, stored, mask):
+            return _decode(queries, view, view.keys, blocks, scale, mask)
     if _one_boundary(view, steps):
         # Every query of a row sees the same blocks as held: the buffer is right as it stands.
         return mx.fast.scaled_dot_product_attention(
@@ -55,6 +63,36 @@ def delta_attention(
     for first, end in _query_chunks(view.starts[0], steps):
         outputs.append(_attend_chunk(queries[:, :, first:end], view, first, end, scale, mask))
     return mx.concatenate(outputs, axis=2)
+
+
+def _decode(
+    queries: mx.array,
+    view: HybridKeys,
+    keys: PackedView,
+    blocks: PackedBlocks,
+    scale: float,
+    mask: mx.array | str | None,
+) -> mx.array:
+    """Attention of a few queries by the kernel, straight from packed blocks."""
+    B, _, steps, _ = queries.shape
+    counts = [view.starts, keys.encoded, keys.firsts]
+    if len(view.starts) == 1:  # one entry for all rows
+        counts = [tuple(x) * B for x in counts]
+    values = view.stored_values
+    assert values.buffers is not None
+    bits = values.bits if values.quantized else 8 * values.buffers[0].itemsize
+    assert bits is not None
+    return launch.decode(
+        queries,
+        list(zip(*counts, strict=True)),
+        blocks,
+        keys.near,
+        values.buffers,
+        bits,
+        decode_mask(mask, B, steps),
+        scale,
+        view.window_blocks,
+    )
 
 
 def _one_boundary(view: HybridKeys, steps: int) -> bool:

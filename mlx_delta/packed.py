@@ -20,15 +20,8 @@ import numpy as np
 
 from .buffers import Rows, equal_rows, grow, pad_to, write_tokens
 from .config import DeltaConfig
-from .packing import (
-    LARGEST,
-    EncodedBlocks,
-    PackedBlocks,
-    encode_blocks,
-    to_storage,
-    unpack,
-    worst_words,
-)
+from .dispatch import encode_blocks, unpack
+from .packing import LARGEST, EncodedBlocks, PackedBlocks, to_storage, worst_words
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 HEAD_DIMS = range(16, 257, 16)

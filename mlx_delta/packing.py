@@ -1,7 +1,7 @@
-"""Packing held keys and unpacking them again: MLX operations, or the kernels on Metal.
+"""Packing held keys and unpacking them again with MLX operations.
 
-The operations are the kernels' twins and agree with :mod:`mlx_delta.packed_reference`; they are
-what runs without Metal.
+These are the kernels' twins, and what runs without Metal; they agree with
+:mod:`mlx_delta.packed_reference` bit for bit.
 """
 
 from __future__ import annotations
@@ -93,16 +93,6 @@ def worst_words(block_size: int, head_dim: int, bits: int) -> int:
     return -(-block_size * head_dim // (32 // bits))
 
 
-def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
-    """Hold and pack the keys of whole blocks; see :func:`pack_blocks`."""
-    return pack_blocks(keys, config, first_block)
-
-
-def unpack(packed: PackedBlocks, blocks: int) -> mx.array:
-    """Held keys of the first blocks, [B, Hkv, blocks * block_size, D]; see ``unpack_blocks``."""
-    return unpack_blocks(packed.first(blocks))
-
-
 def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
     """Hold and pack the keys of whole blocks.
 
@@ -165,7 +155,11 @@ def unpack_blocks(packed: PackedBlocks) -> mx.array:
         words = mx.take_along_axis(packed.payload, index, axis=1).reshape(shape)
         codes = (words >> (bits * (latest % per_word)).astype(mx.uint32)) & (2**bits - 1)
         held = decode_values(codes, packed.grid, packed.dtype)
-    held = held.reshape(B, H, -1, D)
+    return with_sinks(held.reshape(B, H, -1, D), packed)
+
+
+def with_sinks(held: mx.array, packed: PackedBlocks) -> mx.array:
+    """Exact keys in place of what the first tokens' codes stand for."""
     if packed.sinks is None:
         return held
     n_sinks = min(packed.sinks.shape[2], held.shape[2])
