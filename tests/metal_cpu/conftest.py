@@ -1,5 +1,19 @@
-"""Makes the bench available to its own tests."""
+"""The fixture for the bench's own tests, which are about the CPU."""
 
-from .fixture import bench
+from __future__ import annotations
 
-__all__ = ["bench"]
+import mlx.core as mx
+import pytest
+
+from .bench import MetalBench
+from .toolchain import INSTALL_HINT, find_compiler
+
+
+@pytest.fixture(scope="session")
+def bench() -> MetalBench:
+    """A MetalBench that runs kernels on the CPU."""
+    if mx.metal.is_available():
+        pytest.skip("on this machine kernels run on the GPU, not on the bench")
+    if find_compiler() is None:
+        pytest.skip(INSTALL_HINT)
+    return MetalBench()

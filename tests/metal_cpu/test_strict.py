@@ -10,11 +10,13 @@ from .errors import KernelRejected
 
 HEADER = """
 struct Pair { float a, b; float sum() { return a + b; } };
+struct Named { float first; Named(const thread float* p) : first(p[0]) {} };
 constant float table[2] = {1.0f, 2.0f};
 inline float of_thread(const thread float* p) { return p[0]; }
 inline float of_device(const device float* p) { return p[0]; }
 inline float of_constant(constant float* p) { return p[0]; }
 inline float of_threadgroup(threadgroup float* p) { return p[0]; }
+inline threadgroup void* out_of_nowhere() { return nullptr; }
 inline float of_array(threadgroup float p[32]) { return p[0]; }
 template <class P> float of_any(P p) { return p[0]; }
 template <typename T, int N> struct Tile {
@@ -32,6 +34,7 @@ REFUSED = {
     "threadgroup-to-device": "threadgroup float b[32]; const device float* p = b; out[i] = p[0];",
     "threadgroup-to-unqualified": "threadgroup float b[32]; float* p = b; out[i] = p[0];",
     "local-to-device": "float v = 1; const device float* p = &v; out[i] = p[0];",
+    "structure-from-a-wrong-pointer": "Named s(x); out[i] = s.first;",
     "reference-to-device": "float& r = out[i]; r = 1;",
     "cast-drops-the-space": "const float* p = (const float*)x; out[i] = p[0];",
     "reinterpret-cast-drops-the-space": "auto p = reinterpret_cast<float4*>(x); out[i] = p->x;",
@@ -68,10 +71,16 @@ ACCEPTED = {
     "array-parameter": "threadgroup float b[2]; out[i] = of_array(b) + of_threadgroup(b);",
     "class-template": "threadgroup T b[64]; b[i] = T(x[i]); out[i] = Tile<T, 2>::first(b, 3);",
     "structure": "Pair s = {1, 2}; out[i] = s.sum() + s.a;",
+    "structures-are-copied": """threadgroup Pair b[4]; Pair s = ((const device Pair*)x)[i];
+        b[i % 4] = s; Pair r = b[0]; out[i] = r.a;""",
     "structure-in-threadgroup-memory": "threadgroup Pair b[4]; b[0].a = x[i]; out[i] = b[0].a;",
     "swizzles": "float4 v(1, 2, 3, 4); float2 w = v.zw; v.xy = w; out[i] = dot(v, float4(1.0f));",
     "vector-constructors": """float3 a(1.0f, 2.0f, 3.0f); auto b = vec<float, 4>(a, 1.0f);
         float4 d = float4(a.xy, float2(0)); uint2 e = uint2(i, 1u); out[i] = b.w + d.x + e.y;""",
+    "vector-conversions": """half4 h = half4(*(const device float4*)x);
+        float4 f = float4(h) * scale; auto p = *(const device packed_float3*)(x + i);
+        threadgroup float4 (&r)[2] = *(threadgroup float4 (*)[2])out_of_nowhere();
+        out[i] = f.x + float3(p).x + r[1].x;""",
     "vector-alias": "using V = vec<T, 4>; V v = V(T(1), T(2), T(3), T(4)); out[i] = float(v.x);",
     "vector-function": "auto f = float4(x[i], 0, 0, 1); out[i] = max(f, f).x + clamp(f, 0, 1).y;",
     "scalar-constants": "const float k = scale * 2; out[i] = x[i] * k + scale;",

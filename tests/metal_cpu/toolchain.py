@@ -126,8 +126,7 @@ def call_compiler(command: Sequence[str]) -> str:
     """Runs a compiler. Returns its warnings; raises CompileError with its errors."""
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        message = process.stderr[:6000] or f"{command[0]}: exit status {process.returncode}"
-        raise CompileError(message)
+        raise CompileError(process.stderr or f"{command[0]}: exit status {process.returncode}")
     return process.stderr
 
 
@@ -185,8 +184,11 @@ def kernel_flags(compiler: Compiler, checked: bool) -> list[str]:
         return flags + (["-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc"] if checked else [])
     flags += ["-Wno-everything", "-fsanitize-trap=all"]
     flags += ["-fsanitize=bounds,alignment,integer-divide-by-zero,shift-exponent"]
-    if compiler.family == "zig" or int(compiler.version.split(".")[0]) >= 20:
-        flags += ["-fno-sanitize-merge=all"]  # else all traps of a function share one line
+    # Otherwise all traps of a function share one instruction, and one line number.
+    if compiler.family == "clang" and compiler.version.startswith("19."):
+        flags += ["-mllvm", "-ubsan-unique-traps"]
+    else:
+        flags += ["-fno-sanitize-merge=all"]
     # -Xclang: only the instrumentation, without the driver linking a runtime.
     to_front_end = ["-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"]
     to_front_end += ["-cl-single-precision-constant"]

@@ -27,7 +27,7 @@ namespace metal {
 // ---- vectors ----
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 template <class V, class... A> constexpr V make_vec(A...) { return V(); }  // see strict.py
-template <class T, int N> struct packed_vec { T e[N]; };
+template <class T, int N> using packed_vec = vec<T, N>;
 template <class T> using scalar = typename enable_if<true, T>::type;  // any number: not deduced from
 #define VECTORS(T) \
   typedef vec<T, 2> T##2; typedef vec<T, 3> T##3; typedef vec<T, 4> T##4; \
