@@ -32,6 +32,14 @@ OTHER_ARCHITECTURES = {
 STOCK = ("stock",)
 OURS = ("window-covers-all", "delta-on")
 DELTA_ON = ("delta-on",)
+PACKED = ("packed",)
+
+# Packed stores take the head dimensions of real models only, so these run with the demo model.
+PACKED_TOO: dict[str, set[str] | None] = {
+    "test_prompt_cache.py": {"test_cache_with_generate", "test_trim_cache_with_generate"},
+    "test_generate.py": None,
+    "test_server.py": {"TestServer", "TestServerWithDraftModel"},
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class KnownFailure:
 
 _LAYOUT = "reads the inside of mlx-lm's batch cache, which aligns rows right; ours aligns them left"
 _INSTRUCT = "asks a model that follows instructions to say TEST; the demo model completes text"
+_ROUNDED = "wants equal float32 logits of a batch and a single run; packed keys are float16"
 _NO_KV_BITS = "held keys are not quantized: our caches have no to_quantized, which is optional"
 
 KNOWN_FAILURES: dict[str, KnownFailure] = {
@@ -86,6 +95,8 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     ),
     "test_stream_generate_input_embeddings": KnownFailure(STOCK, "'TEST' !=", _INSTRUCT),
     "test_stream_generate_input_embeddings_prefill": KnownFailure(STOCK, "'TEST' !=", _INSTRUCT),
+    "test_batch_matches_single": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
+    "test_many_batches": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
     "test_batch_max_kv_size_creates_rotating_cache": KnownFailure(
         STOCK,
         "is not an instance of <class 'mlx_lm.models.cache.RotatingKVCache'>",
@@ -94,7 +105,7 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     ),
     # test_server.py
     "test_handle_completions": KnownFailure(
-        OURS,
+        OURS + PACKED,
         "AssertionError",
         "expects the same sample for the same request; mlx-lm's server shows the repetition "
         "penalty only the part of a prompt that it has no cache of, whatever the cache's class",

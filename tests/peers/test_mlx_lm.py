@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from mlx_delta import DeltaKVCache
 
 from .inject import SETTINGS, injected, load_demo
-from .table import FILES, KNOWN_FAILURES, OTHER_ARCHITECTURES, OURS, STOCK
+from .table import FILES, KNOWN_FAILURES, OTHER_ARCHITECTURES, OURS, PACKED, PACKED_TOO, STOCK
 from .upstream import CannotFetch, fetch_tests, import_tests, list_tests
 
 
@@ -27,10 +27,19 @@ def runs(folder: Path) -> Iterator[object]:
             if method in OTHER_ARCHITECTURES or selected is not None and method not in selected:
                 continue
             known = KNOWN_FAILURES.get(method)
-            for setting in STOCK if known and known.settings == STOCK else OURS:
+            settings = STOCK if known and known.settings == STOCK else OURS
+            if settings == OURS and runs_packed(file, test):
+                settings += PACKED
+            for setting in settings:
                 name = f"{file.removesuffix('.py')}-{test}-{setting}"
                 yield pytest.param(folder / file, test, setting, id=name)
     assert not unseen, f"mlx-lm has no tests {sorted(unseen)}"
+
+
+def runs_packed(file: str, test: str) -> bool:
+    """Whether a test is run with packed stores too."""
+    selected = PACKED_TOO.get(file, set())
+    return selected is None or not selected.isdisjoint(test.split("."))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
