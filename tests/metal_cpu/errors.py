@@ -62,7 +62,8 @@ class Diagnosis:
     b: int
     threadgroup: tuple[int, int, int]
     thread: int
-    other_thread: int
+    other_thread: int  # -1: none
+    other_is_elsewhere: bool  # in another threadgroup
     other_line: int
 
     def describe(self, source: str) -> str:
@@ -70,7 +71,9 @@ class Diagnosis:
         where = f"thread {self.thread} of threadgroup {self.threadgroup}"
         text = f"{self.kind}: {self._details()}{where}{_quote(source, self.line)}"
         if self.other_thread >= 0:
-            text += f", with thread {self.other_thread}{_quote(source, self.other_line)}"
+            elsewhere = " of another threadgroup" if self.other_is_elsewhere else ""
+            text += f", against thread {self.other_thread}{elsewhere}"
+            text += _quote(source, self.other_line)
         return text
 
     def _details(self) -> str:
@@ -94,7 +97,7 @@ class Diagnosis:
 
 def _quote(source: str, line: int) -> str:
     lines = source.splitlines()
-    return f" at line {line}: {lines[line - 1].strip()}" if 0 < line <= len(lines) else ""
+    return f" at line {line} `{lines[line - 1].strip()}`" if 0 < line <= len(lines) else ""
 
 
 def source_lines(library: Path, addresses: Sequence[int]) -> list[int]:

@@ -99,6 +99,7 @@ class _Fault(c.Structure):
         ("pc", c.c_size_t),
         ("other_pc", c.c_size_t),
         ("other_thread", c.c_int),
+        ("other_is_elsewhere", c.c_int),
         ("variable_name", c.c_char_p),
     ]
 
@@ -266,6 +267,7 @@ def _diagnose(
             threadgroup=tuple(fault.threadgroup),
             thread=fault.thread,
             other_thread=fault.other_thread,
+            other_is_elsewhere=bool(fault.other_is_elsewhere),
             other_line=lines[2 * i + 1],
         )
         for i, fault in enumerate(faults)

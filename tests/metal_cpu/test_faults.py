@@ -43,7 +43,7 @@ RACES = [
     Mistake(
         "missing-barrier",
         "threadgroup float b[64]; b[t] = x[i];\nout[i] = b[63 - t];",
-        "data race: read of 'b' .* with thread|uninitialised",
+        "data race: read of 'b' .* against thread|uninitialised",
     ),
     Mistake(
         "missing-barrier-other-schedule",
@@ -80,7 +80,12 @@ RACES = [
         f"threadgroup float b[1]; b[0] = 1; {BARRIER} out[i] = b[0];",
         "data race: write to 'b'",
     ),
-    Mistake("across-threadgroups", "out[t] = x[i];", "data race: write to 'out'", threadgroup=32),
+    Mistake(
+        "across-threadgroups",
+        "out[t] = x[i];",
+        "data race: write to 'out' .* of another threadgroup",
+        threadgroup=32,
+    ),
     Mistake(
         "plain-read-of-an-atomic",
         """threadgroup atomic_uint n;

@@ -3,7 +3,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct ThreadAttributes {  // one per GPU thread; the names are those of Metal's attributes, shortened
+struct
+    ThreadAttributes {  // one per GPU thread; the names are those of Metal's attributes, shortened
   uint32_t position_in_grid[3], position_in_threadgroup[3], threadgroup_in_grid[3];
   uint32_t threadgroups_per_grid[3], threads_per_grid[3];
   uint32_t threads_per_threadgroup[3];           // smaller in the groups at the grid's edge
@@ -13,8 +14,8 @@ struct ThreadAttributes {  // one per GPU thread; the names are those of Metal's
 
 // The lanes of a simdgroup meet here: each leaves a value, then each reads all of them.
 struct SimdExchange {
-  uint32_t mask;                          // the lanes that take part
-  bool has_result;                        // `result` was computed by the first lane to resume
+  uint32_t mask;    // the lanes that take part
+  bool has_result;  // `result` was computed by the first lane to resume
   alignas(32) unsigned char value[32][32];
   alignas(32) unsigned char result[512];
 };
@@ -24,9 +25,23 @@ enum BarrierFlags { kDeviceMemory = 1, kThreadgroupMemory = 2 };
 
 // Must match FAULTS in errors.py.
 enum FaultKind {
-  kRace, kUninitialised, kOutOfBounds, kWriteToConst, kUnwrittenOutput, kGuardPage, kStackOverflow,
-  kTrap, kTimeout, kDivergentSimd, kDivergentSimdBarrier, kExitedBeforeBarrier, kDifferentBarriers,
-  kInactiveLane, kVectorIndex, kThreadgroupTooLarge, kMatrixLanes,
+  kRace,
+  kUninitialised,
+  kOutOfBounds,
+  kWriteToConst,
+  kUnwrittenOutput,
+  kGuardPage,
+  kStackOverflow,
+  kTrap,
+  kTimeout,
+  kDivergentSimd,
+  kDivergentSimdBarrier,
+  kExitedBeforeBarrier,
+  kDifferentBarriers,
+  kInactiveLane,
+  kVectorIndex,
+  kThreadgroupTooLarge,
+  kMatrixLanes,
 };
 
 extern "C" {

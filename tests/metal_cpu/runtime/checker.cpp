@@ -26,8 +26,8 @@ struct Cell {
 };
 
 struct Shadow {
-  Cell* cells;                 // null for inputs, which cannot race
-  uint32_t *loaded, *stored;   // per byte: 1 + the last threadgroup that touched it
+  Cell* cells;                // null for inputs, which cannot race
+  uint32_t *loaded, *stored;  // per byte: 1 + the last threadgroup that touched it
 };
 
 Shadow shadows[kMaxRegions];
@@ -43,7 +43,8 @@ int find_region(const char* p) {
   return -1;
 }
 
-// The region whose pages `p` lies in, next to the region itself. Farther off, the guard pages are hit.
+// The region whose pages `p` lies in, next to the region itself. Farther off, the guard pages are
+// hit.
 int find_near(const char* p) {
   for (int i = 0; i < region_count; i++)
     if (p >= regions[i].start - 8192 && p < regions[i].start + regions[i].size + 8192) return i;
@@ -91,6 +92,7 @@ void report(int kind, int region, long offset, int size, bool is_write, uintptr_
   fault.is_write = is_write;
   fault.pc = pc;
   fault.other_thread = other ? other->thread : -1;
+  fault.other_is_elsewhere = other && other->group != current_group;
   fault.other_pc = other ? other->pc : 0;
   add_fault(fault);
 }
@@ -143,8 +145,12 @@ void access(const void* address, long size, AccessType type, const void* return_
 
   const int memory = region.kind == kThreadgroupVariable;
   const uint32_t simdgroup = mcpu_thread->simdgroup;
-  const Me me = {memory, (uint16_t)mcpu_thread->index_in_threadgroup, simdgroup,
-                 now.group[memory], now.simdgroup[memory][simdgroup], pc};
+  const Me me = {memory,
+                 (uint16_t)mcpu_thread->index_in_threadgroup,
+                 simdgroup,
+                 now.group[memory],
+                 now.simdgroup[memory][simdgroup],
+                 pc};
   const Accessors* race = nullptr;
   bool uninitialised = false;
   const long last = (offset + size - 1) / region.granularity;
@@ -217,7 +223,8 @@ void checker_find_unwritten() {
     for (size_t c = cells; c-- > 0;)
       if (!shadows[i].cells[c].initialised) missing++, first = c;
     if (missing)
-      report(kUnwrittenOutput, i, first * region.granularity, missing * region.granularity, true, 0);
+      report(kUnwrittenOutput, i, first * region.granularity, missing * region.granularity, true,
+             0);
   }
 }
 
@@ -239,16 +246,16 @@ void mcpu_atomic(const volatile void* address, int size, int loads, int stores, 
   access((const void*)address, size, {loads != 0, stores != 0, true}, caller);
 }
 
-#define TSAN_CALLBACKS(prefix, size)                                                               \
-  void prefix##read##size(void* p) { access(p, size, {true, false, false}, CALLER); }              \
-  void prefix##write##size(void* p) { access(p, size, {false, true, false}, CALLER); }             \
-  void prefix##read_write##size(void* p) {                                                         \
-    access(p, size, {true, false, false}, CALLER);                                                 \
-    access(p, size, {false, true, false}, CALLER);                                                 \
+#define TSAN_CALLBACKS(prefix, size) \
+  void prefix##read##size(void* p) { access(p, size, {true, false, false}, CALLER); } \
+  void prefix##write##size(void* p) { access(p, size, {false, true, false}, CALLER); } \
+  void prefix##read_write##size(void* p) { \
+    access(p, size, {true, false, false}, CALLER); \
+    access(p, size, {false, true, false}, CALLER); \
   }
-#define TSAN_SIZES(prefix)                                                                         \
-  TSAN_CALLBACKS(prefix, 1)                                                                        \
-  TSAN_CALLBACKS(prefix, 2)                                                                        \
+#define TSAN_SIZES(prefix) \
+  TSAN_CALLBACKS(prefix, 1) \
+  TSAN_CALLBACKS(prefix, 2) \
   TSAN_CALLBACKS(prefix, 4) TSAN_CALLBACKS(prefix, 8) TSAN_CALLBACKS(prefix, 16)
 TSAN_SIZES(__tsan_)
 TSAN_SIZES(__tsan_unaligned_)

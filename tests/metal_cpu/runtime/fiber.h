@@ -62,9 +62,7 @@ inline void switch_to(Fiber& fiber) {
   mcpu_switch(&scheduler_stack_pointer, fiber.stack_pointer);
   current = nullptr;
 }
-inline void switch_to_scheduler() {
-  mcpu_switch(&current->stack_pointer, scheduler_stack_pointer);
-}
+inline void switch_to_scheduler() { mcpu_switch(&current->stack_pointer, scheduler_stack_pointer); }
 #else
 inline ucontext_t scheduler_context;
 

@@ -16,8 +16,8 @@ struct Region {
   char* start;
   size_t size;
   int kind;
-  int granularity;  // bytes per shadow cell: the smallest unit that is accessed by itself
-  int initialised;  // false: memory holds poison, and reading it before writing is a fault
+  int granularity;   // bytes per shadow cell: the smallest unit that is accessed by itself
+  int initialised;   // false: memory holds poison, and reading it before writing is a fault
   const char* name;  // a threadgroup variable's
   Traffic traffic;
 };
@@ -28,8 +28,8 @@ struct Fault {
   long a, b;
   uint32_t threadgroup[3], thread;
   uintptr_t pc, other_pc;
-  int other_thread;           // -1: unknown
-  const char* variable_name;  // of the threadgroup variable, if it is one
+  int other_thread, other_is_elsewhere;  // -1: unknown; is it in another threadgroup?
+  const char* variable_name;             // of the threadgroup variable, if it is one
 };
 
 struct LaunchOptions {  // mirrored by _Options in launch.py

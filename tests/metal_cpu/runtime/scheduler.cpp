@@ -1,5 +1,5 @@
-// Runs a kernel's threads: one threadgroup after another, its simdgroups interleaved, the lanes of a
-// simdgroup in any order between the points where Metal makes them meet. A seed picks the order.
+// Runs a kernel's threads: one threadgroup after another, its simdgroups interleaved, the lanes of
+// a simdgroup in any order between the points where Metal makes them meet. A seed picks the order.
 #include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -38,7 +38,7 @@ struct Mapping {
 struct ThreadgroupVariable {
   const void* key;  // one per declaration
   int region;
-  uint32_t group;   // the threadgroup it was last reset for
+  uint32_t group;  // the threadgroup it was last reset for
   Mapping mapping;
 };
 ThreadgroupVariable variables[64];
@@ -78,7 +78,7 @@ void advance_clock(int flags, uint32_t& device, uint32_t& threadgroup) {
   if (flags & kThreadgroupMemory) threadgroup++;
 }
 
-// ---- simdgroups ----------------------------------------------------------------------------------
+// ---- simdgroups ---------------------------------------------------------------------------------
 
 // Runs a simdgroup to its next meeting point and, unless that is a threadgroup barrier, past it.
 bool advance_simdgroup(uint32_t index, uint32_t threads) {
@@ -117,7 +117,7 @@ bool advance_simdgroup(uint32_t index, uint32_t threads) {
   return true;
 }
 
-// ---- threadgroups --------------------------------------------------------------------------------
+// ---- threadgroups -------------------------------------------------------------------------------
 
 void run_threadgroup(uint32_t threads) {
   const uint32_t simdgroups = (threads + 31) / 32;
@@ -185,8 +185,8 @@ uint32_t place_threads(uint32_t group) {
 void run_grid() {
   uint32_t groups = 1;
   for (int i = 0; i < 3; i++) {
-    const uint32_t size = options.threadgroup[i] < options.grid[i] ? options.threadgroup[i]
-                                                                   : options.grid[i];
+    const uint32_t size =
+        options.threadgroup[i] < options.grid[i] ? options.threadgroup[i] : options.grid[i];
     groups *= (options.grid[i] + size - 1) / size;
   }
   static uint32_t* order;
@@ -201,7 +201,7 @@ void run_grid() {
   checker_find_unwritten();
 }
 
-// ---- signals -------------------------------------------------------------------------------------
+// ---- signals ------------------------------------------------------------------------------------
 
 const int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE, SIGVTALRM};
 constexpr int kSignalCount = sizeof(kSignals) / sizeof(int);
@@ -222,8 +222,11 @@ int nearest_region(const char* address, long& offset) {
 }
 
 void on_signal(int signal, siginfo_t* info, void* context) {
-  if (!pthread_equal(pthread_self(), launching_thread)) {  // the timer may pick any thread
-    if (signal == SIGVTALRM) pthread_kill(launching_thread, signal);
+  if (!pthread_equal(pthread_self(), launching_thread)) {
+    if (signal == SIGVTALRM)
+      pthread_kill(launching_thread, signal);  // it may pick any thread
+    else
+      ::signal(signal, SIG_DFL);  // not a kernel's fault
     return;
   }
   Fault fault{};
@@ -238,8 +241,8 @@ void on_signal(int signal, siginfo_t* info, void* context) {
     const char* address = (const char*)info->si_addr;
     fault.kind = on_any_stack(address) ? kStackOverflow : kGuardPage;
     fault.region = nearest_region(address, fault.a);
-    const bool inside = fault.region >= 0 && fault.a >= 0 &&
-                        fault.a < (long)regions[fault.region].size;
+    const bool inside =
+        fault.region >= 0 && fault.a >= 0 && fault.a < (long)regions[fault.region].size;
     if (inside) fault.kind = kWriteToConst;
   }
   add_fault(fault);
@@ -271,7 +274,7 @@ void set_timer(double seconds) {  // of this process's CPU time, so a busy machi
   setitimer(ITIMER_VIRTUAL, &timer, nullptr);
 }
 
-// ---- memory --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 constexpr size_t kPage = 4096;
 
@@ -279,8 +282,8 @@ constexpr size_t kPage = 4096;
 char* map_guarded(size_t size, size_t guard, Mapping& mapping) {
   const size_t body = (size + kPage) / kPage * kPage;
   mapping.size = body + 2 * guard;
-  mapping.base = mmap(nullptr, mapping.size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+  mapping.base =
+      mmap(nullptr, mapping.size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping.base == MAP_FAILED) return nullptr;
   char* start = (char*)mapping.base + guard;
   mprotect(start, body, PROT_READ | PROT_WRITE);
@@ -380,10 +383,11 @@ void mcpu_make_readonly(const Mapping* mapping, size_t guard) {
 }
 void mcpu_unmap(const Mapping* mapping) { munmap(mapping->base, mapping->size); }
 
-// `buffer_regions` is updated with each buffer's traffic. Returns the number of faults, or -1 if the
-// launch must be repeated with byte_cells.
+// `buffer_regions` is updated with each buffer's traffic. Returns the number of faults, or -1 if
+// the launch must be repeated with byte_cells.
 int mcpu_launch(Entry kernel, void** kernel_buffers, Region* buffer_regions, int buffer_count,
-                const LaunchOptions* launch_options, Fault* reported, size_t* used_threadgroup_bytes) {
+                const LaunchOptions* launch_options, Fault* reported,
+                size_t* used_threadgroup_bytes) {
   allocate_stacks();
   entry = kernel;
   buffers = kernel_buffers;

@@ -1,6 +1,6 @@
-// half and bfloat for g++, whose C++ front end has neither before version 13: 16 bits of storage, each
-// operation done in float and rounded. As classes they convert less freely than Metal's types (a
-// conditional with a half and a float branch is ambiguous); clang's are the real thing.
+// half and bfloat for g++, whose C++ front end has neither before version 13: 16 bits of storage,
+// each operation done in float and rounded. As classes they convert less freely than Metal's types
+// (a conditional with a half and a float branch is ambiguous); clang's are the real thing.
 #pragma once
 #include <stdint.h>
 #include <type_traits>
@@ -47,7 +47,8 @@ struct Float16 {
   template <class T, std::enable_if_t<std::is_integral<T>::value ||
                                       (!is_bfloat && std::is_arithmetic<T>::value)>* = nullptr>
   constexpr Float16(T value) : bits(round((float)value).bits) {}
-  template <class T, std::enable_if_t<is_bfloat && std::is_floating_point<T>::value, int>* = nullptr>
+  template <class T,
+            std::enable_if_t<is_bfloat && std::is_floating_point<T>::value, int>* = nullptr>
   explicit constexpr Float16(T value) : bits(round((float)value).bits) {}
   explicit constexpr Float16(Float16<!is_bfloat> other) : bits(round((float)other).bits) {}
   constexpr operator float() const { return is_bfloat ? from_bfloat(bits) : from_half(bits); }
@@ -72,7 +73,9 @@ struct Float16 {
   template <bool B>                                                                            \
   constexpr float operator op(float a, Float16<B> b) { return a op(float) b; }                 \
   template <bool B, class T>                                                                   \
-  Float16<B>& operator op##=(Float16<B>& a, T b) { return a = Float16<B>::round((float)a op(float) b); }
+  Float16<B>& operator op##=(Float16<B>& a, T b) {                                             \
+    return a = Float16<B>::round((float)a op(float) b);                                        \
+  }
 MCPU_FLOAT16_OPERATOR(+)
 MCPU_FLOAT16_OPERATOR(-)
 MCPU_FLOAT16_OPERATOR(*)

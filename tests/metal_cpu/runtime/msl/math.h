@@ -1,6 +1,6 @@
-// Metal's math, common, integer and relational functions. Each is overloaded exactly on the types that
-// Metal overloads it on, so that a call that Metal finds ambiguous (max(1.0f, 0)) is ambiguous here.
-// half and bfloat compute in float and round once.
+// Metal's math, common, integer and relational functions. Each is overloaded exactly on the types
+// that Metal overloads it on, so that a call that Metal finds ambiguous (max(1.0f, 0)) is ambiguous
+// here. half and bfloat compute in float and round once.
 #pragma once
 #include "vector.h"
 
@@ -83,7 +83,9 @@ inline bool signbit(float x) { return __builtin_signbit(x); }
 #define MCPU_INTEGER(T, U) \
   MCPU_ANY(T, a < b ? b : a, b < a ? b : a, a < T(0) ? T(-a) : a) \
   inline T popcount(T x) { return (T)__builtin_popcountll((U)x); } \
-  inline T clz(T x) { return (U)x ? T(__builtin_clzll((U)x) - (64 - sizeof(T) * 8)) : sizeof(T) * 8; } \
+  inline T clz(T x) { \
+    return (U)x ? T(__builtin_clzll((U)x) - (64 - sizeof(T) * 8)) : sizeof(T) * 8; \
+  } \
   inline T ctz(T x) { return (U)x ? (T)__builtin_ctzll((U)x) : sizeof(T) * 8; } \
   inline T reverse_bits(T x) { \
     U result = 0; \

@@ -1,4 +1,5 @@
-// simdgroup_matrix: 8x8, two elements a lane, in the layout that Apple's GPUs use and MLX relies on.
+// simdgroup_matrix: 8x8, two elements a lane, in the layout that Apple's GPUs use and MLX relies
+// on.
 #pragma once
 #include "simd.h"
 
@@ -50,11 +51,17 @@ void simdgroup_store(const simdgroup_matrix<T>& m, P* p, ulong stride = 8,
 
 // d = a b + c, in float, rounded once to d's type.
 template <class D, class A, class B, class C>
-MCPU_UNCHECKED void simdgroup_multiply_accumulate(
-    simdgroup_matrix<D>& d, const simdgroup_matrix<A>& a, const simdgroup_matrix<B>& b,
-    const simdgroup_matrix<C>& c, MCPU_SITE) {
-  struct Factors { A a[2]; B b[2]; };
-  struct Product { float a[8][8], b[8][8]; };
+MCPU_UNCHECKED void simdgroup_multiply_accumulate(simdgroup_matrix<D>& d,
+                                                  const simdgroup_matrix<A>& a,
+                                                  const simdgroup_matrix<B>& b,
+                                                  const simdgroup_matrix<C>& c, MCPU_SITE) {
+  struct Factors {
+    A a[2];
+    B b[2];
+  };
+  struct Product {
+    float a[8][8], b[8][8];
+  };
   const Factors mine = {{a.elements.e[0], a.elements.e[1]}, {b.elements.e[0], b.elements.e[1]}};
   SimdExchange* x = exchange(mine, site);
   static_assert(sizeof(Product) <= sizeof(x->result), "");

@@ -14,8 +14,8 @@
 #define MCPU_UNCHECKED
 #endif
 
-// Which call this is: as a default argument, the line and the column of the caller. Lanes meet only at
-// the same call. (g++ knows no columns, so there two calls on one line are the same.)
+// Which call this is: as a default argument, the line and the column of the caller. Lanes meet only
+// at the same call. (g++ knows no columns, so there two calls on one line are the same.)
 #if __has_builtin(__builtin_COLUMN)
 constexpr int mcpu_here(int line = __builtin_LINE(), int column = __builtin_COLUMN()) {
   return line << 9 | (column & 511);
@@ -37,9 +37,11 @@ inline void simdgroup_barrier(mem_flags flags, MCPU_SITE) {
   mcpu_barrier(kSimdgroup, (int)flags, site);
 }
 
-// A `threadgroup T name[...]` declaration becomes a reference to memory that the runtime provides, one
-// per declaration (rewrite.py). Shadowed at the granularity of the type's scalar.
-template <class T> struct scalar_size { static constexpr int value = is_arithmetic_v<T> ? sizeof(T) : 1; };
+// A `threadgroup T name[...]` declaration becomes a reference to memory that the runtime provides,
+// one per declaration (rewrite.py). Shadowed at the granularity of the type's scalar.
+template <class T> struct scalar_size {
+  static constexpr int value = is_arithmetic_v<T> ? sizeof(T) : 1;
+};
 template <class T, size_t N> struct scalar_size<T[N]> : scalar_size<T> {};
 template <class T, int N> struct scalar_size<vec<T, N>> : scalar_size<T> {};
 template <class T> T& threadgroup_variable(const void* key, const char* name, MCPU_SITE) {
@@ -132,9 +134,11 @@ MCPU_SCAN(sum, 0, a + b) MCPU_SCAN(product, 1, a * b)
     return active_lane_value<T>(x, (mcpu_thread->lane & ~3u) | ((source) & 3), site); \
   }
 #define MCPU_BOTH_SHUFFLES(name, source) MCPU_SHUFFLE(name, source) MCPU_QUAD_SHUFFLE(name, source)
-MCPU_BOTH_SHUFFLES(shuffle, k) MCPU_BOTH_SHUFFLES(broadcast, k) MCPU_BOTH_SHUFFLES(shuffle_xor, lane ^ k)
-MCPU_SHUFFLE(shuffle_up, lane >= k ? lane - k : lane)  // Metal leaves the lanes without a source
-MCPU_SHUFFLE(shuffle_down, lane + k < 32 ? lane + k : lane)  // undefined; MLX expects their own value
+MCPU_BOTH_SHUFFLES(shuffle, k) MCPU_BOTH_SHUFFLES(broadcast, k)
+MCPU_BOTH_SHUFFLES(shuffle_xor, lane ^ k)
+// Metal leaves lanes without a source undefined; MLX's kernels expect them to keep their value.
+MCPU_SHUFFLE(shuffle_up, lane >= k ? lane - k : lane)
+MCPU_SHUFFLE(shuffle_down, lane + k < 32 ? lane + k : lane)
 MCPU_SHUFFLE(shuffle_rotate_up, (lane - k) & 31) MCPU_SHUFFLE(shuffle_rotate_down, (lane + k) & 31)
 template <class T> MCPU_UNCHECKED T simd_broadcast_first(T value, MCPU_SITE) {
   const SimdExchange* x = exchange(value, site);
@@ -176,7 +180,9 @@ MCPU_UNCHECKED inline simd_vote simd_ballot(bool predicate, MCPU_SITE) {
 }
 MCPU_UNCHECKED inline bool simd_any(bool p, MCPU_SITE) { return simd_ballot(p, site).any(); }
 MCPU_UNCHECKED inline bool simd_all(bool p, MCPU_SITE) { return !simd_ballot(!p, site).any(); }
-MCPU_UNCHECKED inline simd_vote simd_active_threads_mask(MCPU_SITE) { return simd_ballot(true, site); }
+MCPU_UNCHECKED inline simd_vote simd_active_threads_mask(MCPU_SITE) {
+  return simd_ballot(true, site);
+}
 MCPU_UNCHECKED inline bool simd_is_first(MCPU_SITE) {
   return (int)mcpu_thread->lane == __builtin_ctz(exchange(true, site)->mask);
 }

@@ -24,7 +24,9 @@ struct swizzle {
   }
   swizzle& operator=(const swizzle& other) { return *this = (vec<T, size>)other; }
 #define MCPU_ASSIGN(op) \
-  template <class B> swizzle& operator op##=(const B& b) { return *this = (vec<T, size>)*this op b; }
+  template <class B> swizzle& operator op##=(const B& b) { \
+    return *this = (vec<T, size>)*this op b; \
+  }
   MCPU_ASSIGN(+) MCPU_ASSIGN(-) MCPU_ASSIGN(*) MCPU_ASSIGN(/)
 #undef MCPU_ASSIGN
 };
@@ -38,7 +40,8 @@ template <class T, int N> struct shape<vec<T, N>> {
   static constexpr int size = N;
   using type = T;
 };
-template <class T, int N, int... I> struct shape<swizzle<T, N, I...>> : shape<vec<T, sizeof...(I)>> {};
+template <class T, int N, int... I>
+struct shape<swizzle<T, N, I...>> : shape<vec<T, sizeof...(I)>> {};
 template <class A> using vec_of = vec<typename shape<A>::type, shape<A>::size>;
 template <class A> using if_vec = enable_if_t<(shape<A>::size > 0)>;
 
@@ -116,14 +119,16 @@ template <class T, int N> struct packed_vec {  // aligned as its element
 };
 
 // ---- operators: vector op vector of the same type, or vector op scalar ----
-template <class A, class B> constexpr int common_size = shape<A>::size > 0 ? shape<A>::size : shape<B>::size;
+template <class A, class B>
+constexpr int common_size = shape<A>::size > 0 ? shape<A>::size : shape<B>::size;
 template <class A, class B>
 using common_type = typename shape<conditional_t<(shape<A>::size > 0), A, B>>::type;
 template <class A, class B>
 constexpr bool compatible =
     (shape<A>::size > 0 || shape<B>::size > 0) &&
     (shape<A>::size == 0 || shape<B>::size == 0 ||
-     (shape<A>::size == shape<B>::size && is_same_v<typename shape<A>::type, typename shape<B>::type>));
+     (shape<A>::size == shape<B>::size &&
+      is_same_v<typename shape<A>::type, typename shape<B>::type>));
 template <class A, class B> using if_compatible = enable_if_t<compatible<A, B>>;
 
 template <class T, int N, class A> constexpr vec<T, N> widen(const A& a) {
@@ -167,7 +172,9 @@ template <class A, class = if_vec<A>> constexpr auto operator-(const A& a) {
 template <class A, class = if_vec<A>> constexpr auto operator~(const A& a) {
   return map(a, [](auto x) { return decltype(x)(~x); });
 }
-template <class A, class = if_vec<A>> constexpr auto operator!(const A& a) { return a == vec_of<A>(0); }
+template <class A, class = if_vec<A>> constexpr auto operator!(const A& a) {
+  return a == vec_of<A>(0);
+}
 
 #define MCPU_VECTOR_NAMES(T) \
   typedef vec<T, 2> T##2; typedef vec<T, 3> T##3; typedef vec<T, 4> T##4; \
