@@ -68,6 +68,8 @@ class Diagnosis:
 
     def describe(self, source: str) -> str:
         """One line for people, quoting the kernel's source."""
+        if self.kind == "output not written":
+            return f"{self.kind}: {self.b} bytes of '{self.buffer}' from byte {self.a}"
         where = f"thread {self.thread} of threadgroup {self.threadgroup}"
         text = f"{self.kind}: {self._details()}{where}{_quote(source, self.line)}"
         if self.other_thread >= 0:
@@ -78,8 +80,6 @@ class Diagnosis:
 
     def _details(self) -> str:
         access = "write to" if self.is_write else "read of"
-        if self.kind == "output not written":
-            return f"{self.b} bytes of '{self.buffer}' from byte {self.a}, after "
         if "only some lanes" in self.kind:
             return f"lanes {self.a & 0xFFFFFFFF:08x} of {self.b & 0xFFFFFFFF:08x}, "
         if self.kind == "too much threadgroup memory":

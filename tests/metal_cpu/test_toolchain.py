@@ -13,7 +13,7 @@ import pytest
 
 from . import toolchain
 from .bench import KernelSource, MetalBench
-from .errors import KernelRejected
+from .errors import FAULTS, KernelRejected
 from .rewrite import RewriteError, rewrite, tokens
 
 CALL: dict[str, Any] = {
@@ -71,6 +71,12 @@ def test_named_compiler_must_be_there() -> None:
     command = [sys.executable, "-c", script]
     process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert "METAL_CPU_CXX=no-such-compiler, but it is missing or too old" in process.stderr
+
+
+def test_faults_have_names() -> None:
+    text = (toolchain.RUNTIME / "abi.h").read_text()
+    enumerators = text[text.index("enum FaultKind {") :].split("}")[0].split("{")[1].split(",")
+    assert len([name for name in enumerators if name.strip()]) == len(FAULTS)
 
 
 REWRITTEN = {

@@ -3,8 +3,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct
-    ThreadAttributes {  // one per GPU thread; the names are those of Metal's attributes, shortened
+// One per GPU thread. The names are those of Metal's attributes, shortened.
+struct ThreadAttributes {
   uint32_t position_in_grid[3], position_in_threadgroup[3], threadgroup_in_grid[3];
   uint32_t threadgroups_per_grid[3], threads_per_grid[3];
   uint32_t threads_per_threadgroup[3];           // smaller in the groups at the grid's edge

@@ -96,13 +96,13 @@ bool advance_simdgroup(uint32_t index, uint32_t threads) {
   if (!here) return false;
 
   const uint32_t alive = (width == 32 ? ~0u : (1u << width) - 1) & ~waiting[kDone];
-  const int site = lanes[__builtin_ctz(here)].site;
+  Fiber& first = lanes[__builtin_ctz(here)];
   uint32_t together = 0;
   for (uint32_t i = 0; i < width; i++)
-    if ((here >> i & 1) && lanes[i].site == site) together |= 1u << i;
+    if ((here >> i & 1) && lanes[i].site == first.site) together |= 1u << i;
   if (together != alive && !(simd && options.divergent_simd)) {
-    mcpu_thread = &lanes[__builtin_ctz(here)].attributes;
-    fatal(simd ? kDivergentSimd : kDivergentSimdBarrier, site, together, alive);
+    mcpu_thread = &first.attributes;
+    fatal(simd ? kDivergentSimd : kDivergentSimdBarrier, first.site, together, alive);
   }
   if (simd) {
     SimdExchange& exchange = exchanges[index];
@@ -110,7 +110,7 @@ bool advance_simdgroup(uint32_t index, uint32_t threads) {
     exchange.has_result = false;
     for (uint32_t i = 0; i < width; i++) memcpy(exchange.value[i], lanes[i].value, 32);
   } else {
-    advance_clock(lanes[0].flags, now.simdgroup[0][index], now.simdgroup[1][index]);
+    advance_clock(first.flags, now.simdgroup[0][index], now.simdgroup[1][index]);
   }
   for (uint32_t i = 0; i < width; i++)
     if (together >> i & 1) lanes[i].state = kReady;
