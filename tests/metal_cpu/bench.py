@@ -216,6 +216,38 @@ class MetalBench:
             result.threadgroup_bytes,
         )
 
+    def check(
+        self,
+        kernel: Callable[..., Any] | KernelSource,
+        *,
+        seeds: Sequence[int] = (0, 1, 2),
+        placements: Sequence[Placement] = ("end", "start", "unaligned"),
+        **call: Any,
+    ) -> Outputs:
+        """Runs a kernel in every way, which must not change its outputs by a single bit.
+
+        Args:
+            kernel: As for `run`.
+            seeds: Orders of threads to run it under in checked mode, one at least.
+            placements: Where its inputs are to lie in fast mode.
+            **call: The arguments of `run` but for mode, seed and placement.
+
+        Returns:
+            The outputs and the traffic of the first checked run.
+
+        Raises:
+            KernelRejected: as `run`.
+            KernelFault: as `run`, and if two runs differ.
+        """
+        result = self.run(kernel, mode="checked", seed=seeds[0], **call)
+        ways: list[dict[str, Any]] = [{"mode": "fast", "placement": p} for p in placements]
+        ways += [{"mode": "checked", "seed": seed} for seed in seeds[1:]]
+        for way in ways:
+            for index, output in enumerate(self.run(kernel, **call, **way)):
+                if _to_bytes(output) != _to_bytes(result[index]):
+                    raise KernelFault([f"output {index} differs when run with {way}"])
+        return result
+
     def check_syntax(self, kernel: Callable[..., Any] | KernelSource, **call: Any) -> None:
         """The strict pass alone, for the kernel that this call would run.
 

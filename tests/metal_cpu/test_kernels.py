@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from .bench import KernelSource, MetalBench
+from .errors import KernelFault
 from .launch import Placement
 
 DTYPES = [
@@ -60,6 +61,28 @@ def test_one_kernel_for_all_types(bench: MetalBench) -> None:
     call = outputs((33,), dtype=mx.bfloat16) | linear(33)
     assert equal(bench.run(kernel, inputs=[x], **call)[0], x)
     assert equal(bench.bind(kernel, mode="checked")(inputs=[x], **call)[0], x)
+
+
+def test_check_runs_a_kernel_in_every_way(bench: MetalBench) -> None:
+    x = mx.arange(100).astype(mx.float16)
+    call = outputs((100,), dtype=mx.float16) | linear(100) | {"inputs": [x]}
+    out = bench.check(COPY, **call)
+    assert equal(out[0], x) and out.traffic["x"].loaded == 200
+    with pytest.raises(KernelFault, match="trap: .*misaligned"):
+        vectors = "((device half4*)out)[i] = ((const device half4*)x)[i];"
+        bench.check(
+            COPY.edited(lambda s: s.replace("out[i] = x[i];", vectors)), **call | linear(25)
+        )
+
+
+def test_check_notices_outputs_that_depend_on_the_order(bench: MetalBench) -> None:
+    body = """device atomic_uint* count = (device atomic_uint*)out + 64;
+        uint place = atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);
+        out[place] = thread_position_in_grid.x;"""
+    kernel = KernelSource("order", [], ["out"], body)
+    call = outputs((65,), dtype=mx.uint32) | linear(64) | {"inputs": [], "init_value": 0}
+    with pytest.raises(KernelFault, match="output 0 differs when run with"):
+        bench.check(kernel, **call)
 
 
 def test_noncontiguous_input_arrives_in_row_order(bench: MetalBench) -> None:
