@@ -195,7 +195,6 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, dict) or any(isinstance(v, dict) for v in value.values()):
             raise ConvertError(f"{where} has {name} {str(value)[:80]}: not one flat set of values.")
     merged: dict[str, Any] = {}
-    value: Any
     for values in (old, new):
         values = dict(values)
         kind = values.pop("rope_type", None) or values.pop("type", None)
@@ -219,10 +218,10 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind not in ROPE_TYPES:
         raise ConvertError(f"{where} has rope type {str(kind)[:40]!r}; known: {ROPE_TYPES}.")
     for name in ("rope_theta", *ROPE_NEEDS.get(kind, ())):
-        value = merged.get(name)
-        good = not isinstance(value, bool) and isinstance(value, (int, float))
-        if not good or not math.isfinite(value) or value <= 0:
-            raise ConvertError(f"{where}: rope needs {name} > 0 but has {str(value)[:40]}.")
+        number: Any = merged.get(name)
+        good = not isinstance(number, bool) and isinstance(number, (int, float))
+        if not good or not math.isfinite(number) or number <= 0:
+            raise ConvertError(f"{where}: rope needs {name} > 0 but has {str(number)[:40]}.")
     return merged
 
 

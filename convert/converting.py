@@ -230,7 +230,7 @@ def check_output(output: Path, source: Source, overwrite: bool) -> None:
         here = path.absolute().parent
         if real in (folder, here.resolve()) or real in folder.parents:
             raise ConvertError(f"the output {output} holds the source; choose another -o.")
-        if here.resolve() in real.parents:
+        if source.format != "gguf" and here.resolve() in real.parents:
             raise ConvertError(f"the output {output} lies within the source; choose another -o.")
     if output.is_symlink():
         raise ConvertError(f"{output} is a link; give the directory itself.")
