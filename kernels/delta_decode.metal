@@ -47,32 +47,31 @@ struct DecodeSizes {
 // bias to every `Group` values).
 template <typename V, int Bits, int Group, int D>
 inline float staged_value(
+    const threadgroup V* values, const threadgroup V*, const threadgroup V*, int token, int d) {
+  return float(values[token * D + d]);
+}
+
+template <typename V, int Bits, int Group, int D>
+inline float staged_value(
     const threadgroup uint* words,
     const threadgroup V* scales,
     const threadgroup V* biases,
     int token,
     int d) {
-  if (Bits >= 16) {
-    return float(((const threadgroup V*)words)[token * D + d]);
-  }
-  constexpr int CodeBits = Bits < 16 ? Bits : 8;  // not read otherwise
-  uint code = packed_field<CodeBits>(words[(token * D + d) / (32 / CodeBits)], uint(d));
+  uint code = packed_field<Bits>(words[(token * D + d) / (32 / Bits)], uint(d));
   int group = (token * D + d) / Group;
   return float(code) * float(scales[group]) + float(biases[group]);
 }
 
-// Words of payload, keys or values of a slice, brought to threadgroup memory by all threads.
-inline void stage_words(
-    const device uint* from, threadgroup uint* to, int words, uint thread_index, uint threads) {
-  for (int i = int(thread_index); i < words; i += int(threads)) {
-    to[i] = from[i];
-  }
-}
-
-template <typename V>
-inline void stage_values(
-    const device V* from, threadgroup V* to, int values, uint thread_index, uint threads) {
-  for (int i = int(thread_index); i < values; i += int(threads)) {
+// What a slice needs, brought to threadgroup memory by all threads.
+template <typename Element>
+inline void stage(
+    const device Element* from,
+    threadgroup Element* to,
+    int count,
+    uint thread_index,
+    uint threads) {
+  for (int i = int(thread_index); i < count; i += int(threads)) {
     to[i] = from[i];
   }
 }
@@ -81,6 +80,7 @@ template <
     typename T,  // queries and the output
     typename S,  // stored keys
     typename V,  // values, or their scales and biases
+    typename Stored,  // V, or uint words of codes
     int Bits,  // of a packed value
     int ValueBits,  // 8, 4, or those of V
     int Group,  // values that share a scale
@@ -99,7 +99,7 @@ inline void delta_decode(
     const device S* grid,
     const device S* sinks,
     const device S* near,
-    const device uint* values,  // words; plain values are read as words too
+    const device Stored* values,
     const device V* scales,
     const device V* biases,
     const device bool* mask,
@@ -110,7 +110,7 @@ inline void delta_decode(
     threadgroup uint* mask_words,  // [(Size - 1) * W]
     threadgroup uint* starts,  // [Size + 1]
     threadgroup uint* key_words,  // [Tile * D / 2 + 1]
-    threadgroup uint* value_words,  // [Tile * D * ValueBits / 32]
+    threadgroup Stored* staged_values,  // [Tile] tokens
     threadgroup V* value_scales,  // [Tile * D / Group], quantized only
     threadgroup V* value_biases,
     uint thread_index,
@@ -121,7 +121,7 @@ inline void delta_decode(
     uint head) {
   constexpr int W = (D + 31) / 32;
   constexpr uint per_word = 32 / Bits;
-  constexpr int token_words = D * ValueBits / 32;
+  constexpr int token_size = ValueBits < 16 ? D * ValueBits / 32 : D;  // in elements of `Stored`
   const int row = int(head) / sizes.kv_heads;
   const int kv_head = int(head) % sizes.kv_heads;
   const int start = rows[row * ROW_NUMBERS];
@@ -135,7 +135,7 @@ inline void delta_decode(
   grid += long(head) * sizes.blocks * 2 * D;
   sinks += long(head) * sizes.sinks * D;
   near += long(head) * sizes.room * D;
-  values += long(head) * sizes.values * token_words;
+  values += long(head) * sizes.values * token_size;
   scales += long(head) * sizes.values * (D / Group);
   biases += long(head) * sizes.values * (D / Group);
 
@@ -170,18 +170,19 @@ inline void delta_decode(
   const int near_block = max(first_position / Size - sizes.window_blocks, 0);
   const int units = packed_blocks + last_position / Size - near_block + 1;
   const int per_split = (units + sizes.splits - 1) / sizes.splits;
-  const int end = min((int(split) + 1) * per_split, units);
 
-  for (int unit = int(split) * per_split; unit < end; ++unit) {
+  for (int unit = int(split) * per_split; unit < (int(split) + 1) * per_split; ++unit) {
     const bool is_packed = unit < packed_blocks;
     const int block = is_packed ? unit : near_block + unit - packed_blocks;
+    // Of the query's own block not all tokens are there yet; of one behind it none.
+    const int block_tokens = is_packed ? Size : min(Size, last_position + 1 - block * Size);
     float held[W];
     float low[W];
     float spacing[W];
     const device uint* words = payload;
     if (is_packed) {
       words += offsets[block];
-      stage_words(masks + long(block) * (Size - 1) * W, mask_words, (Size - 1) * W, thread_index, threads);
+      stage(masks + long(block) * (Size - 1) * W, mask_words, (Size - 1) * W, thread_index, threads);
       for (int i = 0; i < W; ++i) {
         int d = 32 * i + int(lane);
         bool has_grid = Bits < 16 && d < D;
@@ -212,28 +213,25 @@ inline void delta_decode(
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    for (int first = 0; first < Size; first += Tile) {
+    for (int first = 0; first < block_tokens; first += Tile) {
       const int token = block * Size + first;
-      const int tokens = is_packed ? Tile : min(Tile, last_position + 1 - token);
-      if (tokens <= 0) {
-        break;
-      }
+      const int tokens = min(Tile, block_tokens - first);
       uint first_word = 0;
       if (is_packed) {
         first_word = starts[first] / per_word;
         uint end_word = (starts[first + Tile] + per_word - 1) / per_word;
-        stage_words(words + first_word, key_words, int(end_word - first_word), thread_index, threads);
+        stage(words + first_word, key_words, int(end_word - first_word), thread_index, threads);
       } else {
         const device S* from = near + long(token - near_first) * D;
-        stage_values(from, (threadgroup S*)key_words, tokens * D, thread_index, threads);
+        stage(from, (threadgroup S*)key_words, tokens * D, thread_index, threads);
       }
-      stage_words(
-          values + long(token) * token_words, value_words, tokens * token_words, thread_index, threads);
+      stage(
+          values + long(token) * token_size, staged_values, tokens * token_size, thread_index, threads);
       if (ValueBits < 16) {
         const int groups = D / Group;
-        stage_values(
+        stage(
             scales + long(token) * groups, value_scales, tokens * groups, thread_index, threads);
-        stage_values(
+        stage(
             biases + long(token) * groups, value_biases, tokens * groups, thread_index, threads);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -279,7 +277,7 @@ inline void delta_decode(
 
       for (int j = 0; j < Queries; ++j) {
         const int own = token + int(lane);
-        bool seen = int(lane) < tokens && own <= position[j] && (block < far[j]) == is_packed;
+        bool seen = own <= position[j] && (block < far[j]) == is_packed;
         if (HasMask && seen) {
           int mask_row = (row % sizes.mask_rows) * sizes.queries + step[j];
           seen = mask[long(mask_row) * sizes.mask_columns + own];
@@ -301,7 +299,7 @@ inline void delta_decode(
         for (int i = 0; i < W; ++i) {
           int d = 32 * i + int(lane);
           value[i] = d < D ? staged_value<V, ValueBits, Group, D>(
-                                 value_words, value_scales, value_biases, t, d)
+                                 staged_values, value_scales, value_biases, t, d)
                            : 0.0f;
         }
         for (int j = 0; j < Queries; ++j) {

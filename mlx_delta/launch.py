@@ -1,4 +1,4 @@
-"""Launching the Metal kernels: sources, template arguments and grids. Nothing here runs without Metal.
+"""Launching the Metal kernels: sources, template arguments and grids. Nothing runs without Metal.
 
 A kernel's functions come from ``kernels/*.metal``; the body that MLX wraps into a kernel only
 declares threadgroup memory and calls one of them. Each kernel is built once.
@@ -144,17 +144,17 @@ DECODE_BODY = """
     threadgroup uint mask_words[(Size - 1) * W];
     threadgroup uint starts[Size + 1];
     threadgroup uint key_words[Tile * D / 2 + 1];
-    threadgroup uint value_words[Tile * D * ValueBits / 32];
+    threadgroup Stored staged_values[ValueBits < 16 ? Tile * D * ValueBits / 32 : Tile * D];
     threadgroup V value_scales[ValueBits < 16 ? Tile * D / Group : 1];
     threadgroup V value_biases[ValueBits < 16 ? Tile * D / Group : 1];
     DecodeSizes sizes = {
         masks_shape[1], queries_shape[1] / masks_shape[1], queries_shape[2], masks_shape[2],
         payload_shape[1], near_shape[2], values_shape[2], n_sinks, window_blocks,
         int(threadgroups_per_grid.y), mask_shape[0], mask_shape[2]};
-    delta_decode<T, S, V, Bits, ValueBits, Group, D, Size, Tile, Queries, HasSinks, HasMask>(
-        queries, rows, masks, payload, offsets, grid, sinks, near, (const device uint*)values,
-        scales, biases, mask, scale, sizes, partial, sums, mask_words, starts, key_words,
-        value_words, value_scales, value_biases, thread_index_in_threadgroup,
+    delta_decode<T, S, V, Stored, Bits, ValueBits, Group, D, Size, Tile, Queries, HasSinks, HasMask>(
+        queries, rows, masks, payload, offsets, grid, sinks, near, values, scales,
+        biases, mask, scale, sizes, partial, sums, mask_words, starts, key_words,
+        staged_values, value_scales, value_biases, thread_index_in_threadgroup,
         threads_per_threadgroup.x, thread_index_in_simdgroup, simdgroup_index_in_threadgroup,
         threadgroup_position_in_grid.y, threadgroup_position_in_grid.z);
 """
@@ -252,7 +252,7 @@ def decode(
             *(mx.array(n_sinks(blocks), mx.int32), mx.array(window_blocks, mx.int32)),
         ],
         template=[
-            *(("T", queries.dtype), ("S", blocks.dtype), ("V", scales.dtype)),
+            *(("T", queries.dtype), ("S", blocks.dtype), ("V", scales.dtype), ("Stored", words.dtype)),
             *(("Bits", blocks.bits), ("ValueBits", value_bits)),
             ("Group", D // scales.shape[3] if quantized else D),
             *(("D", D), ("Size", size), ("Tile", tile), ("Queries", own)),

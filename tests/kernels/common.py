@@ -1,0 +1,149 @@
+"""Running the kernels' launchers on the bench, and keys to run them on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta import DeltaConfig, launch
+from mlx_delta import packed_reference as ref
+from mlx_delta.hold import block_thresholds
+
+from ..metal_cpu import KernelSource, MetalBench
+
+BUILDERS = ("encode_kernel", "unpack_kernel", "decode_kernel", "reduce_kernel")
+TYPES = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
+STORED = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float16"}
+
+# How a kernel is run: fast with inputs at either end of their pages, or followed access by access
+# under different schedules.
+FAST = [{"placement": "end"}, {"placement": "start"}, {"placement": "unaligned"}]
+CHECKED = [{"mode": "checked", "seed": seed} for seed in range(3)]
+
+
+def name_of(options: dict[str, Any]) -> str:
+    """A test's id."""
+    return "-".join(str(value) for value in options.values())
+
+
+every_run = pytest.mark.parametrize("options", [*FAST, *CHECKED], ids=name_of)
+fast_runs = pytest.mark.parametrize("options", FAST, ids=name_of)
+each_type = pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES.keys())
+# The first unused half of a payload's last word, and all behind it, is left as it is.
+UNWRITTEN = {"allow_unwritten": True}
+_PASSED: set[tuple[str, str, str]] = set()
+
+
+@contextlib.contextmanager
+def on_bench(bench: MetalBench, **options: Any) -> Iterator[None]:
+    """The launchers' kernels run on the bench; on a Mac, on the GPU (in fast mode only)."""
+    if bench.on_gpu:
+        if options.get("mode") == "checked":
+            pytest.skip("the GPU does not tell; this runs on Linux")
+        yield
+        return
+    _forget_kernels()
+    try:
+        with bench.patched(**UNWRITTEN, **options):
+            yield
+    finally:
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    for name in BUILDERS:
+        getattr(launch, name).cache_clear()
+
+
+def source_of(builder: str) -> KernelSource:
+    """A kernel as data, to plant mistakes in."""
+    return KernelSource.of(getattr(launch, builder).__wrapped__)
+
+
+def with_kernel(
+    bench: MetalBench, builder: str, test: Callable[[], None]
+) -> Callable[[KernelSource], None]:
+    """A test of one kernel, which runs in checked mode in the place of the launcher's own."""
+
+    def run(kernel: KernelSource) -> None:
+        if bench.on_gpu:
+            pytest.skip("the GPU does not check")
+        passed = (builder, kernel.header, kernel.source)
+        if passed in _PASSED:
+            return  # the kernel itself, once more: every mutation asks for it
+        bound = bench.bind(kernel, mode="checked", **UNWRITTEN)
+        with on_bench(bench), mock.patch.object(launch, builder, lambda: bound):
+            test()
+        _PASSED.add(passed)
+
+    return run
+
+
+def config(bits: int = 16, **changes: Any) -> DeltaConfig:
+    """Small blocks and windows unless told otherwise."""
+    settings = {"block_size": 64, "window": 64, "sinks": 4, "key_bits": bits, **changes}
+    return DeltaConfig(**settings)
+
+
+def walk(shape: tuple[int, ...], dtype: mx.Dtype, seed: int = 0, step: float = 0.3) -> mx.array:
+    """Keys [.., N, D] whose neighbours are alike, around a mean of each channel's own."""
+    rng = np.random.default_rng(seed)
+    keys = rng.normal(size=(*shape[:-2], 1, shape[-1])) * 2
+    noise = np.cumsum(rng.normal(size=shape) * step, axis=-2)
+    return mx.array((keys + np.sin(noise)).astype(np.float32)).astype(dtype)
+
+
+def as_float(array: mx.array) -> np.ndarray:
+    """float32, for types that NumPy lacks too."""
+    return np.array(array.astype(mx.float32))
+
+
+def special_keys(kind: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Keys [.., N, D] that are hard to hold or to code."""
+    keys = as_float(walk(shape, dtype))
+    rng = np.random.default_rng(1)
+    if kind == "constant":  # all deltas zero
+        keys[...] = keys[..., :1, :]
+    elif kind == "alternating":  # none zero
+        keys = np.where(np.arange(shape[-2])[:, None] % 2 == 0, 3.0, -3.0) + 0 * keys
+    elif kind == "steps":  # whole numbers, so that changes equal to a threshold occur
+        keys = rng.integers(-3, 3, shape).astype(np.float32)
+    elif kind == "extreme":
+        keys = np.where(rng.random(shape) < 0.5, 65504.0, -65504.0)
+        keys[..., ::3] *= 1e-9
+    elif kind == "nan":
+        keys[..., 5, 3] = np.nan
+        keys[..., 0, 9] = np.nan
+    elif kind == "inf":
+        keys[..., 7, 1] = np.inf
+        keys[..., 3, 2] = -np.inf
+    return mx.array(keys.astype(np.float32)).astype(dtype)
+
+
+def packed_blocks(keys: mx.array, setting: DeltaConfig, first_block: int = 0) -> list:
+    """The reference's packed blocks of keys [B, H, blocks * size, D], and their held keys."""
+    assert setting.key_bits is not None
+    B, H, length, D = keys.shape
+    size = setting.block_size
+    blocks = keys.reshape(B, H, length // size, size, D).astype(mx.float32)
+    thresholds = np.array(block_thresholds(blocks, setting))
+    kind = STORED[keys.dtype]
+    packed = []
+    for index in np.ndindex(B, H, length // size):
+        position = (first_block + index[2]) * size
+        block = ref.pack_block(
+            np.array(blocks[index]),
+            setting.key_bits,
+            kind,
+            thresholds[index],
+            position,
+            setting.sinks,
+        )
+        packed.append((index, block))
+    return packed
