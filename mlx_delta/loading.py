@@ -14,6 +14,7 @@ from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.common import read_delta
+from .ternary_model import loading_overrides
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEMO = "demo"
@@ -68,6 +69,7 @@ def load(
     setting = None if delta is None else delta.to_dict()
     # Our classes stand in for a model_file, which would need trust_remote_code to run.
     overrides = {**(model_config or {}), "delta": setting, "model_file": None}
+    overrides |= loading_overrides({**config, **overrides})
     options: dict[str, Any] = {"model_config": overrides, "get_model_classes": get_model_classes}
     if delta is None and config.get("model_type") not in MODELS:
         options = {"model_config": model_config, "trust_remote_code": trust_remote_code}
@@ -82,6 +84,8 @@ def load(
         delta.for_layer(0, len(model.layers))  # as many thresholds as layers, or an error now
     if not has_gpu():
         model.set_dtype(mx.float32)
+    if not lazy and hasattr(model, "check_weights"):
+        model.check_weights()
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()

@@ -13,10 +13,10 @@ from mlx_lm.models import llama as stock_llama
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_delta import DeltaConfig, DeltaKVCache, measure_sparsity, reference
-from mlx_delta.models import bitnet, get_model_classes
+from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import normalize_rope
 
-from .tiny import BITNET, LLAMA, SMALL, bitnet_model, llama_model, tokens
+from .tiny import LLAMA, SMALL, llama_model, tokens
 
 VARIANTS = {
     "plain": {},
@@ -189,44 +189,6 @@ def test_rope_settings_are_read_in_either_spelling():
     assert normalize_rope(normalize_rope(new)) == normalize_rope(new)
     default = normalize_rope({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
     assert default["rope_theta"] == 7.0 and "rope_scaling" not in default
-
-
-# BitNet.
-
-
-def test_ternary_codes_unpack_to_their_rows():
-    codes = np.random.default_rng(0).integers(0, 3, (8, 6))
-    packed = sum(codes[2 * k : 2 * k + 2] << 2 * k for k in range(4)).astype(np.uint8)
-    np.testing.assert_array_equal(bitnet.unpack_ternary(mx.array(packed)), codes - 1)
-
-
-@pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["fp32", "bf16"])
-def test_ternary_layers_scale_as_their_class_says(linear_class, dtype):
-    config = {**BITNET, "quantization_config": {"linear_class": linear_class}}
-    layer = bitnet.Model(bitnet.ModelArgs.from_dict(config)).layers[0].mlp.up_proj
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 3, (4, *layer.weight.shape)).astype(np.uint8)
-    layer.weight = mx.array(codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6)
-    layer.weight_scale = mx.array([0.25]).astype(dtype)
-    x = mx.array(rng.normal(size=(2, 3, LLAMA["hidden_size"]))).astype(dtype)
-    scale = 0.25 if linear_class == "autobitlinear" else 4.0
-    weight = (np.concatenate(codes).astype(np.float32) - 1) * scale
-    wanted = np.array(x.astype(mx.float32)) @ weight.T
-    assert layer(x).dtype == dtype
-    tolerance = 1e-5 if dtype == mx.float32 else 0.02
-    np.testing.assert_allclose(layer(x).astype(mx.float32), wanted, atol=tolerance, rtol=tolerance)
-
-
-def test_bitnet_attends_with_the_delta():
-    model, ids = bitnet_model(), tokens(200)
-    whole, caches = model(ids), model.make_cache()
-    parts = [model(ids[:, a:b], cache=caches) for a, b in ((0, 90), (90, 91), (91, 200))]
-    np.testing.assert_allclose(mx.concatenate(parts, axis=1), whole, atol=2e-3)
-    dense = bitnet_model(None)(ids)
-    assert not np.allclose(whole, dense, atol=0.05)
-    zero = bitnet_model(DeltaConfig(**{**SMALL.to_dict(), "threshold": 0.0}))(ids)
-    np.testing.assert_allclose(zero, dense, atol=2e-3)
 
 
 # Which models there are.

@@ -35,6 +35,7 @@ LLAMA = {
 BITNET = {
     **LLAMA,
     "model_type": "bitnet",
+    "intermediate_size": 64,  # ternary layers take multiples of 32
     "num_attention_heads": 4,
     "head_dim": 8,  # BitNet's attention norm spans hidden_size = heads * head_dim
     "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"},
@@ -63,28 +64,31 @@ def llama_model(delta: DeltaConfig | None = SMALL, seed: int = 0, **changes: Any
     return model
 
 
-def bitnet_model(delta: DeltaConfig | None = SMALL, seed: int = 0) -> bitnet.Model:
-    """A random BitNet in its packed layout."""
-    model = bitnet.Model(bitnet.ModelArgs.from_dict({**BITNET, "delta": delta}))
-    model.load_weights(sorted(_bitnet_weights(model, seed).items()))
+def bitnet_model(delta: DeltaConfig | None = SMALL, seed: int = 0, **changes: Any) -> bitnet.Model:
+    """A random BitNet, in float32."""
+    model = bitnet.Model(bitnet.ModelArgs.from_dict({**BITNET, "delta": delta, **changes}))
+    model.load_weights(sorted(model.sanitize(bitnet_weights(model, seed)).items()))
     model.eval()
     mx.eval(model.parameters())
     return model
 
 
-def _bitnet_weights(model: bitnet.Model, seed: int) -> dict[str, mx.array]:
+def bitnet_weights(model: Any, seed: int = 0) -> dict[str, mx.array]:
+    """Random weights for a ternary model in the packed layout of microsoft/bitnet-b1.58-2B-4T."""
     rng = np.random.default_rng(seed)
+    ternary = {f"{path}.weight" for path, _ in model.ternary_layers()}
     weights = {}
     for name, old in tree_flatten(model.parameters()):
-        if old.dtype == mx.uint8:
-            codes = rng.integers(0, 3, (4, *old.shape)).astype(np.uint8)
+        if name in ternary:
+            shape = (old.shape[0] // 4, old.shape[1] * 16)
+            codes = rng.integers(0, 3, (4, *shape)).astype(np.uint8)
             packed = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
             weights[name] = mx.array(packed)
-        elif name.endswith("weight_scale"):
-            weights[name] = mx.array(rng.uniform(0.1, 0.3, old.shape).astype(np.float32))
+            scale = rng.uniform(0.1, 0.3, 1).astype(np.float32)
+            weights[f"{name}_scale"] = mx.array(scale)
         elif name.endswith("norm.weight"):
             weights[name] = mx.ones(old.shape)
-        else:
+        elif not name.endswith((".scales", ".biases")):
             weights[name] = mx.array(rng.normal(size=old.shape).astype(np.float32) * 0.5)
     return weights
 
@@ -122,7 +126,8 @@ def write_llama(path: Path, shards: int = 1, **changes: Any) -> Path:
 
 def write_bitnet(path: Path, **changes: Any) -> Path:
     """A random BitNet checkpoint in the packed layout of microsoft/bitnet-b1.58-2B-4T."""
-    weights = dict(tree_flatten(bitnet_model(delta=None).parameters()))
+    model = bitnet.Model(bitnet.ModelArgs.from_dict(BITNET))
+    weights = bitnet_weights(model)
     return write_checkpoint(path, {**BITNET, **changes}, weights)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mlx_lm.utils import MODEL_REMAPPING
 
-from . import bitnet, llama
+from ..ternary_model import is_ternary_llama
+from . import bitnet, bitnet_llama, llama
 
 MODELS = {"llama": llama, "bitnet": bitnet}
 
@@ -38,7 +39,8 @@ def get_model_classes(config: dict) -> tuple[type, type]:
             f"[load] model_type {model_type!r} has no delta model; there is one for {known}. "
             "Run it with mlx_lm, or pass delta=None (--no-delta)."
         )
-    return MODELS[name].Model, MODELS[name].ModelArgs
+    module = bitnet_llama if name == "llama" and is_ternary_llama(config) else MODELS[name]
+    return module.Model, module.ModelArgs
 
 
 def _known(model_type: str) -> bool:
