@@ -15,7 +15,7 @@ import mlx_lm.models.cache as _mlx_lm_cache  # noqa: E402
 from .batch_cache import BatchDeltaKVCache  # noqa: E402
 from .cache import DeltaKVCache  # noqa: E402
 from .config import DeltaConfig  # noqa: E402
-from .generation import batch_generate, generate, stream_generate  # noqa: E402
+from .generate import batch_generate, generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
 from .sparsity import Sparsity, measure_sparsity  # noqa: E402
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_delta import load
-from mlx_delta.generate import main
+from mlx_delta.generate.command import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

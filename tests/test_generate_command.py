@@ -14,7 +14,8 @@ import pytest
 
 from mlx_delta import generate as generate_text
 from mlx_delta import load
-from mlx_delta.generate import main
+from mlx_delta.generate import command
+from mlx_delta.generate.command import main
 
 from .tiny import SMALL, write_llama
 
@@ -220,7 +221,7 @@ def test_running_out_of_gpu_memory(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
 
-    monkeypatch.setattr("mlx_delta.generate.stream_generate", fail)
+    monkeypatch.setattr(command, "stream_generate", fail)
     status, _, err = run("-p", "x")
     assert status == 1 and "error: out of memory" in err and "--prefill-step-size" in err
 
@@ -229,12 +230,17 @@ def test_running_out_of_gpu_memory(run, monkeypatch):
 def test_ctrl_c_says_so_and_leaves_nothing_half_written(tmp_path, path):
     target = tmp_path / "out"
     target.mkdir()
-    command = [sys.executable, "-m", "mlx_delta.generate", "--model", path, "-p", PROMPT]
-    command += ["-m", "-1", "--save-prompt-cache", str(target / "cache.safetensors")]
+    arguments = [sys.executable, "-m", "mlx_delta.generate", "--model", path, "-p", PROMPT]
+    arguments += ["-m", "-1", "--save-prompt-cache", str(target / "cache.safetensors")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    # A child of a background job would inherit SIGINT as ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     process.stdout.readline()  # it has begun to generate
     time.sleep(0.3)

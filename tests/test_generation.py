@@ -8,8 +8,9 @@ from mlx_lm import load as stock_load
 from mlx_lm.models.cache import RotatingKVCache
 
 import mlx_delta
+import mlx_delta.generate.command  # noqa: F401  (must not hide the function of that name)
 from mlx_delta import DeltaConfig, batch_generate, generate, load, stream_generate
-from mlx_delta.generation import make_caches
+from mlx_delta.generate import make_caches
 
 from .tiny import SMALL, write_llama
 

@@ -1,4 +1,8 @@
-"""Generating text: mlx-lm's generators, with caches and checks of our own."""
+"""Generating text: mlx-lm's generators, with caches and checks of our own.
+
+The functions are here, the command line (``python -m mlx_delta.generate``) is beside it. A package
+rather than a module, so that running it does not import it twice.
+"""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from .cache import _HeldKeys
-from .config import DeltaConfig
-from .sparsity import Sparsity, measure_sparsity
+from ..cache import _HeldKeys
+from ..config import DeltaConfig
+from ..sparsity import Sparsity, measure_sparsity
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m mlx_delta.generate``. mlx-lm's flags, and the delta's."""
+"""The command line: mlx-lm's flags, and the delta's."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from . import prompt_cache
-from .blas import blas_status
-from .config import DeltaConfig
-from .generation import check_options, check_prompt, make_caches, stream_generate
-from .loading import DEMO, MODEL_SETTING, find_model, load, read_config
-from .models.common import read_delta
+from ..blas import blas_status
+from ..config import DeltaConfig
+from ..loading import DEMO, MODEL_SETTING, find_model, load, read_config
+from ..models.common import read_delta
+from . import check_options, check_prompt, make_caches, prompt_cache, stream_generate
 from .report import Report
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -382,7 +381,3 @@ def produce(
         print()
     assert response is not None  # mlx-lm always ends with one
     return Report.of(text, ids, response, caches, cached, time.perf_counter() - start)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
