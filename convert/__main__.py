@@ -47,6 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="layout of ternary layers (default: packed for bitnet, affine for llama)",
     )
+    add(
+        "--float-activations",
+        dest="int8_activations",
+        action="store_false",
+        help="ternary models: do not let mlx_delta round activations to int8, as they were trained",
+    )
     add("--max-context", type=int, help="tokens to plan memory for")
     add("--kv-bits", type=int, choices=[4, 8, 16], help="of the key-value cache, for the same")
     add("--device-memory", help="the device's memory, such as 8GB")
@@ -127,6 +133,7 @@ def make_job(args: argparse.Namespace) -> Any:
         context=context,
         kv_bits=target.kv_bits if args.kv_bits is None else args.kv_bits,
         memory=memory,
+        int8_activations=args.int8_activations,
         overwrite=args.overwrite,
         verify=args.verify,
         quiet=args.quiet,

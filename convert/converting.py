@@ -38,6 +38,7 @@ class Job:
         context: Tokens to plan memory for.
         kv_bits: Of the key-value cache, for the same.
         memory: The device's memory in GB.
+        int8_activations: Let mlx_delta round the activations of ternary layers to int8.
         overwrite: Replace an existing output.
         verify: Compare the result with the source in a process of its own.
         quiet: No progress, no plan.
@@ -53,6 +54,7 @@ class Job:
     context: int = 4096
     kv_bits: int = 16
     memory: float = 16
+    int8_activations: bool = True
     overwrite: bool = False
     verify: bool = True
     quiet: bool = False
@@ -64,6 +66,7 @@ class Job:
             **asdict(self.options),
             "i2s_layout": self.reading.i2s_layout,
             "delta": self.delta,
+            "int8_activations": self.int8_activations,
             "mlx_lm_shim": self.shim,
             "context": self.context,
             "kv_bits": self.kv_bits,
@@ -181,7 +184,9 @@ def _convert_into(
             path.name: {"bytes": path.stat().st_size, "sha256": _result(digest, path)}
             for path, digest in digests.items()
         }
-    notes = write_beside(work.folder, source, plan, delta, job.shim)
+    notes = write_beside(
+        work.folder, source, plan, delta, job.shim, 8 if job.int8_activations else None
+    )
     report = make_report(source, plan, shards, inputs, job.settings(), notes)
     report["memory"] = {"fits": fit.verdict, "needed": fit.needed, "usable": fit.usable}
     problems = check_directory(work.folder)

@@ -8,11 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_delta.ternary import LEAST_MEAN, ternarize
+
 from .architecture import read_architecture
 from .errors import ConvertError
 from .files import read_json, regular_file
 from .safetensors_io import ITEM_BYTES, Tensor, read_header
-from .ternary import LEAST_MEAN, check_codes, ternarize, unpack_u8_rows
+from .ternary import check_codes, unpack_u8_rows
 from .weights import Source, Ternary, Weight, check_finite, check_tensors
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -219,16 +221,17 @@ def _master(tensor: Tensor) -> Weight:
             for start in range(0, rows, step):
                 data = tensor.read(start, min(rows, start + step))
                 check_finite(data, tensor.dtype, tensor.name)
-                values = mx.abs(to_mlx(data, tensor.dtype).astype(mx.float32))
-                # Row sums in float64: a float32 sum of millions of terms drifts.
-                total += float(np.array(mx.sum(values, axis=1)).astype(np.float64).sum())
+                values = np.array(to_mlx(data, tensor.dtype).astype(mx.float32))
+                # In float64: a float32 sum of millions of terms drifts.
+                total += float(np.abs(values).sum(dtype=np.float64))
             mean.append(max(total / (rows * tensor.shape[1]), LEAST_MEAN))
         return mean[0]
 
     def read(start: int, stop: int) -> Ternary:
         scale = absolute_mean()
         values = to_mlx(tensor.read(start, stop), tensor.dtype)
-        return Ternary(ternarize(values, scale), np.array([scale], dtype=np.float32))
+        codes = ternarize(values, mx.array(scale, dtype=mx.float32))
+        return Ternary(np.array(codes), np.array([scale], dtype=np.float32))
 
     source_type = f"ternary master {tensor.dtype}"
     return Weight(tensor.name, tensor.shape, "ternary", source_type, tensor.nbytes, read)

@@ -40,7 +40,12 @@ __all__ = ["Model", "ModelArgs"]
 
 
 def make_config(
-    source: Source, plan: Plan, delta: Mapping[str, Any] | None, shim: bool, ends: list[int]
+    source: Source,
+    plan: Plan,
+    delta: Mapping[str, Any] | None,
+    shim: bool,
+    ends: list[int],
+    activation_bits: int | None,
 ) -> dict[str, Any]:
     """The output's config.json.
 
@@ -53,6 +58,7 @@ def make_config(
         delta: The setting of hybrid delta attention; ``None`` for dense attention.
         shim: Whether mlx-lm is to load the model's class from a file in the directory.
         ends: Token ids that end a generation.
+        activation_bits: Of ternary layers, in mlx_delta; other loaders leave activations alone.
     """
     arch = source.arch
     config = {key: value for key, value in source.config.items() if key not in LEFT_OUT}
@@ -79,10 +85,18 @@ def make_config(
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
         }
+    if is_ternary(source):
+        config["activation_bits"] = activation_bits
     config["delta"] = dict(delta) if delta is not None else None
     if shim:
         config["model_file"] = SHIM
     return dict(sorted(config.items()))
+
+
+def is_ternary(source: Source) -> bool:
+    """Whether all projections are ternary, so that the model was trained with int8 activations."""
+    kinds = {source.weights[path + ".weight"].kind for path in source.arch.linears()}
+    return kinds == {"ternary"}
 
 
 def make_index(plan: Plan) -> dict[str, Any]:
@@ -97,7 +111,12 @@ def make_index(plan: Plan) -> dict[str, Any]:
 
 
 def write_beside(
-    folder: Path, source: Source, plan: Plan, delta: Mapping[str, Any] | None, shim: bool
+    folder: Path,
+    source: Source,
+    plan: Plan,
+    delta: Mapping[str, Any] | None,
+    shim: bool,
+    activation_bits: int | None,
 ) -> list[str]:
     """Write everything but weights, report, card and index.
 
@@ -107,7 +126,7 @@ def write_beside(
     notes: list[str] = []
     files = finish_tokenizer(source.files, notes)
     ends = end_tokens(files, source.config, notes)
-    config = make_config(source, plan, delta, shim, ends)
+    config = make_config(source, plan, delta, shim, ends, activation_bits)
     generation = dict(parse_json(files.get("generation_config.json", b"{}"), "generation_config"))
     generation.pop("transformers_version", None)
     if ends:
@@ -118,7 +137,11 @@ def write_beside(
     files["generation_config.json"] = dump_json(generation)
     files["config.json"] = dump_json(config)
     if shim:
-        module = "bitnet" if source.arch.model_type == "bitnet" else "llama"
+        module = "llama"
+        if source.arch.model_type == "bitnet":
+            module = "bitnet"
+        elif config.get("activation_bits") is not None:
+            module = "bitnet_llama"
         files[SHIM] = SHIM_TEXT.format(module=module).encode()
     for name, data in sorted(files.items()):
         write_file(folder / name, data)

@@ -22,13 +22,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_delta.ternary import pack_rows, pack_words
+
 from .errors import ConvertError
 from .files import dump_json, format_bytes, read_json, sha256, write_file
 from .from_safetensors import MLX_DTYPES, to_mlx
 from .plan import Item, Plan
 from .progress import Progress
 from .safetensors_io import Writer
-from .ternary import pack_affine, pack_u8
 from .weights import (
     Affine,
     Source,
@@ -312,7 +313,7 @@ def _ternary_affine(
         part = Ternary(rows.codes[sample], scales[sample])
         rounded = Ternary(part.codes, np.array(cast.astype(mx.float32))[sample])
         error.add(dequantize_ternary(rounded), dequantize_ternary(part))
-    return [mx.array(pack_affine(rows.codes)), cast, -cast]
+    return [pack_words(mx.array(rows.codes)), cast, -cast]
 
 
 def _packed_rows(item: Item, start: int, stop: int, scale: float) -> tuple[np.ndarray, float]:
@@ -334,7 +335,7 @@ def _packed_rows(item: Item, start: int, stop: int, scale: float) -> tuple[np.nd
         if part.scales.size > 1:
             zeros = np.repeat(part.scales == 0, part.codes.shape[1] // part.scales.shape[1], axis=1)
             part.codes[zeros] = 1
-    return pack_u8([part.codes for part in parts]), scale
+    return np.array(pack_rows(mx.array(np.concatenate([p.codes for p in parts])))), scale
 
 
 def _packed_scale(item: Item, scale: float) -> np.ndarray:

@@ -1,17 +1,13 @@
-"""Ternary weights: the packings they come in, and the two they leave in.
+"""Ternary weights read a few rows at a time; whole ones are ``mlx_delta.ternary``'s.
 
 A code is value + 1, so 0, 1 or 2; code 3 has no meaning and marks a broken or foreign file.
 """
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 
 from .errors import ConvertError
-
-# BitNet's own guard against a tensor of zeros (transformers, integrations/bitnet.py).
-LEAST_MEAN = 1e-5
 
 
 def check_codes(codes: np.ndarray, name: str, hint: str = "") -> np.ndarray:
@@ -49,33 +45,3 @@ def unpack_u8_rows(read: object, rows: int, start: int, stop: int) -> np.ndarray
             packed = read(first - k * quarter, last - k * quarter)
             parts.append((packed >> (2 * k)) & 3)
     return np.concatenate(parts)
-
-
-def pack_u8(quarters: list[np.ndarray]) -> np.ndarray:
-    """The reverse: packed rows from the codes of the same rows of each of the four quarters."""
-    packed = quarters[0].copy()
-    for k in (1, 2, 3):
-        packed |= quarters[k] << (2 * k)
-    return packed
-
-
-def pack_affine(codes: np.ndarray) -> np.ndarray:
-    """Codes [rows, in] as MLX's 2-bit quantization: uint32 [rows, in / 16], low bits first.
-
-    With scales s and biases -s, ``mx.dequantize`` gives (code - 1) * s exactly. (``mx.quantize``
-    with two bits would place four levels between the extremes and miss by s / 2.)
-    """
-    pairs = codes[:, 0::2] | (codes[:, 1::2] << 2)
-    packed = pairs[:, 0::2] | (pairs[:, 1::2] << 4)
-    return np.ascontiguousarray(packed).view("<u4")
-
-
-def ternarize(values: mx.array, mean: float) -> np.ndarray:
-    """Codes of full-precision BitNet weights, as the model itself rounds them.
-
-    t = clip(round(W / mean), -1, 1), rounding halves to even, in float32 (``WeightQuant`` in
-    transformers, integrations/bitnet.py; BitNet b1.58, arXiv 2402.17764).
-    """
-    scale = np.float32(1.0) / np.float32(mean)
-    codes = mx.clip(mx.round(values.astype(mx.float32) * float(scale)), -1, 1) + 1
-    return np.array(codes.astype(mx.uint8))

@@ -73,7 +73,8 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
 
     Returns:
         ``exact``: weights found equal; ``wrong``: those that should be and are not; Kullback-
-        Leibler divergence (source to result), top-1 agreement and losses on the text.
+        Leibler divergence (source to result), top-1 agreement and losses on the text; for
+        ternary models divergence and loss with int8 activations, too.
     """
     import mlx_delta
 
@@ -83,6 +84,8 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
     inputs = mx.array(tokens[:-1])[None]
     new_hidden = model.model.embed_tokens(inputs).astype(mx.float32)
     old_hidden = layers.embed(tokens[:-1])
+    # Ternary layers round activations to int8, which no other loader does: run with and without.
+    int8_hidden = new_hidden if set_activation_bits(model) else None
     exact, wrong = 0, []
 
     def compare_weights(prefixes: tuple[str, ...]) -> None:
@@ -98,20 +101,40 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         compare_weights((f"model.layers.{i}.",))
         old_hidden = layers.run(i, old_hidden)
         layer = model.model.layers[i]
+        if int8_hidden is not None:
+            int8_hidden = layer(int8_hidden, mask="causal").astype(mx.float32)
+            mx.eval(int8_hidden)
+            set_activation_bits(layer, None)
         new_hidden = layer(new_hidden, mask="causal").astype(mx.float32)
         mx.eval(old_hidden, new_hidden)
         model.model.layers[i] = None  # its weights are not needed any more
-    new_hidden = model.model.norm(new_hidden)
-    old_hidden = layers.norm(old_hidden)
-    if source.arch.tied:
-        new = model.model.embed_tokens.as_linear(new_hidden)
-    else:
-        new = model.lm_head(new_hidden)
-    old = layers.head(old_hidden)
-    return _compare(old[0], new[0].astype(mx.float32), tokens[1:]) | {
-        "exact": exact,
-        "wrong": wrong,
-    }
+    old = layers.head(layers.norm(old_hidden))
+
+    def logits(hidden: mx.array) -> mx.array:
+        hidden = model.model.norm(hidden)
+        tied = source.arch.tied
+        new = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+        return new[0].astype(mx.float32)
+
+    found = _compare(old[0], logits(new_hidden), tokens[1:])
+    if int8_hidden is not None:
+        int8 = _compare(old[0], logits(int8_hidden), tokens[1:])
+        found |= {"kl_int8": int8.get("kl"), "loss_int8": int8.get("loss_result")}
+        found["summary"] += f"; with int8 activations loss {int8.get('loss_result')}"
+    return found | {"exact": exact, "wrong": wrong}
+
+
+def set_activation_bits(module: Any, *bits: int | None) -> bool:
+    """Set them, if given, on all ternary layers; whether there are any that round."""
+    from mlx_delta.ternary_linear import TernaryLinear
+
+    found = False
+    for _, layer in module.named_modules():
+        if isinstance(layer, TernaryLinear):
+            found = found or layer.activation_bits is not None
+            for value in bits:
+                layer.activation_bits = value
+    return found
 
 
 def _tokens(tokenizer: Any, source: Source) -> list[int]:

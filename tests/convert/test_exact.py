@@ -12,8 +12,8 @@ import mlx_delta
 from mlx_delta.convert.errors import ConvertError
 from mlx_delta.convert.gguf_blocks import affine_rows, i2s_codes, ternary_rows
 from mlx_delta.convert.plan import Options
-from mlx_delta.convert.ternary import pack_affine
 from mlx_delta.convert.weights import dequantize_affine, dequantize_ternary
+from mlx_delta.ternary import pack_words
 
 from . import checkpoints as made
 from .conftest import FLOAT, dequantized, load_weights
@@ -24,9 +24,9 @@ WIDE_BITNET = made.BITNET | {"hidden_size": 256, "intermediate_size": 512, "head
 EXACT = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "TQ1_0", "TQ2_0"]
 
 
-def logits(folder: Path) -> np.ndarray:
-    # The golden logits are of the weights alone.
-    model, _ = mlx_delta.load(folder, delta=None, model_config={"activation_bits": None})
+def logits(folder: Path, activation_bits: int | None = None) -> np.ndarray:
+    config = {"activation_bits": activation_bits}
+    model, _ = mlx_delta.load(folder, delta=None, model_config=config)
     return np.array(model(mx.array(GOLDEN["tokens"]))[:, -8:])
 
 
@@ -43,6 +43,14 @@ def test_logits_equal_those_of_transformers(name, run, tmp_path):
     output, report = run(write(tmp_path / "source", config), FLOAT)
     assert report["totals"]["changed"] == 0
     np.testing.assert_allclose(logits(output), GOLDEN[name], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["bitnet", "ternary_llama"])
+def test_logits_with_int8_activations_equal_those_of_transformers(name, run, tmp_path):
+    config = {"bitnet": made.BITNET, "ternary_llama": made.TERNARY_LLAMA}[name]
+    output, _ = run(made.write_packed(tmp_path / "source", config), FLOAT)
+    assert json.loads((output / "config.json").read_text())["activation_bits"] == 8
+    np.testing.assert_allclose(logits(output, 8), GOLDEN[name + "_a8"], rtol=2e-4, atol=2e-5)
 
 
 def test_new_rope_spelling_gives_the_same_logits_and_both_are_written(run, tmp_path):
@@ -162,7 +170,7 @@ def test_ternary_codes_in_mlx_quantization_are_exact(dtype):
     codes = np.random.RandomState(3).randint(0, 3, (16, 256)).astype(np.uint8)
     scale = mx.array([0.0371]).astype(made.TYPES[dtype])
     scales = mx.broadcast_to(scale, (16, 2))
-    found = mx.dequantize(mx.array(pack_affine(codes)), scales, -scales, 128, 2)
+    found = mx.dequantize(pack_words(mx.array(codes)), scales, -scales, 128, 2)
     expected = mx.array(codes.astype(np.float32) - 1).astype(scale.dtype) * scale
     assert mx.array_equal(found, expected)
 
