@@ -33,20 +33,20 @@ inline float ternary_dot(const thread float* values, uint word) {
   return sum;
 }
 
-// x [Rows, In], weight [outputs, In / 16], out [Rows, outputs]; largest [Rows * Simdgroups].
-// outputs is a multiple of 4. With Quantize all sums are of integers below 2^24, thus exact.
-template <typename T, int In, int Rows, int Simdgroups, bool Quantize>
+// x [Rows, inputs], weight [outputs, inputs / 16], out [Rows, outputs]; largest
+// [Rows * Simdgroups]. inputs is a multiple of 16, outputs of 4. With Quantize all sums are of integers below 2^24, thus exact.
+template <typename T, int Rows, int Simdgroups, bool Quantize>
 inline void ternary_matvec(
     const device T* x,
     const device uint* weight,
     float weight_scale,
+    int inputs,
     int outputs,
     device T* out,
     threadgroup float* largest,
     uint threadgroup_index,
     uint lane,
     uint simdgroup) {
-  constexpr int Words = In / 16;
   float scales[Rows];
   for (int r = 0; r < Rows; ++r) {
     scales[r] = 1.0f;
@@ -54,8 +54,8 @@ inline void ternary_matvec(
   if (Quantize) {
     for (int r = 0; r < Rows; ++r) {
       float most = 0.0f;
-      for (int i = int(simdgroup * 32 + lane); i < In; i += 32 * Simdgroups) {
-        most = max(most, abs(float(x[r * In + i])));
+      for (int i = int(simdgroup * 32 + lane); i < inputs; i += 32 * Simdgroups) {
+        most = max(most, abs(float(x[r * inputs + i])));
       }
       most = simd_max(most);
       if (lane == 0) {
@@ -76,7 +76,8 @@ inline void ternary_matvec(
   if (first >= outputs) {
     return;
   }
-  const device uint* rows = weight + long(first) * Words;
+  const int n_words = inputs / 16;  // of a row
+  const device uint* rows = weight + long(first) * n_words;
   float dots[Rows][4];
   float sums[Rows];
   for (int r = 0; r < Rows; ++r) {
@@ -85,14 +86,14 @@ inline void ternary_matvec(
       dots[r][o] = 0.0f;
     }
   }
-  for (int w = int(lane); w < Words; w += 32) {
+  for (int w = int(lane); w < n_words; w += 32) {
     uint words[4];
     for (int o = 0; o < 4; ++o) {
-      words[o] = rows[o * Words + w];
+      words[o] = rows[o * n_words + w];
     }
     for (int r = 0; r < Rows; ++r) {
       float values[16];
-      sums[r] += ternary_load<T, Quantize>(x + r * In + w * 16, scales[r], values);
+      sums[r] += ternary_load<T, Quantize>(x + r * inputs + w * 16, scales[r], values);
       for (int o = 0; o < 4; ++o) {
         dots[r][o] += ternary_dot(values, words[o]);
       }

@@ -220,12 +220,18 @@ def _check_safetensors(file: Path) -> None:
             raise ValueError(f"[load] {file} is truncated or not a safetensors file.")
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
-            end = max(ends, default=0)
+            ends = {
+                name: 8 + length + entry["data_offsets"][1]
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            end = max(ends.values(), default=8 + length)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"[load] {file} has a broken safetensors header.") from error
-    if 8 + length + end != size:
+    if end != size:
+        cut = [name for name in ends if ends[name] > size]
+        what = f" (tensor {min(cut, key=lambda name: ends[name])} is cut off)" if cut else ""
         raise ValueError(
-            f"[load] {file} has {size} bytes but its header announces {8 + length + end}; fetch or "
+            f"[load] {file} has {size} bytes but its header announces {end}{what}; fetch or "
             "convert it again."
         )

@@ -16,8 +16,8 @@ MAX_ROWS = 4  # whose activations and sums a thread's registers hold
 
 BODY = """
     threadgroup float largest[Rows * Simdgroups];
-    ternary_matvec<T, In, Rows, Simdgroups, Quantize>(
-        x, weight, float(scales[0]), weight_shape[0], out, largest,
+    ternary_matvec<T, Rows, Simdgroups, Quantize>(
+        x, weight, float(scales[0]), x_shape[1], weight_shape[0], out, largest,
         threadgroup_position_in_grid.x, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
 """
@@ -42,15 +42,14 @@ def ternary_matvec(x: mx.array, weight: mx.array, scales: mx.array, quantize: bo
         x: 1 to ``MAX_ROWS`` rows.
         weight: uint32 [out, in / 16], codes as :func:`mlx_delta.ternary.pack_words` packs them;
             out is a multiple of 4.
-        scales: Any array of which the first element is the scale of all weights.
+        scales: [out, groups]; the first one is the scale of all weights.
         quantize: Whether to round each row of x to int8 first.
     """
-    rows, in_features = x.shape
-    outputs = weight.shape[0]
+    rows, outputs = x.shape[0], weight.shape[0]
     (out,) = matvec_kernel()(
         inputs=[x, weight, scales],
         template=[
-            *(("T", x.dtype), ("In", in_features), ("Rows", rows)),
+            *(("T", x.dtype), ("Rows", rows)),
             *(("Simdgroups", SIMDGROUPS), ("Quantize", quantize)),
         ],
         grid=(SIMD * SIMDGROUPS * -(-outputs // OUTPUTS), 1, 1),

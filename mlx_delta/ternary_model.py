@@ -157,7 +157,7 @@ class TernaryModel(nn.Module):
                 )
             if not _true(mx.all(mx.isfinite(scales))):
                 raise ValueError(f"[load] the scale of tensor {path}.weight is not finite.")
-            if not _true(mx.all(layer.biases == -scales)):
+            if not _true(mx.array_equal(layer.biases, -scales)):
                 raise ValueError(
                     f"[load] tensor {path}.biases is not minus the scales: no ternary weights."
                 )
@@ -207,10 +207,10 @@ def _ternary_twin(path: str, module: Any, args: TernaryArgs) -> TernaryLinear:
 def _read_layer(
     path: str, layer: TernaryLinear, weights: dict[str, mx.array], divides: bool
 ) -> None:
-    """Replace one layer's weights by its own packing of them; what is missing stays so."""
+    """Replace one layer's weights by its own packing of them."""
     name = f"{path}.weight"
     if name not in weights:
-        return
+        raise ValueError(f"[load] tensor {name} is missing.")
     weight, scale = weights[name], weights.pop(f"{name}_scale", None)
     outputs, inputs = layer.weight.shape[0], layer.weight.shape[1] * ternary.CODES_PER_WORD
     if f"{path}.scales" in weights:

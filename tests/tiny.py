@@ -93,15 +93,20 @@ def bitnet_weights(model: Any, seed: int = 0) -> dict[str, mx.array]:
     return weights
 
 
+def copy_tokenizer(path: Path) -> None:
+    """Give a model directory the demo model's tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        demo = Path(mlx_delta.__file__).parent / "bundled" / "demo" / name
+        (path / name).write_bytes(demo.read_bytes())
+
+
 def write_checkpoint(
     path: Path, config: dict[str, Any], weights: dict[str, mx.array], shards: int = 1
 ) -> Path:
     """Write a model directory as it comes from the hub; the tokenizer is the demo model's."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        demo = Path(mlx_delta.__file__).parent / "bundled" / "demo" / name
-        (path / name).write_bytes(demo.read_bytes())
+    copy_tokenizer(path)
     names = sorted(weights)
     if shards == 1:
         mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
