@@ -124,6 +124,8 @@ class _HeldKeys(_BaseCache):
         """Refuse the keys of another model than the cache holds."""
         got = (keys.shape[1], keys.shape[3], values.shape[3])
         if self._model is None:
+            self._keys.check_new(keys)
+            self._values.check_new(values)
             self._model, self._item_size = got, keys.itemsize
         if got != self._model:
             raise ValueError(

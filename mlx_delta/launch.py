@@ -151,7 +151,8 @@ DECODE_BODY = """
         masks_shape[1], queries_shape[1] / masks_shape[1], queries_shape[2], masks_shape[2],
         payload_shape[1], near_shape[2], values_shape[2], n_sinks, window_blocks,
         int(threadgroups_per_grid.y), mask_shape[0], mask_shape[2]};
-    delta_decode<T, S, V, Stored, Bits, ValueBits, Group, D, Size, Tile, Queries, HasSinks, HasMask>(
+    delta_decode<
+        T, S, V, Stored, Bits, ValueBits, Group, D, Size, Tile, Queries, HasSinks, HasMask>(
         queries, rows, masks, payload, offsets, grid, sinks, near, values, scales,
         biases, mask, scale, sizes, partial, sums, mask_words, starts, key_words,
         staged_values, value_scales, value_biases, thread_index_in_threadgroup,
@@ -252,7 +253,12 @@ def decode(
             *(mx.array(n_sinks(blocks), mx.int32), mx.array(window_blocks, mx.int32)),
         ],
         template=[
-            *(("T", queries.dtype), ("S", blocks.dtype), ("V", scales.dtype), ("Stored", words.dtype)),
+            *(
+                ("T", queries.dtype),
+                ("S", blocks.dtype),
+                ("V", scales.dtype),
+                ("Stored", words.dtype),
+            ),
             *(("Bits", blocks.bits), ("ValueBits", value_bits)),
             ("Group", D // scales.shape[3] if quantized else D),
             *(("D", D), ("Size", size), ("Tile", tile), ("Queries", own)),

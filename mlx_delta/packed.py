@@ -21,7 +21,7 @@ import numpy as np
 from .buffers import Rows, equal_rows, grow, pad_to, write_tokens
 from .config import DeltaConfig
 from .dispatch import encode_blocks, unpack
-from .packing import LARGEST, EncodedBlocks, PackedBlocks, to_storage, worst_words
+from .packing import LARGEST, EncodedBlocks, PackedBlocks, storage_type, to_storage, worst_words
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 HEAD_DIMS = range(16, 257, 16)
@@ -64,7 +64,9 @@ class PackedView:
     @cached_property
     def unpacked(self) -> mx.array | None:
         """Held keys of all far blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
-        return None if self.blocks is None else unpack(self.blocks, max(self.encoded))
+        if self.blocks is None or not max(self.encoded):
+            return None
+        return unpack(self.blocks, max(self.encoded))
 
     @cached_property
     def held(self) -> mx.array:
@@ -182,13 +184,21 @@ class PackedKeys:
         self._keep_near(near, [max(0, target - 1) * size for target in targets])
         return view
 
-    def _allocate(self, keys: mx.array, dtype: mx.Dtype) -> None:
-        B, H, _, D = keys.shape
-        if D not in HEAD_DIMS:
+    def check_new(self, keys: mx.array) -> None:
+        """Refuse keys that can't be packed.
+
+        Raises:
+            ValueError: Their type or head_dim has no kernel.
+        """
+        storage_type(keys.dtype)
+        if keys.shape[3] not in HEAD_DIMS:
             raise ValueError(
                 f"[DeltaKVCache] key_bits={self.bits} needs a head_dim that is a multiple of 16, "
-                f"up to {HEAD_DIMS[-1]}, but got {D}."
+                f"up to {HEAD_DIMS[-1]}, but got {keys.shape[3]}."
             )
+
+    def _allocate(self, keys: mx.array, dtype: mx.Dtype) -> None:
+        B, H, _, D = keys.shape
         self._type = str(dtype).removeprefix("mlx.core.")
         self._near = mx.zeros((B, H, self._room, D), keys.dtype)
         self._ends = [[] for _ in range(B)]
@@ -508,16 +518,19 @@ class PackedKeys:
         Returns:
             ``None``: the keys put no limit on the number of tokens.
         """
+        if any(not isinstance(x, mx.array) for x in (self._masks, self._payload, self._offsets)):
+            raise ValueError(f"[{name}] saved state lacks one of its buffers.")
         B, H, room, D = self._near.shape
         blocks = self._masks.shape[2]
         size, words = self.config.block_size, -(-D // 32)
         kind = self._near.dtype
         fits = {
             "near keys": room == self._room and D in HEAD_DIMS and kind in LARGEST,
-            "masks": tuple(self._masks.shape) == (B, H, blocks, size - 1, words),
+            "masks": tuple(self._masks.shape) == (B, H, blocks, size - 1, words)
+            and self._masks.dtype == mx.uint32,
             "offsets": tuple(self._offsets.shape) == (B, H, blocks),
             "zeros": tuple(self.zeros.shape) == (B, H, blocks),
-            "payload": self._payload.ndim == 2 and self._payload.shape[0] == B,
+            "payload": self._payload.dtype == mx.uint32 and len(self._payload) == B,
             "grid": self.bits == 16
             or (self._grid is not None and tuple(self._grid.shape) == (B, H, blocks, 2, D)),
             "sinks": (self.bits == 16 or not self.config.sinks) == (self._sinks is None)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .buffers import grow, pad_to, write_tokens
-from .packing import to_storage
+from .packing import storage_type, to_storage
 
 
 class ValueStore:
@@ -44,6 +44,20 @@ class ValueStore:
         assert self.buffers is not None and self.quantized
         return self.head_dim // self.buffers[1].shape[3]
 
+    def check_new(self, values: mx.array) -> None:
+        """Refuse values that can't be stored in this form.
+
+        Raises:
+            ValueError: Their type has no 16-bit form, or their dimension no groups.
+        """
+        if self.bits is not None:
+            storage_type(values.dtype)
+        if self.quantized and values.shape[3] % 32:
+            raise ValueError(
+                f"[DeltaKVCache] value_bits={self.bits} needs a head_dim that is a multiple of 32 "
+                f"but got {values.shape[3]}; use value_bits=16."
+            )
+
     def write(self, values: mx.array, starts: Sequence[int], capacity: int) -> None:
         """Put values [B, Hkv, L, Dv] at each row's own index, making room for ``capacity``."""
         parts = self._encode(values)
@@ -60,13 +74,7 @@ class ValueStore:
             return (values,)
         if not self.quantized:
             return (to_storage(values),)
-        head_dim = values.shape[3]
-        group_size = next((size for size in (64, 32) if head_dim % size == 0), None)
-        if group_size is None:
-            raise ValueError(
-                f"[DeltaKVCache] value_bits={self.bits} needs a head_dim that is a multiple of 32 "
-                f"but got {head_dim}; use value_bits=16."
-            )
+        group_size = 64 if values.shape[3] % 64 == 0 else 32
         return tuple(mx.quantize(to_storage(values), group_size, self.bits))
 
     def dense(self, length: int, dtype: mx.Dtype) -> mx.array:
