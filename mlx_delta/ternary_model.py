@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.bitlinear_layers import BitLinear
 
 from . import ternary
@@ -162,6 +163,21 @@ class TernaryModel(nn.Module):
                     f"[load] tensor {path}.biases is not minus the scales: no ternary weights."
                 )
             layer.one_scale = _true(mx.all(scales == scales[0, 0]))
+
+    def bytes_per_token(self, kernel: bool) -> int:
+        """Bytes of weights that decoding one token reads; no weight is read to count them.
+
+        Args:
+            kernel: Through the kernel ternary_matvec, which takes one scale for each layer, or
+                through MLX's quantized product.
+        """
+        count = sum(w.nbytes for _, w in tree_flatten(self.parameters()))
+        if kernel:
+            for _, layer in self.ternary_layers():
+                count -= layer.scales.nbytes + layer.biases.nbytes - layer.scales.dtype.size
+        if not self.args.tie_word_embeddings:  # the head is one of its own; here only a row is read
+            count -= sum(w.nbytes for w in self.model.embed_tokens.parameters().values())
+        return count
 
     def set_dtype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> None:
         """Change the type of all floating-point weights.
