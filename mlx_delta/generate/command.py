@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..blas import blas_status
-from ..config import DeltaConfig
+from ..config import KEY_BITS, VALUE_BITS, DeltaConfig
 from ..loading import DEMO, MODEL_SETTING, find_model, load, read_config
 from ..models.common import read_delta
 from . import check_options, check_prompt, make_caches, prompt_cache, stream_generate
@@ -76,6 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
     delta.add_argument("--delta-window", type=int, help="Tokens before a query's block kept exact.")
     delta.add_argument("--delta-block-size", type=int, help="Tokens in a block.")
     delta.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
+    delta.add_argument(
+        "--delta-key-bits",
+        type=int,
+        choices=KEY_BITS,
+        help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
+    )
+    delta.add_argument(
+        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
+    )
     delta.add_argument(
         "--delta-paper",
         action="store_true",
@@ -223,6 +232,7 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     if args.no_delta:
         return None
     names = ("threshold", "threshold_mode", "window", "block_size", "sinks")
+    names += ("key_bits", "value_bits")
     given = {n: v for n in names if (v := getattr(args, f"delta_{n}")) is not None}
     if args.delta_paper:
         return dataclasses.replace(DeltaConfig.paper(), **given)

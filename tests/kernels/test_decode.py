@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from typing import Any
@@ -280,6 +281,25 @@ def test_decode_goes_on_from_token_to_token(bench: MetalBench):
         case.step(twin)
     for ours, theirs in zip(cache.keys_and_values(), twin.keys_and_values(), strict=True):
         assert mx.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_text_on_the_bench_alone(bench: MetalBench, bits):
+    """Prompt in chunks, then tokens: encoded, unpacked and decoded by the kernels only."""
+    case = Case(config(bits, block_size=16, window=16, value_bits=bits), (90,), 3, head_dim=32)
+    caches = [DeltaKVCache(case.setting) for _ in range(2)]
+    outputs = []
+    for cache, where in zip(caches, (on_bench(bench), contextlib.nullcontext()), strict=True):
+        with where:
+            for start, end in ((0, 40), (40, 87)):
+                queries = mx.repeat(case.keys[:, :, start:end], 2, axis=1)
+                part = (x[:, :, start:end] for x in (case.keys, case.values))
+                outputs.append(as_float(delta_attention(queries, *part, cache, case.scale)))
+            outputs.append(case.step(cache))
+    for ours, twins in zip(outputs[:3], outputs[3:], strict=True):
+        np.testing.assert_allclose(ours, twins, atol=2e-5)
+    for ours, twins in zip(*(cache.keys_and_values() for cache in caches), strict=True):
+        assert mx.array_equal(ours, twins)
 
 
 def test_splits_do_not_matter(bench: MetalBench):
