@@ -45,9 +45,10 @@ def load(
         delta: The setting; ``None`` for dense attention. When not given, the one in the model's
             config.json, or the default one if there is none.
         tokenizer_config: Passed to mlx-lm's ``load_tokenizer``.
-        model_config: Entries that replace those of config.json.
+        model_config: Entries that replace those of config.json; ``{"activation_bits": None}``
+            leaves a BitNet's activations in floating point.
         adapter_path: LoRA adapters to apply.
-        lazy: Leave the weights unread until they are needed.
+        lazy: Leave the weights unread, and ternary ones unchecked, until they are needed.
         return_config: Return the model's configuration as well.
         revision: Revision of the repository.
         trust_remote_code: Let the tokenizer, and a dense model, run code of their own.

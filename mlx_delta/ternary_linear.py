@@ -157,7 +157,7 @@ class TernaryLinear(nn.QuantizedLinear):
 
     def _sums(self, rows: mx.array) -> mx.array:
         """``rows @ t.T``, float32 [rows, out]."""
-        if self.keep_values:
+        if self.keep_values and not self.training:  # in training they may be a trace's
             if self._kept is None or self._kept[0] is not self.weight:
                 self._kept = (self.weight, unpack_values(self.weight))
             return rows @ self._kept[1].T

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 from mlx_lm.models.bitlinear_layers import BitLinear
 
 from . import ternary
@@ -171,12 +171,12 @@ class TernaryModel(nn.Module):
             kernel: Through the kernel ternary_matvec, which takes one scale for each layer, or
                 through MLX's quantized product.
         """
-        count = sum(w.nbytes for _, w in tree_flatten(self.parameters()))
+        count = _nbytes(self)
         if kernel:
             for _, layer in self.ternary_layers():
                 count -= layer.scales.nbytes + layer.biases.nbytes - layer.scales.dtype.size
         if not self.args.tie_word_embeddings:  # the head is one of its own; here only a row is read
-            count -= sum(w.nbytes for w in self.model.embed_tokens.parameters().values())
+            count -= _nbytes(self.model.embed_tokens)
         return count
 
     def set_dtype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> None:
@@ -195,6 +195,10 @@ class TernaryModel(nn.Module):
 def _true(flag: mx.array) -> bool:
     """The value of a boolean scalar."""
     return bool(flag.item())
+
+
+def _nbytes(module: nn.Module) -> int:
+    return tree_reduce(lambda total, weight: total + weight.nbytes, module.parameters(), 0)
 
 
 def _names(entry: str, path: str) -> bool:

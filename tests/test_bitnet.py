@@ -140,7 +140,7 @@ def test_reading_weights_twice_changes_nothing(tmp_path):
     assert set(once) == set(twice) and all(mx.array_equal(once[k], twice[k]) for k in once)
 
 
-def test_float16_is_converted_or_refused(tmp_path, caplog):
+def test_float16_is_converted_or_refused(tmp_path, caplog, monkeypatch):
     def halve(found):
         for name, (dtype, array) in found.items():
             if dtype == "BF16":
@@ -152,6 +152,9 @@ def test_float16_is_converted_or_refused(tmp_path, caplog):
     close(model(IDS)[0], GOLDEN["packed/logits"])
     with pytest.raises(ValueError, match="overflows float16; use bfloat16 or float32"):
         model.set_dtype(mx.float16)
+    monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.gpu))
+    weights = model.sanitize(mx.load(str(tmp_path / "model" / "model.safetensors")))
+    assert {w.dtype for w in weights.values()} == {mx.uint32, mx.bfloat16}
 
 
 def test_bfloat16_stays_near(tmp_path):
@@ -204,6 +207,7 @@ def test_a_row_gets_the_same_bits_in_every_batch(monkeypatch, keep):
 def test_kept_values_follow_the_weights():
     layer = TernaryLinear(32, 4)
     layer.keep_values = True
+    layer.eval()
     x = mx.ones((1, 32))
     assert copy.deepcopy(layer)(x)[0, 0] == layer(x)[0, 0] == -32
     layer.weight = ternary.pack_words(mx.full((4, 32), 2))
