@@ -7,13 +7,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
-from mlx_delta import ternary, ternary_kernel
+from mlx_delta import load, ternary, ternary_kernel
 from mlx_delta.ternary_linear import TernaryLinear
 
 from .metal_cpu.bench import KernelSource, MetalBench
 from .metal_cpu.fixture import bench
 from .metal_cpu.mutate import Mutation, assert_caught, without_barrier
+from .test_bitnet import GOLDEN, checkpoints, write
 
 __all__ = ["bench"]
 
@@ -185,3 +187,26 @@ def test_the_layer_agrees_with_its_affine_path(bench, dtype, activation_bits):
     np.testing.assert_allclose(
         affine.astype(mx.float32), kernel.astype(mx.float32), rtol=tolerance, atol=tolerance
     )
+
+
+def test_decode_through_the_kernel_gives_the_logits_of_transformers(bench, tmp_path):
+    config = checkpoints.CASES["packed"]
+    model, _ = load(write(tmp_path / "model"), None)
+    ids, expected = mx.array(checkpoints.tokens()), GOLDEN["packed/logits"]
+    calls = []
+    ternary_kernel.matvec_kernel.cache_clear()
+    with bench.patched():
+        run = ternary_kernel.matvec_kernel()
+
+        def kernel(**call: Any) -> Any:
+            calls.append(call["grid"])
+            return run(**call)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ternary_kernel, "matvec_kernel", lambda: kernel)
+            cache = [KVCache() for _ in model.layers]
+            parts = [model(ids[:, a:b], cache=cache) for a, b in ((0, 20), (20, 23), (23, 24))]
+    ternary_kernel.matvec_kernel.cache_clear()
+    assert len(calls) == 2 * len(checkpoints.linears(config))  # not for twenty rows
+    logits = np.array(mx.concatenate(parts, axis=1)[0])
+    np.testing.assert_allclose(logits, expected, atol=2e-6 * np.abs(expected).max())
