@@ -71,17 +71,20 @@ def parse_json(text: bytes, name: str) -> Any:
         return value
 
     try:
-        return json.loads(
+        value = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=pairs,
             parse_constant=number,
             parse_float=number,
         )
+        if b"\\u" in text:  # half of a pair can be escaped, but not written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ConvertError:
         raise
     except RecursionError:
         raise ConvertError(f"{name} is nested too deeply to be a model's file.") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an over-long integer
+    except ValueError as error:  # JSONDecodeError, a UnicodeError, an over-long integer
         raise ConvertError(f"{name} is not valid JSON: {error}.") from None
 
 

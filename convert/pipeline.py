@@ -52,18 +52,28 @@ SAMPLED = 16
 class Error:
     """Accumulates the difference between a tensor and its source."""
 
+    name: str
     squares: float = 0.0
     reference: float = 0.0
     largest: float = 0.0
 
     def add(self, new: mx.array, old: mx.array) -> None:
-        """Count rows of float32 values."""
-        difference = new - old
-        parts = [mx.sum(mx.square(difference)), mx.sum(mx.square(old)), mx.max(mx.abs(difference))]
-        squares, reference, largest = (float(part) for part in parts)
-        self.squares += squares
-        self.reference += reference
-        self.largest = max(self.largest, largest)
+        """Count rows of float32 values.
+
+        Raises:
+            ConvertError: The new ones are not finite.
+        """
+        # Scaled first: float32 can't hold the squares of large weights.
+        scale = mx.maximum(mx.max(mx.abs(old)), 1e-30)
+        difference = (new - old) / scale
+        parts = [mx.sum(mx.square(difference)), mx.sum(mx.square(old / scale)), scale]
+        largest = float(mx.max(mx.abs(difference)))
+        squares, reference, unit = (float(part) for part in parts)
+        if not math.isfinite(squares):
+            raise ConvertError(f"tensor {self.name} has values too large to be converted.")
+        self.squares += squares * unit**2
+        self.reference += reference * unit**2
+        self.largest = max(self.largest, largest * unit)
 
     def summary(self) -> dict[str, float]:
         """Relative root mean square and largest absolute difference."""
@@ -223,7 +233,7 @@ def write_shards(plan: Plan, work: Work, progress: Progress) -> dict[str, dict[s
 def _write_item(item: Item, writer: Writer, progress: Progress) -> dict[str, Any]:
     """Convert one tensor, some rows at a time; its entry in the report."""
     weight = item.weight
-    error = Error()
+    error = Error(weight.name)
     scale = 0.0
     for start, stop in _steps(item):
         if item.action == "pack u8":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .errors import ConvertError
@@ -101,20 +102,25 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         compare_weights((f"model.layers.{i}.",))
         old_hidden = layers.run(i, old_hidden)
         layer = model.model.layers[i]
+        if not mlx_delta.loading.has_gpu():
+            unpack_layer(layer)
         if int8_hidden is not None:
             int8_hidden = layer(int8_hidden, mask="causal").astype(mx.float32)
             mx.eval(int8_hidden)
             set_activation_bits(layer, None)
         new_hidden = layer(new_hidden, mask="causal").astype(mx.float32)
-        mx.eval(old_hidden, new_hidden)
+        mx.eval(new_hidden)
         model.model.layers[i] = None  # its weights are not needed any more
     old = layers.head(layers.norm(old_hidden))
 
     def logits(hidden: mx.array) -> mx.array:
-        hidden = model.model.norm(hidden)
-        tied = source.arch.tied
-        new = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
-        return new[0].astype(mx.float32)
+        head = model.model.embed_tokens if source.arch.tied else model.lm_head
+        parts = []
+        for start in range(0, source.arch.vocab, ROWS):
+            weight = dequantize(head, slice(start, start + ROWS)).astype(mx.float32)
+            parts.append(model.model.norm(hidden)[0].astype(mx.float32) @ weight.T)
+            mx.eval(parts[-1])
+        return mx.concatenate(parts, axis=-1)
 
     found = _compare(old[0], logits(new_hidden), tokens[1:])
     if int8_hidden is not None:
@@ -122,6 +128,35 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         found |= {"kl_int8": int8.get("kl"), "loss_int8": int8.get("loss_result")}
         found["summary"] += f"; with int8 activations loss {int8.get('loss_result')}"
     return found | {"exact": exact, "wrong": wrong}
+
+
+def dequantize(layer: Any, rows: slice = slice(None)) -> mx.array:
+    """A layer's weights, or some rows of them."""
+    if not hasattr(layer, "scales"):
+        return layer.weight[rows]
+    parts = (layer.weight[rows], layer.scales[rows], layer.biases[rows])
+    return mx.dequantize(*parts, layer.group_size, layer.bits)
+
+
+class Unpacked(nn.Module):
+    """A quantized layer by way of its dequantized weights: without a GPU many times faster."""
+
+    def __init__(self, layer: nn.QuantizedLinear):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Multiply x [..., in]; [..., out]."""
+        y = x @ dequantize(self.layer).T
+        return y + self.layer.bias if "bias" in self.layer else y
+
+
+def unpack_layer(layer: Any) -> None:
+    """Let a layer's quantized linears multiply with dequantized weights."""
+    for part in (layer.self_attn, layer.mlp):
+        for name, module in part.children().items():
+            if type(module) is nn.QuantizedLinear:
+                setattr(part, name, Unpacked(module))
 
 
 def set_activation_bits(module: Any, *bits: int | None) -> bool:
@@ -260,8 +295,6 @@ class Layers:
 
     def run(self, index: int, hidden: mx.array) -> mx.array:
         """One layer."""
-        import mlx.nn as nn
-
         layer = self._module.TransformerBlock(self._args)
         prefix = f"model.layers.{index}."
         names = [name for name in self.source.weights if name.startswith(prefix)]
@@ -271,7 +304,9 @@ class Layers:
             bias = path + ".bias" in self.source.weights
             setattr(layer[parent], name, nn.Linear(linears[path][1], linears[path][0], bias=bias))
         layer.load_weights([(name.removeprefix(prefix), self._weight(name)) for name in names])
-        return layer(hidden, mask="causal")
+        output = layer(hidden, mask="causal")
+        mx.eval(output)  # now: the layer's weights are not to stay
+        return output
 
     def norm(self, hidden: mx.array) -> mx.array:
         """The last norm."""

@@ -316,7 +316,7 @@ def one(root: Path, format_: str, seed: int, number: int) -> tuple[str, str]:
         if file.is_file() and not file.is_symlink():
             try:
                 done.append(rng.choice(names[name])(rng, file))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
                 done.append(file_level(rng, file))  # what an earlier mutation left is no JSON
     what = "; ".join(done)
     before = snapshot(case), sorted(os.listdir(root))
