@@ -129,7 +129,7 @@ class TernaryLinear(nn.QuantizedLinear):
         Beyond a few rows MLX's matrix product reads the weights less often.
         """
         return (
-            _on_gpu()
+            on_gpu()
             and mx.metal.is_available()
             and not self.training
             and self.one_scale
@@ -138,7 +138,7 @@ class TernaryLinear(nn.QuantizedLinear):
 
     def _product(self, rows: mx.array) -> mx.array:
         """``rows @ (t * scale).T``; without a GPU in float32."""
-        if _on_gpu():
+        if on_gpu():
             return mx.quantized_matmul(
                 rows,
                 self.weight,
@@ -174,5 +174,6 @@ class TernaryLinear(nn.QuantizedLinear):
         )
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU, Apple's or NVIDIA's."""
     return mx.default_device().type == mx.DeviceType.gpu

@@ -13,7 +13,7 @@ from mlx.utils import tree_reduce
 from mlx_lm.models.bitlinear_layers import BitLinear
 
 from . import ternary
-from .ternary_linear import ACTIVATION_BITS, TernaryLinear
+from .ternary_linear import ACTIVATION_BITS, TernaryLinear, on_gpu
 
 logger = logging.getLogger("mlx_delta")
 
@@ -135,8 +135,8 @@ class TernaryModel(nn.Module):
         """
         weights = dict(super().sanitize(weights))  # type: ignore[misc]
         if any(w.dtype == mx.float16 for w in weights.values()):
-            wider = _wider_type()
-            logger.warning("BitNet's squared ReLU overflows float16: converted to %s.", wider)
+            wider = mx.bfloat16 if on_gpu() else mx.float32
+            logger.warning("BitNet overflows float16: converted to %s.", wider)
             half = {k: w.astype(wider) for k, w in weights.items() if w.dtype == mx.float16}
             weights |= half
         for path, layer in self.ternary_layers():
@@ -183,12 +183,10 @@ class TernaryModel(nn.Module):
         """Change the type of all floating-point weights.
 
         Raises:
-            ValueError: The type is float16.
+            ValueError: The type is float16, which squared ReLU and sums of int8 products overflow.
         """
         if dtype == mx.float16:
-            raise ValueError(
-                "[set_dtype] BitNet's squared ReLU overflows float16; use bfloat16 or float32."
-            )
+            raise ValueError("[set_dtype] BitNet overflows float16; use bfloat16 or float32.")
         super().set_dtype(dtype, *args, **kwargs)
 
 
@@ -204,11 +202,6 @@ def _nbytes(module: nn.Module) -> int:
 def _names(entry: str, path: str) -> bool:
     """Whether an entry of ``modules_to_not_convert`` means the module at a path."""
     return path == entry or path.startswith(f"{entry}.") or entry in path.split(".")
-
-
-def _wider_type() -> mx.Dtype:
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return mx.bfloat16 if on_gpu else mx.float32
 
 
 def _ternary_twin(path: str, module: Any, args: TernaryArgs) -> TernaryLinear:
@@ -252,7 +245,7 @@ def _read_layer(
     else:
         raise ValueError(f"[load] tensor {name} of type {weight.dtype} has no {path}.scales.")
     # On a CPU everything runs in float32, where the scale keeps its digits.
-    dtype = dtype if _wider_type() == mx.bfloat16 else mx.float32
+    dtype = dtype if on_gpu() else mx.float32
     scales = mx.contiguous(mx.broadcast_to(value.astype(dtype), layer.scales.shape))
     weights |= {name: ternary.pack_words(codes), f"{path}.scales": scales}
     weights[f"{path}.biases"] = -scales
