@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
+
 from .check import check_directory
 from .errors import ConvertError
 from .files import format_bytes, sha256
@@ -18,7 +20,7 @@ from .plan import Options, Plan, bits_per_weight, make_plan, plan_table
 from .progress import Progress
 from .sources import SourceOptions, open_source
 from .targets import TARGETS, Fit, assess
-from .verify import run_verification
+from .verify import CACHE_BYTES, run_verification
 from .weights import Source
 
 
@@ -142,6 +144,8 @@ def convert(job: Job, say: Callable[[str], None] = print) -> dict[str, Any]:
         say(describe(source, plan, fit))
     before = _stamps(source)
     work = Work(output, fingerprint(source, plan, job.settings()))
+    # On a GPU MLX keeps freed buffers, up to most of the memory, unless told otherwise.
+    cache_limit = mx.set_cache_limit(CACHE_BYTES)
     try:
         if work.resumed:
             say(f"continuing: {len(work.shards)} of {len(plan.shards)} files are done")
@@ -153,6 +157,7 @@ def convert(job: Job, say: Callable[[str], None] = print) -> dict[str, Any]:
         work.finish(output, job.overwrite)
     finally:
         work.release()
+        mx.set_cache_limit(cache_limit)
     say(
         f"{output}: {format_bytes(plan.nbytes)} of weights, {bits_per_weight(plan):.2f} bits a "
         "weight"

@@ -24,6 +24,7 @@ from .sources import SourceOptions, open_source
 from .weights import Affine, Source, Ternary, Weight
 
 TOKENS = 64
+CACHE_BYTES = 64 << 20
 TEXT = (
     "The library opened early on the first cold morning of the year. A man with a grey coat "
     "asked for the map of the harbour, and the clerk, who knew every drawer by heart, found it "
@@ -63,6 +64,7 @@ def run_verification(source: str, folder: Path, reading: SourceOptions) -> dict[
 
 def main(arguments: list[str]) -> int:
     """The fresh process: prints what it found as one line of JSON."""
+    mx.set_cache_limit(CACHE_BYTES)  # a GPU's freed buffers
     job = json.loads(arguments[0])
     reading = SourceOptions(**job["reading"])
     print(json.dumps(verify(open_source(job["source"], reading), Path(job["folder"]))))

@@ -36,6 +36,7 @@ from mlx_delta.models import get_model_classes
 from . import checkpoints as made
 
 SECONDS = 20
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 LEAP = 120_000_000  # bytes that one case may add to the peak
 TINY = made.LLAMA | {"num_hidden_layers": 1}
 TINY_BITNET = made.BITNET | {"num_hidden_layers": 1}
@@ -316,7 +317,14 @@ def one(root: Path, format_: str, seed: int, number: int) -> tuple[str, str]:
         if file.is_file() and not file.is_symlink():
             try:
                 done.append(rng.choice(names[name])(rng, file))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                struct.error,
+            ):
                 done.append(file_level(rng, file))  # what an earlier mutation left is no JSON
     what = "; ".join(done)
     before = snapshot(case), sorted(os.listdir(root))
@@ -338,7 +346,7 @@ def one(root: Path, format_: str, seed: int, number: int) -> tuple[str, str]:
         return what, traceback.format_exc()
     finally:
         signal.alarm(0)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * UNIT
     if grown > LEAP:
         return what, f"memory: {grown} bytes more"
     after = {
@@ -380,7 +388,7 @@ def main() -> int:
                 counts[outcome] += 1
             else:
                 failures.append({"number": number, "mutation": what, "failure": outcome})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
     print(json.dumps({"format": args.format, **counts, "peak": peak, "failures": failures}))
     return int(bool(failures))
 
