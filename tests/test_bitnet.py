@@ -31,7 +31,11 @@ def write(path: Path, case: str = "packed", edit: Any = None, **changes: Any) ->
     found = checkpoints.tensors(checkpoints.CASES[case])
     if edit is not None:
         edit(found)
-    checkpoints.write(path, config, found)
+    return with_tokenizer(checkpoints.write(path, config, found))
+
+
+def with_tokenizer(path: Path) -> Path:
+    """The same directory, with the demo model's tokenizer."""
     copy_tokenizer(path)
     return path
 
@@ -248,58 +252,17 @@ def test_a_ternary_llama_attends_with_the_delta(tmp_path):
 
 # What is read.
 
-MICROSOFT_2B = checkpoints.BITNET | {
-    "hidden_size": 2560,
-    "intermediate_size": 6912,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 5,
-    "vocab_size": 128256,
-}
-
-
-def write_2b(path: Path, quantized_head: bool) -> Path:
-    """A checkpoint of the 2B model's shape whose tensors take no room on disk."""
-    path.mkdir()
-    config = MICROSOFT_2B | checkpoints.AUTO
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    shapes: dict[str, tuple[str, list[int]]] = {"model.norm.weight": ("BF16", [hidden])}
-    for name, (rows, columns) in checkpoints.linears(config).items():
-        shapes[f"{name}.weight"] = ("U8", [rows // 4, columns])
-        shapes[f"{name}.weight_scale"] = ("BF16", [1])
-    for i in range(config["num_hidden_layers"]):
-        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.attn_sub_norm"):
-            shapes[f"model.layers.{i}.{name}.weight"] = ("BF16", [hidden])
-        shapes[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = ("BF16", [ffn])
-    head, rows = "model.embed_tokens", config["vocab_size"]
-    if quantized_head:
-        config["quantization"] = {"group_size": 64, "bits": 4}
-        shapes[f"{head}.weight"] = ("U32", [rows, hidden // 8])
-        shapes[f"{head}.scales"] = shapes[f"{head}.biases"] = ("BF16", [rows, hidden // 64])
-    else:
-        shapes[f"{head}.weight"] = ("BF16", [rows, hidden])
-    header, end = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        start, size = end, {"U8": 1, "BF16": 2, "U32": 4}[dtype]
-        end += size * int(np.prod(shape))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    (path / "config.json").write_text(json.dumps(config))
-    copy_tokenizer(path)
-    head_bytes = json.dumps(header).encode()
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(head_bytes).to_bytes(8, "little") + head_bytes)
-        file.truncate(8 + len(head_bytes) + end)
-    return path
-
 
 def test_bytes_of_a_decoded_token_of_the_2b_model(tmp_path, monkeypatch):
     # As on a GPU, where weights keep their own type.
     monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.gpu))
     before = mx.get_active_memory()
-    model, _ = load(write_2b(tmp_path / "model", True), None, lazy=True)
+    model, _ = load(with_tokenizer(checkpoints.write_2b(tmp_path / "model", True)), None, lazy=True)
     assert model.bytes_per_token(kernel=True) == 706_580_900 <= 0.71e9
     assert model.bytes_per_token(kernel=False) == 771_706_880 <= 0.78e9
-    stock, _ = load(write_2b(tmp_path / "stock", False), None, lazy=True)
+    stock, _ = load(
+        with_tokenizer(checkpoints.write_2b(tmp_path / "stock", False)), None, lazy=True
+    )
     assert stock.bytes_per_token(kernel=True) == pytest.approx(1.18e9, rel=0.005)
     assert mx.get_active_memory() - before < 1 << 20, "nothing was read"
 

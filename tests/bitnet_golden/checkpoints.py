@@ -41,6 +41,16 @@ LLAMA = BITNET | {
 }
 
 
+MICROSOFT_2B = BITNET | {
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+    "vocab_size": 128256,
+}
+
+
 def quantization(**changes: Any) -> dict[str, Any]:
     """The entry of config.json that marks a BitNet."""
     return {"quantization_config": {"quant_method": "bitnet", **changes}}
@@ -154,6 +164,40 @@ def write(folder: Path, config: dict[str, Any], found: Tensors) -> Path:
     head = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
     return folder
+
+
+def write_2b(path: Path, quantized_head: bool) -> Path:
+    """A checkpoint of the 2B model's shape whose tensors take no room on disk."""
+    path.mkdir()
+    config = MICROSOFT_2B | AUTO
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[str, list[int]]] = {"model.norm.weight": ("BF16", [hidden])}
+    for name, (rows, columns) in linears(config).items():
+        shapes[f"{name}.weight"] = ("U8", [rows // 4, columns])
+        shapes[f"{name}.weight_scale"] = ("BF16", [1])
+    for i in range(config["num_hidden_layers"]):
+        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.attn_sub_norm"):
+            shapes[f"model.layers.{i}.{name}.weight"] = ("BF16", [hidden])
+        shapes[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = ("BF16", [ffn])
+    head, rows = "model.embed_tokens", config["vocab_size"]
+    if quantized_head:
+        config["quantization"] = {"group_size": 64, "bits": 4}
+        shapes[f"{head}.weight"] = ("U32", [rows, hidden // 8])
+        shapes[f"{head}.scales"] = shapes[f"{head}.biases"] = ("BF16", [rows, hidden // 64])
+    else:
+        shapes[f"{head}.weight"] = ("BF16", [rows, hidden])
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        start, size = end, {"U8": 1, "BF16": 2, "U32": 4}[dtype]
+        end += size * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    (path / "config.json").write_text(json.dumps(config))
+    head_bytes = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(head_bytes).to_bytes(8, "little") + head_bytes)
+        file.truncate(8 + len(head_bytes) + end)
+    return path
 
 
 def tokens(length: int = 24) -> np.ndarray:
