@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import launch
 from .cache import HybridKeys, _HeldKeys
 from .dispatch import decode_mask, has_decode_kernel
-from .packed import PackedView
+from .packed_view import PackedView
 from .packing import PackedBlocks
 
 # Queries per fused call. Larger: fewer calls; smaller: less of the square above the diagonal, and

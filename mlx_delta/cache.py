@@ -20,7 +20,8 @@ from mlx_lm.models.cache import _BaseCache
 
 from .config import DeltaConfig
 from .dense_keys import DenseKeys, KeyView
-from .packed import PackedKeys, PackedView
+from .packed import PackedKeys
+from .packed_view import PackedView
 from .values import ValueStore
 
 STATE_VERSION = 1

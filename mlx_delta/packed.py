@@ -12,7 +12,6 @@ comes: by then its count has long been computed, and reading it stalls nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -21,79 +20,14 @@ import numpy as np
 from .buffers import Rows, equal_rows, grow, pad_to, write_tokens
 from .config import DeltaConfig
 from .dispatch import encode_blocks, unpack
-from .packing import LARGEST, EncodedBlocks, PackedBlocks, storage_type, to_storage, worst_words
+from .packed_state import BUFFERS, HEAD_DIMS, check_near, check_runs, check_shapes
+from .packed_view import PackedView
+from .packing import EncodedBlocks, PackedBlocks, storage_type, to_storage, worst_words
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-HEAD_DIMS = range(16, 257, 16)
 BLOCK_STEP = 4  # blocks by which masks, grids and offsets grow
 # Arrays of fewer than 8 elements reach a Metal kernel in another address space.
 LEAST_BLOCKS = 8
-
-
-class PackedView:
-    """Keys that an update leaves for attention, unpacked when they are asked for.
-
-    Attributes:
-        blocks: The packed far blocks, of which row ``b`` has ``encoded[b]``; ``None`` without any.
-        near: [B, Hkv, room, D]; full keys of each row from position ``firsts[b]`` on, in every
-            block that is near to the first query.
-        firsts: Multiples of the block size.
-        encoded: Blocks that the last query sees as held.
-        length: Tokens of the longest row.
-        dtype: The model's type, of ``held`` and ``full``.
-    """
-
-    def __init__(
-        self,
-        blocks: PackedBlocks | None,
-        near: mx.array,
-        firsts: Sequence[int],
-        encoded: Sequence[int],
-        length: int,
-        block_size: int,
-        dtype: mx.Dtype,
-    ):
-        self.blocks = blocks
-        self.near = near
-        self.firsts = tuple(firsts)
-        self.encoded = tuple(encoded)
-        self.length = length
-        self.block_size = block_size
-        self.dtype = dtype
-
-    @cached_property
-    def unpacked(self) -> mx.array | None:
-        """Held keys of all far blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
-        if self.blocks is None or not max(self.encoded):
-            return None
-        return unpack(self.blocks, max(self.encoded))
-
-    @cached_property
-    def held(self) -> mx.array:
-        """[B, Hkv, length, D]; held keys in every block that is far from the last query."""
-        return self._joined([n * self.block_size for n in self.encoded])
-
-    @cached_property
-    def full(self) -> mx.array:
-        """[B, Hkv, length, D]; full keys in every block that is near to the first query."""
-        return self._joined(list(self.firsts))
-
-    def _joined(self, boundaries: list[int]) -> mx.array:
-        """Unpacked keys before each row's boundary, near keys from there on."""
-        far = self.unpacked
-        if far is None:
-            far = self.near[:, :, :0]
-        if len(set(zip(boundaries, self.firsts, strict=True))) == 1:
-            boundary, first = boundaries[0], self.firsts[0]
-            near = self.near[:, :, boundary - first : self.length - first]
-            keys = mx.concatenate([far[:, :, :boundary], near], axis=2) if boundary else near
-            return pad_to(keys, self.length).astype(self.dtype)
-        token = mx.arange(self.length)
-        in_near = token - mx.array(self.firsts)[:, None]
-        in_near = mx.clip(in_near, 0, self.near.shape[2] - 1) + far.shape[2]
-        index = mx.where(token < mx.array(boundaries)[:, None], token, in_near)
-        keys = mx.concatenate([far, self.near], axis=2)
-        return mx.take_along_axis(keys, index[:, None, :, None], axis=2).astype(self.dtype)
 
 
 class PackedKeys:
@@ -520,56 +454,16 @@ class PackedKeys:
         """
         if any(not isinstance(x, mx.array) for x in (self._masks, self._payload, self._offsets)):
             raise ValueError(f"[{name}] saved state lacks one of its buffers.")
-        B, H, room, D = self._near.shape
-        blocks = self._masks.shape[2]
-        size, words = self.config.block_size, -(-D // 32)
-        kind = self._near.dtype
-        fits = {
-            "near keys": room == self._room and D in HEAD_DIMS and kind in LARGEST,
-            "masks": tuple(self._masks.shape) == (B, H, blocks, size - 1, words)
-            and self._masks.dtype == mx.uint32,
-            "offsets": tuple(self._offsets.shape) == (B, H, blocks),
-            "zeros": tuple(self.zeros.shape) == (B, H, blocks),
-            "payload": self._payload.dtype == mx.uint32 and len(self._payload) == B,
-            "grid": self.bits == 16
-            or (self._grid is not None and tuple(self._grid.shape) == (B, H, blocks, 2, D)),
-            "sinks": (self.bits == 16 or not self.config.sinks) == (self._sinks is None)
-            and (self._sinks is None or tuple(self._sinks.shape) == (B, H, self.config.sinks, D)),
-            "row counts": len(self._ends) == B and len(self._firsts) == len(lengths),
-        }
-        for what, fit in fits.items():
-            if not fit:
-                raise ValueError(f"[{name}] saved {what} do not fit the setting or each other.")
-        self._check_runs(name, encoded)
-        for length, first, done in zip(lengths, self._firsts, encoded, strict=True):
-            if first % size or not 0 <= first <= done * size or length - first > room:
-                raise ValueError(
-                    f"[{name}] saved state has near keys from position {first} on for {length} "
-                    f"tokens and {done} encoded blocks."
-                )
+        rows = {"ends": len(self._ends), "firsts": len(self._firsts), "lengths": len(lengths)}
+        check_shapes(name, self.config, dict(zip(BUFFERS, self._buffers(), strict=True)), rows)
+        self._host_offsets = np.array(self._offsets)
+        blocks = self.blocks()
+        if blocks is None and any(encoded):
+            raise ValueError(f"[{name}] saved state counts encoded blocks but has none.")
+        if blocks is not None:
+            check_runs(name, blocks, self._ends, encoded)
+        check_near(name, self.config, lengths, encoded, self._firsts)
         return None
-
-    def _check_runs(self, name: str, encoded: Sequence[int]) -> None:
-        """Every block's words lie one after another, as many as its mask has bits, in bounds."""
-        B, H, blocks = self._offsets.shape
-        D, per_word = self.head_dim, 32 // self.bits
-        offsets, masks = np.array(self._offsets), np.array(self._masks)
-        words = -(-(np.bitwise_count(masks).sum(axis=(3, 4), dtype=np.int64) + D) // per_word)
-        for row in range(B):
-            done = encoded[row if len(encoded) > 1 else 0]
-            if done > blocks:
-                raise ValueError(f"[{name}] saved state counts {done} encoded blocks of {blocks}.")
-            ends = np.cumsum(words[row, :, :done].T.reshape(-1))
-            begins = np.concatenate([[0], ends])[:-1].reshape(done, H).T
-            in_bounds = not done or ends[-1] <= self._payload.shape[1]
-            same = np.array_equal(offsets[row, :, :done], begins)
-            same &= not offsets[row, :, done:].any() and not masks[row, :, done:].any()
-            if not in_bounds or not same or self._ends[row] != ends[H - 1 :: H].tolist():
-                raise ValueError(
-                    f"[{name}] saved offsets of row {row} do not fit its masks and its payload of "
-                    f"{self._payload.shape[1]} words."
-                )
-        self._host_offsets = offsets
 
 
 def _numbers(rows: mx.array) -> list[int]:

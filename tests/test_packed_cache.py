@@ -227,9 +227,10 @@ def replaced(state, index: int, value) -> list:
         (lambda s: replaced(s, 3, None), "lacks one of its buffers"),
         (lambda s: replaced(s, 6, None), "grid do not fit"),
         (lambda s: replaced(s, 7, s[7][:, :, :1]), "sinks do not fit"),
-        (lambda s: replaced(s, 1, s[1][:, :, :8]), "near keys do not fit"),
-        (lambda s: replaced(s, 1, s[1].astype(mx.float32)), "near keys do not fit"),
+        (lambda s: replaced(s, 1, s[1][:, :, :8]), "near do not fit"),
+        (lambda s: replaced(s, 1, s[1].astype(mx.float32)), "near do not fit"),
         (lambda s: replaced(s, 4, s[4].astype(mx.float32)), "payload do not fit"),
+        (lambda s: replaced(s, 4, s[4][:, :0]), "counts encoded blocks but has none"),
     ],
 )
 def test_a_damaged_state_is_refused(break_it, message):

@@ -231,8 +231,8 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    names = ("threshold", "threshold_mode", "window", "block_size", "sinks")
-    names += ("key_bits", "value_bits")
+    names = ["threshold", "threshold_mode", "window", "block_size", "sinks"]
+    names += ["key_bits", "value_bits"]
     given = {n: v for n in names if (v := getattr(args, f"delta_{n}")) is not None}
     if args.delta_paper:
         return dataclasses.replace(DeltaConfig.paper(), **given)
