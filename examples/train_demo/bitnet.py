@@ -7,15 +7,14 @@ activations in every projection, squared ReLU, a norm before each output project
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from attention import causal_attention
-from model import MLP, Attention, Llama, ModelConfig
-from safetensors.torch import save_file
+from model import MLP, Attention, Llama, ModelConfig, save_model
 
 
 @dataclass
@@ -116,28 +115,21 @@ class BitNet(Llama):
                     nn.init.normal_(parameter, std=residual if into_residual else 0.02)
 
 
-def save_bitnet(model: BitNet, folder: Path) -> None:
+def save_bitnet(model: BitNet, folder: Path, delta_threshold: float | None = None) -> None:
     """Write the full-precision weights, as microsoft's -bf16 repository has them, in float32.
 
     mlx_delta loads and converts them: rounded in float32, the codes are those of the training.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{k}": v.detach().cpu().float() for k, v in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
-    config = {
+    save_model(model, folder, torch.float32, delta_threshold)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {
         "architectures": ["BitNetForCausalLM"],
         "model_type": "bitnet",
-        **asdict(model.config),
         "hidden_act": "relu2",
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
         "quantization_config": {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
             "quantization_mode": "online",
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2) + "\n")
