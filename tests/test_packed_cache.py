@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, sa
 
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.config import KEY_BITS
+from mlx_delta.packed import PackedKeys
 
 from .test_attention import attend, inputs
 from .test_cache import feed_batch
@@ -169,6 +171,22 @@ def test_bytes_at_8192_tokens(key_bits, value_bits, of_keys, of_both, fed):
     assert 0.65 <= zeros < 0.66
     assert cache.key_nbytes <= of_keys * keys.nbytes
     assert cache.nbytes <= of_both * 2 * keys.nbytes
+
+
+def test_decode_waits_for_no_count():
+    """A block's words are moved together when the next block comes, not when it is encoded."""
+    setting = DeltaConfig(key_bits=16, block_size=8, window=0)
+    keys = keys_of(0.6, 40)
+    cache = DeltaKVCache(setting)
+    moved = []
+    with mock.patch.object(
+        PackedKeys, "_place", autospec=True, side_effect=PackedKeys._place
+    ) as spy:
+        for t in range(40):
+            cache.update(*[keys[:, :, t : t + 1]] * 2)
+            moved.append(spy.call_count)
+    encoded = [t // 8 for t in range(40)]
+    assert moved == [max(0, n - 1) for n in encoded]
 
 
 def test_values_take_what_mlx_lms_take():
