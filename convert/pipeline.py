@@ -53,6 +53,7 @@ class Error:
     """Accumulates the difference between a tensor and its source."""
 
     name: str
+    dtype: str
     squares: float = 0.0
     reference: float = 0.0
     largest: float = 0.0
@@ -70,7 +71,7 @@ class Error:
         largest = float(mx.max(mx.abs(difference)))
         squares, reference, unit = (float(part) for part in parts)
         if not math.isfinite(squares):
-            raise ConvertError(f"tensor {self.name} has values too large to be converted.")
+            raise out_of_range(self.name, self.dtype)
         self.squares += squares * unit**2
         self.reference += reference * unit**2
         self.largest = max(self.largest, largest * unit)
@@ -79,6 +80,13 @@ class Error:
         """Relative root mean square and largest absolute difference."""
         relative = math.sqrt(self.squares / self.reference) if self.reference else 0.0
         return {"relative_rms": float(f"{relative:.6g}"), "largest": float(f"{self.largest:.6g}")}
+
+
+def out_of_range(name: str, dtype: str) -> ConvertError:
+    """The error for values that are too large."""
+    return ConvertError(
+        f"tensor {name} has values that {dtype} can't hold; use --dtype bfloat16 or float32."
+    )
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
@@ -233,7 +241,7 @@ def write_shards(plan: Plan, work: Work, progress: Progress) -> dict[str, dict[s
 def _write_item(item: Item, writer: Writer, progress: Progress) -> dict[str, Any]:
     """Convert one tensor, some rows at a time; its entry in the report."""
     weight = item.weight
-    error = Error(weight.name)
+    error = Error(weight.name, item.outputs[-1].dtype)
     scale = 0.0
     for start, stop in _steps(item):
         if item.action == "pack u8":
@@ -365,7 +373,4 @@ def _check_range(data: np.ndarray, dtype: str, name: str) -> None:
         try:
             check_finite(data, dtype, name)
         except ConvertError:
-            raise ConvertError(
-                f"tensor {name} has values that {dtype} can't hold; use --dtype bfloat16 or "
-                "float32."
-            ) from None
+            raise out_of_range(name, dtype) from None
