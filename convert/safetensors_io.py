@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+# Pieces of a tensor that may wait to be written.
+MAX_PENDING = 6
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,9 @@ class Writer:
         self._starts = {
             spec.name: 8 + len(text) + header[spec.name]["data_offsets"][0] for spec in ordered
         }
+        # Written by a thread of its own: the disk need not wait for the next rows, nor they for it.
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(8 + len(text) + position)
@@ -189,16 +196,27 @@ class Writer:
         spec = self._specs[name]
         assert data.dtype == NUMPY[spec.dtype] and data.shape[1:] == spec.shape[1:], (spec, data)
         row_bytes = spec.nbytes // spec.shape[0]
+        if len(self._pending) >= MAX_PENDING:
+            self._pending.popleft().result()
+        position = self._starts[name] + row * row_bytes
+        self._pending.append(self._pool.submit(self._write_at, position, data))
+
+    def _write_at(self, position: int, data: np.ndarray) -> None:
+        """Write all of ``data`` at a place in the file."""
         view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        position, done = self._starts[name] + row * row_bytes, 0
+        done = 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], position + done)
 
     def close(self) -> None:
         """Bring everything to the disk."""
+        while self._pending:
+            self._pending.popleft().result()
+        self._pool.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def abort(self) -> None:
-        """Close without waiting for the disk."""
+        """Give up; what was written so far is of no use."""
+        self._pool.shutdown(cancel_futures=True)
         self._file.close()

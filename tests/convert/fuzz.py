@@ -35,7 +35,7 @@ from mlx_delta.models import get_model_classes
 
 from . import checkpoints as made
 
-SECONDS = 20
+SECONDS = 60  # a busy machine may stop a process for many
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 LEAP = 120_000_000  # bytes that one case may add to the peak
 TINY = made.LLAMA | {"num_hidden_layers": 1}
