@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup", type=int, default=60, help="steps (default: %(default)s)")
     add("--validate-every", type=int, default=200, help="steps (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    add("--delta-threshold", type=float, default=1.25, help="mlx_delta's default for the model")
+    add("--delta-threshold", type=float, default=1.0, help="mlx_delta's default for the model")
     for name, size in vars(ModelConfig()).items():
         if isinstance(size, int):
             flag = "--" + name.replace("_", "-")
