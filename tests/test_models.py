@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -109,8 +111,11 @@ def test_a_right_padded_batch_gives_each_row_its_own_logits(changes, lengths, ch
         cache.prepare(lengths=lengths, right_padding=padding)
     padded = mx.stack([mx.pad(r[:-1], (0, p)) for r, p in zip(rows, padding, strict=True)])
     outputs = []
-    for start in range(0, longest, chunk):
-        outputs.append(model(padded[:, start : start + chunk], cache=caches))
+    cuts = [*range(0, longest, chunk), longest]
+    if "sliding_window" in changes and longest % chunk == 1 and len(cuts) > 2:
+        del cuts[-2]  # mlx-lm's own rotating cache takes no single token of a padded prompt
+    for start, end in itertools.pairwise(cuts):
+        outputs.append(model(padded[:, start:end], cache=caches))
         mx.eval([c.state for c in caches])
     prefill = mx.concatenate(outputs, axis=1)
     for cache in caches:

@@ -97,6 +97,7 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     "test_stream_generate_input_embeddings_prefill": KnownFailure(STOCK, "'TEST' !=", _INSTRUCT),
     "test_batch_matches_single": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
     "test_many_batches": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
+    "test_batch_continued_generation": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
     "test_batch_max_kv_size_creates_rotating_cache": KnownFailure(
         STOCK,
         "is not an instance of <class 'mlx_lm.models.cache.RotatingKVCache'>",
