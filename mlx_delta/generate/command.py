@@ -220,6 +220,11 @@ def read_prompt(args: argparse.Namespace) -> str:
             return Path(args.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 text.") from error
+        except OSError as error:
+            reason = (error.strerror or "it can't be read").lower()
+            raise OSError(
+                f"--prompt-file {args.prompt_file}: {reason}; give a text file."
+            ) from error
     if args.prompt == "-":
         return sys.stdin.read()
     if args.prompt is None:
