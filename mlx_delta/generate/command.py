@@ -26,7 +26,7 @@ from ..blas import blas_status
 from ..config import KEY_BITS, VALUE_BITS, DeltaConfig
 from ..loading import DEMO, MODEL_SETTING, find_model, load, read_config
 from ..models.common import read_delta
-from . import check_options, check_prompt, make_caches, prompt_cache, stream_generate
+from . import check_options, check_prompt, encode_prompt, make_caches, prompt_cache, stream_generate
 from .report import Report
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -258,9 +258,10 @@ def encode(
     if not text.strip():
         raise ValueError("the prompt is empty; give --prompt or --prompt-file some text.")
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+        if caches is None:
+            return encode_prompt(tokenizer, text)
         # A prompt cache already holds the beginning of the text.
-        return tokenizer.encode(text, add_special_tokens=special and caches is None)
+        return tokenizer.encode(text, add_special_tokens=False)
     try:
         template = json.loads(args.chat_template_config or "{}")
     except json.JSONDecodeError as error:

@@ -160,3 +160,14 @@ def test_the_gguf_package_reads_what_is_read_here(tmp_path):
         assert ours.type == tensor.tensor_type.name
     for key, value in metadata.items():
         assert reader.fields[key].contents() == value
+
+
+def test_the_readme_shows_lines_that_are_tested():
+    """The lines of docs/convert.md are run above; the README repeats them to the letter."""
+    shown = [
+        line
+        for line in (DOCS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("python -m mlx_delta.convert ")
+    ]
+    assert len(shown) > 8
+    assert set(shown) <= set(DOCS.read_text(encoding="utf-8").splitlines())
