@@ -25,7 +25,7 @@ class BitNetConfig(ModelConfig):
     num_attention_heads: int = 3
     num_key_value_heads: int = 1
     head_dim: int = 128
-    intermediate_size: int = 896
+    intermediate_size: int = 768
     rope_theta: float = 500000.0
 
 
@@ -60,9 +60,11 @@ class TernaryProduct(torch.autograd.Function):
 class TernaryLinear(nn.Linear):
     """A linear layer that rounds its weights and its input whenever it runs."""
 
+    ternary = True  # False: a plain linear layer
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]."""
-        return TernaryProduct.apply(x, self.weight)
+        return TernaryProduct.apply(x, self.weight) if self.ternary else super().forward(x)
 
 
 def make_ternary(module: nn.Module) -> None:
@@ -113,6 +115,12 @@ class BitNet(Llama):
                 if parameter.ndim > 1:
                     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                     nn.init.normal_(parameter, std=residual if into_residual else 0.02)
+
+    def round_weights(self, ternary: bool) -> None:
+        """Switch the rounding of weights and activations on or off."""
+        for module in self.modules():
+            if isinstance(module, TernaryLinear):
+                module.ternary = ternary
 
 
 def save_bitnet(model: BitNet, folder: Path, delta_threshold: float | None = None) -> None:

@@ -25,6 +25,7 @@ class Stage:
     any_word: float = 0.0
     max_facts: int = 40
     lr: tuple[float, float] = (1.0, 1.0)
+    ternary: bool = True
 
 
 def read_recipe(path: Path) -> list[Stage]:

@@ -129,6 +129,9 @@ class Llama(nn.Module):
             x = layer(x, cos, sin)
         return self.norm(x)
 
+    def round_weights(self, ternary: bool) -> None:
+        """Switch the rounding of a BitNet's weights on or off; a Llama has none."""
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] -> logits [B, T, vocab]."""
         return F.linear(self.hidden(ids), self.embed_tokens.weight)

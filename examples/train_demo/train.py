@@ -1,4 +1,4 @@
-"""Train the demo model: a small Llama with a long memory. See README.md.
+"""Train a demo model: a small Llama or BitNet with a long memory. See README.md.
 
     python train.py --text books.txt --heldout other.txt --work run --export demo
 
@@ -14,16 +14,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bitnet
+import model
 import numpy as np
 import torch
 from data import Batches, Stage, encode_documents, read_recipe, read_text
 from evaluate import bits_per_byte, recall
-from model import ChunkedCrossEntropy, Llama, ModelConfig, save_model
+from model import ChunkedCrossEntropy
 from optimizer import make_optimizers
 from recall import NAMES, WORDS, RecallTask
 from tokenizer import save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 
+ARCHITECTURES = {
+    # name: (model, its sizes, what writes it, its recipe)
+    "llama": (model.Llama, model.ModelConfig, model.save_model, "recipe.toml"),
+    "bitnet": (bitnet.BitNet, bitnet.BitNetConfig, bitnet.save_bitnet, "recipe_bitnet.toml"),
+}
 ANSWER_WEIGHT = 0.5  # of the mean loss of the answers, beside the mean loss of all tokens
 
 
@@ -44,7 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--export", type=Path, help="folder to write the model to, for mlx-lm, with each checkpoint"
     )
-    add("--recipe", type=Path, default=Path(__file__).with_name("recipe.toml"), help="the stages")
+    add("--architecture", choices=ARCHITECTURES, default="llama", help="default: %(default)s")
+    add("--recipe", type=Path, help="the stages (default: those of the architecture)")
     add("--megabytes", type=float, help="read no more than this of --text")
     add("--device", default=default_device(), help="cpu, cuda or mps (default: %(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
@@ -56,11 +64,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--validate-every", type=int, default=200, help="steps (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     add("--delta-threshold", type=float, default=1.0, help="mlx_delta's default for the model")
-    for name, size in vars(ModelConfig()).items():
+    for name, size in vars(model.ModelConfig()).items():
         if isinstance(size, int):
             flag = "--" + name.replace("_", "-")
-            add(flag, type=int, default=size, help="model size (default: %(default)s)")
-    return parser.parse_args()
+            add(flag, type=int, help="model size (default: the architecture's)")
+    arguments = parser.parse_args()
+    if arguments.recipe is None:
+        arguments.recipe = Path(__file__).with_name(ARCHITECTURES[arguments.architecture][3])
+    return arguments
 
 
 def default_device() -> str:
@@ -98,8 +109,10 @@ class Trainer:
 
     def __init__(self, arguments: argparse.Namespace):
         self.device = arguments.device
-        sizes = {k: getattr(arguments, k) for k, v in vars(ModelConfig()).items() if type(v) is int}
-        self.model = Llama(ModelConfig(**sizes)).to(self.device)
+        architecture, config, self.write, _ = ARCHITECTURES[arguments.architecture]
+        given = {k: getattr(arguments, k, None) for k in vars(config())}
+        sizes = {k: size for k, size in given.items() if size is not None}
+        self.model = architecture(config(**sizes)).to(self.device)
         self.rates = [arguments.muon_lr, arguments.adam_lr]
         self.parameters = list(self.model.parameters())
         self.workers = None
@@ -211,7 +224,9 @@ def main() -> None:
     def checkpoint() -> None:
         trainer.save()
         if arguments.export:
-            save_model(trainer.model, arguments.export, delta_threshold=arguments.delta_threshold)
+            trainer.write(
+                trainer.model, arguments.export, delta_threshold=arguments.delta_threshold
+            )
             save_tokenizer(tokenizer, arguments.export)
         print(trainer.validate(tokenizer, heldout, task), flush=True)
 
@@ -220,6 +235,7 @@ def main() -> None:
         stage, done = stage
         factor = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * done
         factor *= min(1.0, (trainer.step + 1) / arguments.warmup)
+        trainer.model.round_weights(stage.ternary)
         means.append(trainer.train_step(batches.draw(stage, trainer.step), factor))
         if trainer.step % 20 == 0:
             elapsed = time.time() - began
