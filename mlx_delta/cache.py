@@ -125,6 +125,7 @@ class _HeldKeys(_BaseCache):
         """Refuse the keys of another model than the cache holds."""
         got = (keys.shape[1], keys.shape[3], values.shape[3])
         if self._model is None:
+            self.config.check_heads(keys.shape[1])
             self._keys.check_new(keys)
             self._values.check_new(values)
             self._model, self._item_size = got, keys.itemsize
@@ -296,6 +297,7 @@ class _HeldKeys(_BaseCache):
                 f"[{name}] saved keys have shape {tuple(buffers[0].shape)} but the state is of "
                 f"{len(self._lengths)} rows of a model of {self._model}."
             )
+        self.config.check_heads(H)
         assert self._values.buffers is not None
         values = self._values.buffers[0]
         size = self.config.block_size

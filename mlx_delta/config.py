@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 ThresholdMode = Literal["relative", "absolute"]
+# One number; or for each layer one, or one for each of its kv heads.
+Thresholds = float | tuple[float | tuple[float, ...], ...]
 
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
@@ -24,7 +27,8 @@ class DeltaConfig:
 
     Args:
         threshold: A key value is held until it has changed by more than the threshold. Either
-            one number, or one number for each layer. 0 holds nothing that has changed.
+            one number, or one for each layer, which may itself be a tuple with one for each of
+            the layer's kv heads. 0 holds nothing that has changed.
         threshold_mode: ``"relative"``: the threshold of a block and kv head is ``threshold``
             times the root mean square of the block's keys around their mean, so it needs no
             calibration. ``"absolute"``: ``threshold`` itself, in units of the keys (the paper).
@@ -49,7 +53,7 @@ class DeltaConfig:
         ValueError: A value is out of range; the message names it.
     """
 
-    threshold: float | tuple[float, ...] = 1.0
+    threshold: Thresholds = 1.0
     threshold_mode: ThresholdMode = "relative"
     block_size: int = 64
     window: int = 64
@@ -61,13 +65,13 @@ class DeltaConfig:
 
     def __post_init__(self) -> None:
         """Validate every field once, so that the code that uses them can trust them."""
-        if isinstance(self.threshold, (list, tuple)):
-            # JSON gives lists; a tuple keeps the configuration hashable.
-            object.__setattr__(self, "threshold", tuple(self.threshold))
-        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if not thresholds:
-            raise ValueError("[DeltaConfig] threshold must not be an empty list.")
-        for value in thresholds:
+        # JSON gives lists; tuples keep the configuration hashable.
+        object.__setattr__(self, "threshold", _nested(self.threshold, tuple))
+        layers = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        heads = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
+        if not all([layers, *heads]):
+            raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
+        for value in itertools.chain(*heads):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
             if not (math.isfinite(value) and value >= 0):
@@ -125,7 +129,7 @@ class DeltaConfig:
             )
 
     @classmethod
-    def paper(cls, threshold: float | tuple[float, ...] = 0.6) -> DeltaConfig:
+    def paper(cls, threshold: Thresholds = 0.6) -> DeltaConfig:
         """The paper's own setting, as far as it is public (arXiv 2507.19608).
 
         One chain over the whole text, an absolute threshold, a block-diagonal exact window of
@@ -154,14 +158,27 @@ class DeltaConfig:
         return dataclasses.replace(self, block_size=block_size, block_fraction=None)
 
     @property
-    def layer_threshold(self) -> float:
-        """The threshold as one number; for settings of a single layer."""
-        if isinstance(self.threshold, tuple):
+    def layer_threshold(self) -> float | tuple[float, ...]:
+        """The threshold of a setting of one layer; a tuple if its kv heads have their own."""
+        if not isinstance(self.threshold, tuple):
+            return self.threshold
+        if len(self.threshold) > 1:
             raise ValueError("[DeltaConfig] thresholds per layer: call for_layer first.")
-        return self.threshold
+        return self.threshold[0]
+
+    @property
+    def head_threshold(self) -> float:
+        """The threshold as one number; for settings of a single head."""
+        threshold = self.layer_threshold
+        if isinstance(threshold, tuple):
+            raise ValueError("[DeltaConfig] thresholds per head: call for_head first.")
+        return threshold
 
     def for_layer(self, layer: int, n_layers: int) -> DeltaConfig:
         """The setting of one layer, with that layer's own threshold.
+
+        Thresholds of its heads stay in a tuple of one layer, ``((0.9, 1.1),)``, so that they are
+        never taken for thresholds of layers.
 
         Raises:
             ValueError: There are thresholds for another number of layers.
@@ -173,13 +190,37 @@ class DeltaConfig:
                 f"[DeltaConfig] threshold has {len(self.threshold)} values but the model has "
                 f"{n_layers} layers."
             )
-        return dataclasses.replace(self, threshold=self.threshold[layer])
+        own = self.threshold[layer]
+        return dataclasses.replace(self, threshold=(own,) if isinstance(own, tuple) else own)
+
+    def for_head(self, head: int) -> DeltaConfig:
+        """The setting of one kv head; of a setting of one layer."""
+        threshold = self.layer_threshold
+        own = threshold[head] if isinstance(threshold, tuple) else threshold
+        return dataclasses.replace(self, threshold=own)
+
+    def check_heads(self, n_heads: int, layer: int | None = None) -> None:
+        """Refuse a setting of one layer that does not fit its number of kv heads.
+
+        Args:
+            n_heads: The layer's kv heads.
+            layer: Which layer it is, for the message.
+
+        Raises:
+            ValueError: There are thresholds for another number of heads.
+        """
+        own = self.layer_threshold
+        if isinstance(own, tuple) and len(own) != n_heads:
+            name = "a layer" if layer is None else f"layer {layer}"
+            raise ValueError(
+                f"[DeltaConfig] threshold has {len(own)} values for the heads of {name} but it "
+                f"has {n_heads} kv heads."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The setting as plain JSON values, as stored under ``delta`` in a config.json."""
         values = dataclasses.asdict(self)
-        if isinstance(self.threshold, tuple):
-            values["threshold"] = list(self.threshold)
+        values["threshold"] = _nested(self.threshold, list)
         optional = ("block_fraction", "key_bits", "value_bits")
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
@@ -198,3 +239,8 @@ class DeltaConfig:
                 f"{', '.join(sorted(names))}."
             )
         return cls(**values)
+
+
+def _nested(value: Any, kind: type) -> Any:
+    """Lists and tuples within each other as lists or tuples throughout."""
+    return kind(_nested(x, kind) for x in value) if isinstance(value, (list, tuple)) else value

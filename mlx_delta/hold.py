@@ -20,10 +20,13 @@ def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
     Returns:
         float32 [B, Hkv, n_blocks].
     """
+    # One number, or [Hkv, 1]: one for each head.
+    threshold = mx.array(config.layer_threshold, mx.float32)
+    threshold = threshold[:, None] if threshold.ndim else threshold
     if config.threshold_mode == "absolute":
-        return mx.full(keys.shape[:3], config.layer_threshold, mx.float32)
+        return mx.broadcast_to(threshold, keys.shape[:3])
     deviation = keys - keys.mean(axis=3, keepdims=True)
-    return config.layer_threshold * mx.sqrt(mx.square(deviation).mean(axis=(3, 4)))
+    return threshold * mx.sqrt(mx.square(deviation).mean(axis=(3, 4)))
 
 
 def hold_blocks(

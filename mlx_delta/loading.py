@@ -81,8 +81,9 @@ def load(
         raise ValueError(
             f"[load] {path / 'config.json'} does not describe a model that can be built: {error}."
         ) from error
-    if delta is not None and isinstance(delta.threshold, tuple):
-        delta.for_layer(0, len(model.layers))  # as many thresholds as layers, or an error now
+    if delta is not None:
+        for i, layer in enumerate(model.layers):
+            delta.for_layer(i, len(model.layers)).check_heads(layer.self_attn.n_kv_heads, i)
     if not has_gpu():
         model.set_dtype(mx.float32)
     if not lazy and hasattr(model, "check_weights"):

@@ -2,7 +2,8 @@
 
 This file is the specification: everything faster in this library must agree with it. It follows
 DeltaLLM (arXiv 2507.19608), in the blocked form that :class:`mlx_delta.DeltaConfig` describes;
-``DeltaConfig.paper()`` gives the paper's own setting. NumPy only, one loop per sum, no batching.
+``DeltaConfig.paper()`` gives the paper's own setting. Where heads have thresholds of their own,
+``config.for_head(head)`` is the setting to give. NumPy only, one loop per sum, no batching.
 
 Shapes: queries [L, D], keys [N, D], values [N, Dv]; the queries are the last L positions. Keys
 are taken after RoPE.
@@ -20,7 +21,7 @@ def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
 
     Relative: ``threshold * rms(keys - mean over the block's tokens)``, over all its elements.
     """
-    threshold = np.float32(config.layer_threshold)
+    threshold = np.float32(config.head_threshold)
     if config.threshold_mode == "absolute":
         return threshold
     deviation = keys - keys.mean(axis=0, dtype=np.float32)

@@ -20,6 +20,10 @@ SETTINGS = {
     "paper": DeltaConfig.paper().resolve(120),
     "blocks of one": DeltaConfig.paper().resolve(20),
     "many sinks": DeltaConfig(block_size=8, window=16, sinks=30),
+    "heads": DeltaConfig(block_size=8, window=8, threshold=((0.5, 2.0),)),
+    "heads, absolute": DeltaConfig(
+        block_size=8, window=8, threshold=((0.3, 1.0),), threshold_mode="absolute"
+    ),
 }
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -50,7 +54,11 @@ def expected(text, config) -> np.ndarray:
         [
             [
                 reference.hybrid_attention(
-                    q, keys[row, h // group], values[row, h // group], config, SCALE
+                    q,
+                    keys[row, h // group],
+                    values[row, h // group],
+                    config.for_head(h // group),
+                    SCALE,
                 )
                 for h, q in enumerate(queries[row])
             ]

@@ -16,7 +16,12 @@ valid = st.builds(
     ),
     window_blocks=st.integers(0, 8),
     block_size=st.integers(1, 256),
-    threshold=st.floats(0, 10) | st.lists(st.floats(0, 10), min_size=1, max_size=4),
+    threshold=st.floats(0, 10)
+    | st.lists(
+        st.floats(0, 10) | st.lists(st.floats(0, 10), min_size=1, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
     threshold_mode=st.sampled_from(["relative", "absolute"]),
     sinks=st.integers(0, 300),
     keyframes=st.booleans(),
@@ -25,7 +30,8 @@ valid = st.builds(
 
 @given(valid)
 def test_a_setting_survives_its_config_json(config):
-    assert DeltaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    restored = DeltaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert restored == config and hash(restored) == hash(config)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +41,10 @@ def test_a_setting_survives_its_config_json(config):
         ({"threshold": float("nan")}, "threshold must be >= 0 but got nan"),
         ({"threshold": float("inf")}, "threshold must be >= 0 but got inf"),
         ({"threshold": [1.0, -2.0]}, r"threshold must be >= 0 but got -2\.0"),
-        ({"threshold": []}, "threshold must not be an empty list"),
+        ({"threshold": []}, "threshold must not be or contain an empty list"),
+        ({"threshold": [1.0, []]}, "threshold must not be or contain an empty list"),
+        ({"threshold": [1.0, [1.0, -2.0]]}, r"threshold must be >= 0 but got -2\.0"),
+        ({"threshold": [[1.0, [2.0]]]}, r"threshold must be a number but got \(2\.0,\)"),
         ({"threshold": "1"}, "threshold must be a number but got '1'"),
         ({"threshold_mode": "absolut"}, "threshold_mode must be .* but got 'absolut'"),
         ({"block_size": 0}, "block_size must be >= 1 but got 0"),
@@ -69,3 +78,26 @@ def test_each_layer_takes_its_own_threshold():
     assert [config.for_layer(i, 2).threshold for i in range(2)] == [0.5, 1.5]
     with pytest.raises(ValueError, match="threshold has 2 values but the model has 3 layers"):
         config.for_layer(0, 3)
+
+
+def test_heads_of_a_layer_take_their_own_thresholds():
+    config = DeltaConfig(threshold=(0.5, (1.0, 1.5)))
+    first, second = (config.for_layer(i, 2) for i in range(2))
+    assert (first.layer_threshold, second.layer_threshold) == (0.5, (1.0, 1.5))
+    assert [layer.for_head(1).head_threshold for layer in (first, second)] == [0.5, 1.5]
+    assert second.for_layer(0, 1) == second, "the setting of a layer is one of a single layer"
+
+
+def test_a_setting_is_not_taken_for_one_of_a_layer_or_head():
+    config = DeltaConfig(threshold=((0.5, 0.5), (1.0, 1.5)))
+    with pytest.raises(ValueError, match="thresholds per layer: call for_layer first"):
+        config.check_heads(2)
+    with pytest.raises(ValueError, match="thresholds per head: call for_head first"):
+        _ = config.for_layer(1, 2).head_threshold
+
+
+def test_another_number_of_heads_is_named():
+    config = DeltaConfig(threshold=((0.5, 0.5, 0.5),))
+    config.check_heads(3)
+    with pytest.raises(ValueError, match="3 values for the heads of layer 7 but it has 2 kv heads"):
+        config.check_heads(2, 7)

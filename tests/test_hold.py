@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -24,12 +26,16 @@ SETTINGS = {
     "chain, blocks of one": DeltaConfig.paper().resolve(20),
     "many sinks": DeltaConfig(block_size=8, window=8, sinks=21),
     "no sinks": DeltaConfig(block_size=8, window=8, sinks=0),
+    "heads, relative": DeltaConfig(block_size=8, window=8, threshold=((0.5, 1.5, 1),)),
+    "heads, chain": dataclasses.replace(CHAIN, threshold=((0.4, 1.2, 0.7),)),
 }
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 def _reference(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
-    return np.stack([[reference.hold(head, config) for head in row] for row in keys])
+    return np.stack(
+        [[reference.hold(head, config.for_head(h)) for h, head in enumerate(row)] for row in keys]
+    )
 
 
 @each_setting
@@ -53,7 +59,7 @@ def test_agrees_with_the_reference(config, blocks):
 
 @each_setting
 def test_encoding_block_by_block_is_encoding_at_once(config):
-    keys = mx.array(smooth_keys((1, 2, 6 * config.block_size, 20)))
+    keys = mx.array(smooth_keys((1, 3, 6 * config.block_size, 20)))
     whole, whole_zeros = hold_blocks(keys, config)
     parts, zeros, previous = [], [], None
     for first, end in ((0, 1), (1, 4), (4, 6)):
