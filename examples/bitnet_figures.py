@@ -23,6 +23,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_delta import DeltaConfig, ternary
 from mlx_delta.blas import blas_status
 from mlx_delta.models import bitnet
+from mlx_delta.traffic import weight_bytes
 
 MICROSOFT_2B = {
     "model_type": "bitnet",
@@ -47,7 +48,7 @@ def show_bytes() -> None:
         model.set_dtype(mx.bfloat16)
         if bits is not None:
             nn.quantize(model, group_size=64, bits=bits)
-        affine, kernel = (model.bytes_per_token(kernel) / 1e9 for kernel in (False, True))
+        affine, kernel = (weight_bytes(model, kernel) / 1e9 for kernel in (False, True))
         name = "bf16" if bits is None else f"{bits}-bit"
         print(f"{name:6} {affine:14.3f} {kernel:12.3f}")
 

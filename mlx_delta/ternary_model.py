@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
 from mlx_lm.models.bitlinear_layers import BitLinear
 
 from . import ternary
@@ -164,21 +163,6 @@ class TernaryModel(nn.Module):
                 )
             layer.one_scale = _true(mx.all(scales == scales[0, 0]))
 
-    def bytes_per_token(self, kernel: bool) -> int:
-        """Bytes of weights that decoding one token reads; no weight is read to count them.
-
-        Args:
-            kernel: Through the kernel ternary_matvec, which takes one scale for each layer, or
-                through MLX's quantized product.
-        """
-        count = _nbytes(self)
-        if kernel:
-            for _, layer in self.ternary_layers():
-                count -= layer.scales.nbytes + layer.biases.nbytes - layer.scales.dtype.size
-        if not self.args.tie_word_embeddings:  # the head is one of its own; here only a row is read
-            count -= _nbytes(self.model.embed_tokens)
-        return count
-
     def set_dtype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> None:
         """Change the type of all floating-point weights.
 
@@ -193,10 +177,6 @@ class TernaryModel(nn.Module):
 def _true(flag: mx.array) -> bool:
     """The value of a boolean scalar."""
     return bool(flag.item())
-
-
-def _nbytes(module: nn.Module) -> int:
-    return tree_reduce(lambda total, weight: total + weight.nbytes, module.parameters(), 0)
 
 
 def _names(entry: str, path: str) -> bool:
