@@ -30,9 +30,9 @@ from tqdm import tqdm
 from train_demo.recall import RecallTask
 
 from mlx_delta import DeltaConfig, DeltaKVCache, load, measure_sparsity
+from mlx_delta.evaluate import BUNDLED_TEXT as TEXT
 from mlx_delta.loading import find_model, has_gpu
 
-TEXT = Path(__file__).parent / "texts" / "hound.txt"
 LENGTHS = (512, 1024, 2048)
 FACTS = 20
 

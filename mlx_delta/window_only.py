@@ -26,6 +26,14 @@ class WindowOnlyCache(DeltaKVCache):
         causal = create_causal_mask(N, self.offset, window_size=window_size)
         return causal & (near | (key < config.sinks))
 
+    @property
+    def zeros(self) -> mx.array:
+        """As if all of an encoded block were held, but for the sinks: its keys are never seen."""
+        zeros = super().zeros
+        size, sinks = self.config.block_size, self.config.sinks
+        dropped = size - mx.clip(sinks - size * mx.arange(zeros.shape[2]), 0, size)
+        return mx.broadcast_to(dropped * self.head_dim, zeros.shape)
+
     def kept_nbytes(self, stored: int) -> int:
         """The share of ``stored`` bytes that a cache without the far tokens would keep."""
         capacity = -(-self.size() // self.step) * self.step

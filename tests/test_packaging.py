@@ -21,6 +21,9 @@ NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
 )
 
+# Where the package holds data: models, and what evaluations are made of.
+DATA = ("mlx_delta/bundled/", "mlx_delta/evaluate/")
+
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="the tests do not run from a checkout"
 )
@@ -108,11 +111,7 @@ def test_the_wheel_holds_every_module_and_data_file(built: dict[str, set[str]]):
 def test_the_wheel_holds_nothing_else(built: dict[str, set[str]]):
     others = {name for name in built["wheel"] if ".dist-info/" not in name}
     suffixes = (".py", ".metal", ".h", "py.typed")
-    strays = {
-        name
-        for name in others
-        if not name.endswith(suffixes) and not name.startswith("mlx_delta/bundled/")
-    }
+    strays = {name for name in others if not name.endswith(suffixes) and not name.startswith(DATA)}
     assert strays == set()
     assert {name for name in others if "test" in name} == set()
     assert any(name.endswith("licenses/LICENSE") for name in built["wheel"])

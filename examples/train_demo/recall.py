@@ -9,35 +9,21 @@ A model solves it only if attention reaches back to the fact: the value is drawn
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-NAMES = """
-Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mary Ned Olive Paul Rose Sam
-Tom Una Victor Walter Alice Arthur Charles Edward Fanny George Harriet James Jane John Julia Lucy
-Martha Peter Philip Richard Robert Sarah Sophia Susan Thomas William Adam Daniel Eleanor Elizabeth
-Isabel Joseph Laura Margaret Michael Oliver Rachel Simon Stephen Helen Maria Louis""".split()
+# Names, words and wordings, shared with mlx_delta.evaluate and read without importing it.
+FACTS = json.loads(
+    (Path(__file__).parents[2] / "mlx_delta" / "evaluate" / "facts.json").read_text("utf-8")
+)
+NAMES, WORDS = FACTS["names"], FACTS["words"]
 
-WORDS = """
-house door river horse table window garden letter church street water night morning evening
-winter summer king queen doctor captain lady master friend mother father brother sister child stone
-wood iron gold silver fire wind snow rain bread wine book paper song story road field forest
-mountain island ship boat train chair bed room hall wall tree flower bird dog fish sword gun hand
-heart head moon sun star sea sky storm cloud light shadow spring coat hat ring glass lamp clock bell
-key bridge tower castle village city town market mill shop kitchen corner square green white black
-red blue golden dark bright heavy silent quiet gentle noble ancient soldier sailor teacher hunter
-stranger neighbour uncle cousin baby girl boy prince princess lord knight judge spirit angel dream
-music dance game smile voice tear blood bone skin eye nose arm leg foot finger""".split()
-
-TEMPLATES = {
-    # name: (how a fact is told, how it is asked for); the value follows both.
-    "direct": ("Remember: the name is {name}", "The name is {name}"),
-    "password": ("Remember: the password of {name} is", "The password of {name} is"),
-    "secret": ("The secret word of {name} is", "So the secret word of {name} is"),
-    "owner": ("Remember that {name}'s password is", "I remember that {name}'s password is"),
-}
+# name: (how a fact is told, how it is asked for); the value follows both.
+TEMPLATES = {name: (form["told"], form["asked"]) for name, form in FACTS["templates"].items()}
 VALUE_WORDS = 2
 
 

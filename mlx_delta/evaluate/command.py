@@ -1,0 +1,193 @@
+"""The command line: tasks and settings side by side on one model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..config import DeltaConfig
+from ..loading import DEMO, find_model, load, read_config
+from ..models import get_model_classes
+from ..models.common import read_delta
+from ..settings import Setting, parse_settings
+from .language import LanguageOptions
+from .recall import TEMPLATES, RecallOptions
+from .results import Results, model_entry, read_results
+from .table import render
+from .tasks import TASKS, Session, check_tasks
+from .text import BUNDLED_TEXT
+
+SETTINGS = ("dense", "delta", "window-only", "kv8", "kv4")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; those of the harness are named as in mlx_lm.evaluate."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_delta.evaluate",
+        description="Measure what ways to keep keys and values save and cost on a model.",
+    )
+    add = parser.add_argument
+    add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}, or any of lm-evaluation-harness's. Default: the first three.",
+    )
+    add(
+        "--settings",
+        nargs="+",
+        default=list(SETTINGS),
+        metavar="SETTING",
+        help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
+        f"rotating:1024. Default: {' '.join(SETTINGS)}.",
+    )
+    add("--seed", type=int, default=0, help="Seed of all that is random. Default: 0.")
+    add("--output", type=Path, metavar="FILE.json", help="Keep results here, and go on from them.")
+    add("--restart", action="store_true", help="Replace what --output holds.")
+    add("--show", type=Path, metavar="FILE.json", help="Only print the tables of a results file.")
+    add("--markdown", action="store_true", help="Print Markdown tables.")
+    add("--adapter-path", help="LoRA adapters to apply.")
+    add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
+
+    local = parser.add_argument_group("recall, perplexity and kld")
+    add = local.add_argument
+    add("--text", type=Path, default=BUNDLED_TEXT, help="Prose, .txt or .xz. Default: bundled.")
+    add("--length", type=int, help="Tokens of a sample or window. Default: 2,048, if they fit.")
+    add("--windows", type=int, default=8, help="At most so many windows of the text. Default: 8.")
+    add("--distances", type=int, nargs="+", help="Tokens back to where a fact was told.")
+    add("--answers", type=int, default=20, help="Answers per distance and template. Default: 20.")
+    add("--facts", type=int, help="Facts in a sample, asked or not. Default: one per 112 tokens.")
+    add(
+        "--templates",
+        nargs="+",
+        default=["direct", "password"],
+        choices=list(TEMPLATES),
+        help="Wordings of facts and questions. Default: direct password.",
+    )
+
+    harness = parser.add_argument_group("lm-evaluation-harness")
+    add = harness.add_argument
+    add("--limit", type=int, help="Examples per task. Default: all.")
+    add("--num-shots", type=int, help="Worked examples before each question.")
+    add("--batch-size", type=int, default=8, help="Requests at a time. Default: 8.")
+    add("--max-gen-toks", type=int, help="Tokens to generate at most, whatever the task says.")
+    add("--data-dir", type=Path, help="Local task and data files.")
+    add(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Put requests into the chat template. Default: if the model has one.",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    # It warns of texts beyond the context, which are cut into windows.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        again = "; run the same command again to go on" if args.output else ""
+        print(f"\nInterrupted{again}.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1  # whoever read our output has gone: nobody to tell
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, load, measure, print.
+
+    Raises:
+        ValueError: A flag, text or results file that can't be used; the message names it.
+        OSError: A file that can't be read or written.
+    """
+    if args.show is not None:
+        print(render(read_results(args.show), args.markdown) or "Nothing was measured yet.")
+        return
+    check_tasks(args.tasks, args.data_dir)
+    delta, settings = choose_settings(args.model, args.settings)
+    results = Results(model_entry(args.model), args.output, args.restart)
+    model, tokenizer = load(
+        args.model,
+        delta,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    session = Session(model, tokenizer, settings, results)
+    try:
+        measure(session, args)
+    finally:
+        results.save(force=True)
+    print(render(results.data, args.markdown))
+
+
+def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, list[Setting]]:
+    """The delta to load a model with, and the settings of these names.
+
+    A model is loaded with the delta's attention, which is dense on a dense cache; one of a kind
+    that has none is loaded as it is, for settings that need none.
+
+    Raises:
+        ValueError: A setting is unknown, or the model can't have it.
+    """
+    config = read_config(find_model(model))
+    delta = read_delta(config.get("delta")) or DeltaConfig()
+    settings = parse_settings(names, delta)
+    try:
+        get_model_classes(config)
+    except ValueError as error:
+        needing = [setting.name for setting in settings if setting.delta is not None]
+        if needing:
+            raise ValueError(
+                f"setting {needing[0]!r} needs a delta model: {error} Settings without it are "
+                "dense, kv8, kv4 and rotating:N."
+            ) from error
+        return None, settings
+    return delta, settings
+
+
+def measure(session: Session, args: argparse.Namespace) -> None:
+    """Carry out the tasks in the order they were given; perplexity and kld are one pass."""
+    language = [task for task in args.tasks if task in ("perplexity", "kld")]
+    for task in args.tasks:
+        if task == "recall":
+            options = RecallOptions(
+                seed=args.seed,
+                answers=args.answers,
+                distances=tuple(args.distances) if args.distances else None,
+                templates=tuple(args.templates),
+                length=args.length,
+                facts=args.facts,
+            )
+            session.recall(options, args.text)
+        elif task in language:
+            if task == language[0]:
+                session.language(language, LanguageOptions(args.windows, args.length), args.text)
+        else:
+            session.harness(task, harness_options(args))
+
+
+def harness_options(args: argparse.Namespace) -> Any:
+    """The harness's options, as its module takes them."""
+    from .harness import HarnessOptions
+
+    return HarnessOptions(
+        limit=args.limit,
+        num_shots=args.num_shots,
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        max_gen_toks=args.max_gen_toks,
+        apply_chat_template=args.apply_chat_template,
+        seed=args.seed,
+    )

@@ -1,0 +1,36 @@
+"""What every record says of its caches, and the mean of it over records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..settings import cache_nbytes
+from ..sparsity import measure_sparsity
+
+SPARSITIES = ("prefill_sparsity", "decode_sparsity", "overall_sparsity")
+
+
+def cache_figures(caches: Sequence[Any], prompt_tokens: int) -> dict[str, Any]:
+    """Sparsity, also per layer and kv head, and bytes of a sample's caches."""
+    sparsity = measure_sparsity(caches, prompt_tokens)
+    return {
+        "prefill_sparsity": round(sparsity.prefill, 6),
+        "decode_sparsity": round(sparsity.decode, 6),
+        "overall_sparsity": round(sparsity.overall, 6),
+        "prefill_heads": np.round(sparsity.prefill_heads, 4).tolist(),
+        "cache_bytes": cache_nbytes(caches),
+    }
+
+
+def mean_figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same, averaged over records."""
+    figures: dict[str, Any] = {
+        name: float(np.mean([record[name] for record in records])) for name in SPARSITIES
+    }
+    heads = np.mean([record["prefill_heads"] for record in records], axis=0)
+    figures["prefill_heads"] = np.round(heads, 4).tolist()
+    figures["cache_bytes"] = round(float(np.mean([record["cache_bytes"] for record in records])))
+    return figures

@@ -1,0 +1,185 @@
+"""The results file: what was measured, kept so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..loading import find_model, has_gpu
+from ..settings import Setting
+from .language import summarize_kld, summarize_perplexity
+from .recall import summarize_recall
+
+VERSION = 1
+SAVE_EVERY = 3.0  # seconds
+SUMMARIES = {
+    "recall": summarize_recall,
+    "perplexity": summarize_perplexity,
+    "kld": summarize_kld,
+}
+_SAMPLE = 1 << 16  # bytes read of a weight file at each of three places
+
+
+def fingerprint(path: Path) -> str:
+    """A hash that tells models apart without reading all of their weights.
+
+    Of config.json, and of each weight file its name, size, and bytes at its start, middle and end.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"\0{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+                stream.seek(max(0, start))
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def model_entry(name: str) -> dict[str, str]:
+    """A results file's ``model``: the name as it was given, and the fingerprint."""
+    return {"name": name, "fingerprint": fingerprint(find_model(name))}
+
+
+def machine_entry() -> dict[str, str]:
+    """A results file's ``machine``."""
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.device_info()["device_name"]) if has_gpu() else "CPU",
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx_lm": importlib.metadata.version("mlx-lm"),
+    }
+
+
+def read_results(file: str | Path) -> dict[str, Any]:
+    """A results file's contents.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not a results file, or of a later version.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"[evaluate] there is no results file {str(file)!r}.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["version"]
+        if not (isinstance(data["runs"], list) and isinstance(data["model"]["fingerprint"], str)):
+            raise TypeError("runs or model are not as expected")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"[evaluate] {file} is not a results file: {error}.") from error
+    if version != VERSION:
+        raise ValueError(
+            f"[evaluate] {file} has version {version} of the results format but this release reads "
+            f"{VERSION}; use another --output."
+        )
+    return dict(data)
+
+
+class Results:
+    """Runs of one model, in memory and in a file.
+
+    Args:
+        model: From :func:`model_entry`.
+        file: Where to keep them; ``None``: in memory only.
+        restart: Replace what the file holds, once there is something to write.
+
+    Raises:
+        ValueError: The file holds another model's results, or is none.
+    """
+
+    def __init__(self, model: dict[str, str], file: str | Path | None, restart: bool = False):
+        self.path = None if file is None else Path(file).expanduser()
+        self._saved = 0.0
+        from .. import __version__
+
+        self.data: dict[str, Any] = {
+            "version": VERSION,
+            "mlx_delta": __version__,
+            "model": model,
+            "machine": machine_entry(),
+            "runs": [],
+        }
+        if self.path is None:
+            return
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"[evaluate] can't write a file {str(file)!r}; give another --output.")
+        if self.path.exists() and not restart:
+            data = read_results(self.path)
+            if data["model"]["fingerprint"] != model["fingerprint"]:
+                raise ValueError(
+                    f"[evaluate] {file} holds results of another model ({data['model']['name']}, "
+                    f"fingerprint {data['model']['fingerprint']}; {model['name']} has "
+                    f"{model['fingerprint']}); use another --output, or --restart to replace them."
+                )
+            self.data["runs"] = data["runs"]
+
+    def run(
+        self, task: str, setting: Setting, options: dict[str, Any], planned: int
+    ) -> dict[str, Any]:
+        """The run of a task and setting, begun now if there is none; see ``check_options``."""
+        for run in self.data["runs"]:
+            if (run["task"], run["setting"]) == (task, setting.name):
+                return run
+        run = {
+            "task": task,
+            "setting": setting.name,
+            "kind": setting.kind,
+            "options": options,
+            "date": datetime.date.today().isoformat(),
+            "planned": planned,
+            "records": [],
+            "summary": None,
+        }
+        if setting.delta is not None:
+            run["delta"] = setting.delta.to_dict()
+        self.data["runs"].append(run)
+        return run
+
+    def check_options(self, task: str, options: dict[str, Any]) -> None:
+        """Refuse to mix runs of a task that were made with different options.
+
+        Raises:
+            ValueError: There are such runs; the message names the option.
+        """
+        for run in self.data["runs"]:
+            if run["task"] != task or run["options"] == options:
+                continue
+            name = next(
+                name
+                for name in {**run["options"], **options}
+                if run["options"].get(name) != options.get(name)
+            )
+            raise ValueError(
+                f"[evaluate] {self.path} holds results of {task} with {name}="
+                f"{run['options'].get(name)!r} but {name} is {options.get(name)!r} now; give the "
+                "same options, another --output, or --restart to replace them."
+            )
+
+    def save(self, force: bool = False) -> None:
+        """Sum up and write the file in one piece, at most every few seconds unless forced."""
+        if not force and time.monotonic() - self._saved < SAVE_EVERY:
+            return
+        for run in self.data["runs"]:
+            records = run["records"]
+            if records and (run["summary"] or {}).get("samples") != len(records):
+                run["summary"] = SUMMARIES[run["task"]](records)
+        self._saved = time.monotonic()
+        if self.path is None:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            text = json.dumps(self.data, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Carrying tasks out: what is missing is measured, each sample is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from tqdm import tqdm
+
+from ..settings import Setting, _nearest
+from .language import LanguageOptions, make_windows, measure_window
+from .recall import RecallOptions, RecallTask, measure_sample
+from .results import Results
+from .text import context_length, read_text, text_id
+
+TASKS = ("recall", "perplexity", "kld")
+
+EXTRA = "pip install 'mlx_delta[evaluate]'"
+
+
+def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
+    """Refuse tasks that nobody knows, before a model is loaded.
+
+    Raises:
+        ValueError: A task is unknown, or given twice; or it needs lm-evaluation-harness, which is
+            not installed.
+    """
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"[evaluate] task {name!r} is given twice; drop one.")
+    others = [name for name in names if name not in TASKS]
+    if not others:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f"[evaluate] unknown task {others[0]!r}{_nearest(others[0], TASKS)}; known are "
+            f"{', '.join(TASKS)}, and those of lm-evaluation-harness once it is installed: {EXTRA}."
+        )
+    from .harness import harness_tasks
+
+    known = [*TASKS, *harness_tasks(data_dir)]
+    for name in others:
+        if name not in known:
+            raise ValueError(
+                f"[evaluate] unknown task {name!r}{_nearest(name, known)}; known are "
+                f"{', '.join(TASKS)}, and those of lm-evaluation-harness."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A model, the settings to compare on it, and where the results go."""
+
+    model: nn.Module
+    tokenizer: Any
+    settings: Sequence[Setting]
+    results: Results
+
+    def recall(self, options: RecallOptions, text: Path) -> None:
+        """Measure the recall samples that settings lack."""
+        prose = read_text(text)
+        task = RecallTask(self.tokenizer, prose, options, context_length(self.model))
+        entry = {
+            "seed": options.seed,
+            "answers": options.answers,
+            "distances": list(task.distances),
+            "templates": list(options.templates),
+            "length": task.length,
+            "facts": task.facts,
+            "text": text.name,
+            "text_hash": text_id(prose),
+        }
+        self.results.check_options("recall", entry)
+        samples = task.samples
+        for setting in self.settings:
+            run = self.results.run("recall", setting, entry, len(samples))
+            done = {(record["template"], record["index"]) for record in run["records"]}
+            missing = [sample for sample in samples if sample not in done]
+            for sample in tqdm(missing, desc=f"recall, {setting.name}", disable=not missing):
+                record = measure_sample(self.model, setting, task, *sample)
+                run["records"].append(record)
+                self.results.save()
+
+    def language(self, tasks: Sequence[str], options: LanguageOptions, text: Path) -> None:
+        """Measure the windows that settings lack for ``perplexity``, ``kld`` or both at once."""
+        content = read_text(text)
+        windows = make_windows(self.tokenizer, content, options, context_length(self.model))
+        entry = {
+            "length": len(windows[0]) - 1,
+            "windows": len(windows),
+            "text": text.name,
+            "text_hash": text_id(content),
+        }
+        runs = {}
+        for task in tasks:
+            self.results.check_options(task, entry)
+            for setting in self.settings:
+                runs[task, setting.name] = self.results.run(task, setting, entry, len(windows))
+        missing = {
+            i: {key for key, run in runs.items() if i not in {r["index"] for r in run["records"]}}
+            for i in range(len(windows))
+        }
+        todo = [i for i in missing if missing[i]]
+        for i in tqdm(todo, desc=" and ".join(tasks), disable=not todo):
+            names = {name for _, name in missing[i]}
+            settings = [setting for setting in self.settings if setting.name in names]
+            kld = any(task == "kld" for task, _ in missing[i])
+            records = measure_window(self.model, self.tokenizer, windows[i], settings, kld)
+            for setting, record in zip(settings, records, strict=True):
+                for task in tasks:
+                    if (task, setting.name) in missing[i]:
+                        runs[task, setting.name]["records"].append({"index": i, **record})
+            self.results.save()
+
+    def harness(self, task: str, options: Any) -> None:
+        """Run one of lm-evaluation-harness's tasks with the settings that lack it."""
+        from .harness import run_harness
+
+        entry = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(options).items()
+            if name != "batch_size"  # answers don't depend on it
+        }
+        self.results.check_options(task, entry)
+        for setting in self.settings:
+            run = self.results.run(task, setting, entry, 0)
+            if run["summary"] is not None:
+                continue
+            done = run.setdefault("done", {})
+            found = run_harness(
+                self.model, self.tokenizer, setting, task, options, done, self.results.save
+            )
+            summary = found.pop("summary")
+            run["summary"] = {"higher_is_better": True, "samples": 0, "metrics": {}} | summary
+            run["harness"] = found
+            del run["done"]  # the answers have served
+            self.results.save(force=True)
