@@ -1,0 +1,9 @@
+"""Timing settings side by side on one model, and computing what a chip's bandwidth allows.
+
+The command line (``python -m mlx_delta.benchmark``) is beside it; see ``--help``.
+"""
+
+from .roofline import Ceiling, ceilings
+from .timing import Benchmark, Row, Run, Spread
+
+__all__ = ["Benchmark", "Ceiling", "Row", "Run", "Spread", "ceilings"]

@@ -1,0 +1,178 @@
+"""Results as tables, in plain text or Markdown, and as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..chips import REACHED, Chip
+from ..evaluate.table import Table
+from .roofline import Ceiling
+from .timing import Row, Spread
+
+
+def timing_tables(rows: Sequence[Row], chip: Chip | None) -> list[Table]:
+    """What was timed, a table for each context; rows without runs are left out."""
+    header = ["setting", "prefill tok/s", "decode tok/s", "first token s", "n"]
+    header += ["peak MB", "cache MB", "MB/token", "MMAC/token", "ops/token"]
+    if chip is not None:
+        header.append(f"of {chip.gb_per_s:g} GB/s")
+    tables = []
+    timed = [row for row in rows if row.runs]
+    for context in dict.fromkeys(row.context for row in timed):
+        members = [row for row in timed if row.context == context]
+        generated = members[0].generated
+        caption = f"{context} tokens: {context - generated} of prompt, {generated} generated"
+        tables.append(Table(caption, header, [_timing_line(row, chip) for row in members]))
+    return tables
+
+
+def _timing_line(row: Row, chip: Chip | None) -> list[str]:
+    assert row.traffic is not None
+    cells = [
+        row.setting.name,
+        format_spread(row.prefill_speed),
+        format_spread(row.decode_speed),
+        format_spread(row.first_token),
+        f"{len(row.runs)}",
+        f"{row.peak_bytes / 1e6:.1f}",
+        f"{row.cache_bytes / 1e6:.2f}",
+        f"{row.traffic.bytes / 1e6:.2f}",
+        f"{row.traffic.macs / 1e6:.2f}",
+        f"{row.operations}",
+    ]
+    if chip is not None:
+        cells.append(f"{row.bandwidth_share(chip.gb_per_s):.0%}")
+    return cells
+
+
+def format_spread(spread: Spread) -> str:
+    """``median [lower quartile, upper quartile]``."""
+    digits = _digits(spread.median)
+    return f"{spread.median:.{digits}f} [{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]"
+
+
+def _digits(value: float) -> int:
+    """Decimals to print, so that a number has three digits at least."""
+    return next((d for least, d in ((100, 0), (10, 1), (1, 2)) if value >= least), 3)
+
+
+def timing_notes(unpacks: bool) -> list[str]:
+    """What the columns of the timed tables mean.
+
+    Args:
+        unpacks: Whether packed keys were timed without the kernel that reads them.
+    """
+    notes = [
+        "Speeds and times: median [quartiles] of n runs taking turns; prefill ends with the first "
+        "token.",
+        "Computed for the last token, not measured: MB/token, weights and cache read; MMAC/token, "
+        "multiply-accumulates, without those of zero deltas, which no kernel skips yet.",
+        "ops/token: operations in MLX's graph of one token, views left out; on a GPU about as "
+        "many launches.",
+        "cache MB: allocated, floats at 16 bits. peak MB: all that MLX held, weights included.",
+    ]
+    if unpacks:
+        notes.append(
+            "Without Metal packed keys are unpacked by MLX operations at every token; with it "
+            "their attention is 2 launches per layer."
+        )
+    return notes
+
+
+def timing_values(rows: Sequence[Row], chip: Chip | None) -> list[dict[str, Any]]:
+    """What was timed as plain JSON values."""
+    values = []
+    for row in rows:
+        if not row.runs:
+            continue
+        assert row.traffic is not None
+        entry: dict[str, Any] = {
+            "setting": row.setting.name,
+            "context": row.context,
+            "prompt_tokens": row.prompt,
+            "generation_tokens": row.generated,
+            "prompt_tps": row.prefill_speed.to_dict(),
+            "generation_tps": row.decode_speed.to_dict(),
+            "first_token_seconds": row.first_token.to_dict(),
+            "peak_memory_bytes": row.peak_bytes,
+            "cache_bytes": row.cache_bytes,
+            "traffic_per_token": row.traffic.to_dict(),
+            "operations_per_token": row.operations,
+            "runs": [
+                {"first_token_seconds": run.first_token, "decode_seconds": run.decode}
+                for run in row.runs
+            ],
+        }
+        if chip is not None:
+            entry["bandwidth_share"] = row.bandwidth_share(chip.gb_per_s)
+        values.append(entry)
+    return values
+
+
+def roofline_tables(ceilings: Sequence[Ceiling], chips: Sequence[Chip]) -> list[Table]:
+    """Decode ceilings, a table for each family of chips and each context."""
+    tables = []
+    for family in dict.fromkeys(chip.family for chip in chips):
+        members = [chip for chip in chips if chip.family == family]
+        header = ["setting", "cache MB", "MB/token"]
+        header += [f"{chip.label}, {chip.gb_per_s:g} GB/s" for chip in members]
+        for context in dict.fromkeys(ceiling.context for ceiling in ceilings):
+            rows = [c for c in ceilings if c.context == context]
+            caption = f"{family}, computed ceiling of decode at {context} tokens, tok/s"
+            if rows[0].extrapolated:
+                caption += " (extrapolated)"
+            tables.append(Table(caption, header, [_roofline_line(c, members) for c in rows]))
+    return tables
+
+
+def _roofline_line(ceiling: Ceiling, chips: Sequence[Chip]) -> list[str]:
+    cells = [
+        ceiling.setting,
+        f"{ceiling.cache_bytes / 1e6:.2f}",
+        f"{ceiling.bytes / 1e6:.2f}",
+    ]
+    for chip in chips:
+        low, high = ceiling.expected(chip)
+        cells.append(f"{_number(ceiling.tokens_per_second(chip))} ({_number(low)}-{_number(high)})")
+    return cells
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def roofline_notes(ceilings: Sequence[Ceiling], longest: int) -> list[str]:
+    """What the columns of the ceilings' tables mean.
+
+    Args:
+        ceilings: The ceilings.
+        longest: The longest context to which caches were filled.
+    """
+    low, high = REACHED
+    notes = [
+        "Computed, not measured: bandwidth / bytes read per token (weights and cache). In brackets "
+        f"{low:.0%} to {high:.0%} of it, which is what decoding reaches in practice.",
+        "Bytes are those of caches filled with a text, floats at 16 bits where there is no GPU. A "
+        "model of a few MB stays in a chip's own cache, and launches take longer than reading it: "
+        "its ceiling says nothing about its speed.",
+    ]
+    if any(ceiling.extrapolated for ceiling in ceilings):
+        notes.append(f"Extrapolated: from caches filled to {longest} tokens.")
+    return notes
+
+
+def roofline_values(ceilings: Sequence[Ceiling], chips: Sequence[Chip]) -> list[dict[str, Any]]:
+    """Decode ceilings as plain JSON values, in tokens per second by chip."""
+    return [
+        {
+            "setting": ceiling.setting,
+            "context": ceiling.context,
+            "extrapolated": ceiling.extrapolated,
+            "weight_bytes": ceiling.weight_bytes,
+            "cache_bytes": ceiling.cache_bytes,
+            "bytes": ceiling.bytes,
+            "ceilings": {chip.label: ceiling.tokens_per_second(chip) for chip in chips},
+        }
+        for ceiling in ceilings
+    ]

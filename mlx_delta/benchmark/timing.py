@@ -1,0 +1,338 @@
+"""Timing settings that take turns, through mlx-lm's own generation.
+
+Machines speed up and slow down. In every round each setting runs once, in an order drawn anew, so
+that a slow minute hits all settings alike; the first round warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from ..chips import physical_memory
+from ..loading import has_gpu
+from ..settings import PREFILL_STEP, Setting, cache_nbytes
+from ..traffic import Traffic, decode_operations, decode_traffic
+
+# ``import mlx_lm.generate`` would give the function of that name.
+_mlx_lm = importlib.import_module("mlx_lm.generate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation.
+
+    Attributes:
+        first_token: Seconds until the first token was there: the prefill, and one decode step.
+        decode: Seconds for the tokens after the first.
+        peak_bytes: The most memory that MLX held, weights included.
+    """
+
+    first_token: float
+    decode: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing: median, quartiles, least, greatest and number."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    greatest: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles interpolate between neighbouring values."""
+        least, q1, median, q3, greatest = (
+            float(x) for x in np.percentile(list(values), [0, 25, 50, 75, 100])
+        )
+        return cls(median, q1, q3, least, greatest, len(values))
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures as plain JSON values."""
+        return {
+            "median": self.median,
+            "q1": self.q1,
+            "q3": self.q3,
+            "min": self.least,
+            "max": self.greatest,
+            "n": self.n,
+        }
+
+
+@dataclass
+class Row:
+    """What was measured of a setting at a context.
+
+    Attributes:
+        setting: The way to keep keys and values.
+        context: Tokens in the cache at the end: prompt and generated.
+        generated: How many of them were generated.
+        runs: The runs that count.
+        traffic: What decoding a token takes at the end of the context; computed.
+        cache_bytes: What the caches have allocated then, floats at 16 bits.
+        operations: In the graph of one token.
+    """
+
+    setting: Setting
+    context: int
+    generated: int
+    runs: list[Run] = field(default_factory=list)
+    traffic: Traffic | None = None
+    cache_bytes: int = 0
+    operations: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.context - self.generated
+
+    @property
+    def prefill_speed(self) -> Spread:
+        """Tokens of the prompt per second until the first token, as mlx-lm counts them."""
+        return Spread.of([self.prompt / run.first_token for run in self.runs])
+
+    @property
+    def decode_speed(self) -> Spread:
+        """Tokens per second after the first."""
+        return Spread.of([(self.generated - 1) / run.decode for run in self.runs])
+
+    @property
+    def first_token(self) -> Spread:
+        """Seconds until the first token."""
+        return Spread.of([run.first_token for run in self.runs])
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that MLX held in any run."""
+        return max(run.peak_bytes for run in self.runs)
+
+    def bandwidth_share(self, gb_per_s: float) -> float:
+        """Share of a chip's bandwidth that decode reached: bytes read per second / bandwidth."""
+        assert self.traffic is not None
+        return self.traffic.bytes * self.decode_speed.median / (gb_per_s * 1e9)
+
+
+class Benchmark:
+    """Settings side by side, context after context.
+
+    Args:
+        model: From :func:`mlx_delta.load`, with a delta.
+        settings: To take turns.
+        tokens: Prompts are the first of these.
+        contexts: Tokens in the cache at the end of each run.
+        generated: How many of a context's tokens are decoded, at least 2; the rest is prompt.
+        trials: Rounds that count.
+        seed: Draws the order within each round.
+        prefill_step: Tokens of a prompt at a time.
+        delay: Seconds of rest before each run.
+
+    Attributes:
+        rows: What was measured so far; complete rows and, after an interruption, shorter ones.
+        notes: What was left out, and why.
+
+    Raises:
+        ValueError: An argument makes no sense, or a context is longer than the tokens or the
+            model's context.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Sequence[Setting],
+        tokens: Sequence[int],
+        contexts: Sequence[int],
+        generated: int = 64,
+        trials: int = 5,
+        seed: int = 0,
+        prefill_step: int = PREFILL_STEP,
+        delay: float = 0.0,
+    ):
+        if not settings:
+            raise ValueError("[Benchmark] settings is empty; name at least one, such as 'dense'.")
+        if generated < 2:
+            raise ValueError(
+                f"[Benchmark] generated must be >= 2, the first to time the prompt, but got "
+                f"{generated}."
+            )
+        for name, value in (("trials", trials), ("prefill_step", prefill_step)):
+            if value < 1:
+                raise ValueError(f"[Benchmark] {name} must be >= 1 but got {value}.")
+        for context in contexts:
+            check_context("Benchmark", model, context)
+            if context <= generated:
+                raise ValueError(
+                    f"[Benchmark] a context of {context} tokens has no room for a prompt and "
+                    f"{generated} generated tokens; ask for a longer one or fewer tokens."
+                )
+            if context - generated > len(tokens):
+                raise ValueError(
+                    f"[Benchmark] a context of {context} tokens needs {context - generated} "
+                    f"tokens of prompt but got {len(tokens)}."
+                )
+        self.model = model
+        self.settings = list(settings)
+        self.tokens = list(tokens)
+        self.contexts = list(contexts)
+        self.generated = generated
+        self.trials = trials
+        self.seed = seed
+        self.prefill_step = prefill_step
+        self.delay = delay
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+
+    def run(self, progress: bool = False) -> list[Row]:
+        """Measure everything; ``rows`` fill up as it goes, so an interruption loses nothing."""
+        total = len(self.contexts) * (self.trials + 1) * len(self.settings)
+        with tqdm(total=total, unit="run", disable=None if progress else True) as bar:
+            for context in self.contexts:
+                rows = self._rows(context)
+                bar.update((len(self.settings) - len(rows)) * (self.trials + 1))
+                for turn in range(self.trials + 1):
+                    for row in round_order(rows, self.seed, context, turn):
+                        bar.set_description(f"{context} tokens, {row.setting.name}")
+                        self._turn(row, warm_up=turn == 0)
+                        bar.update()
+        return self.rows
+
+    def _rows(self, context: int) -> list[Row]:
+        """New rows for a context, without those that memory can't hold."""
+        rows = []
+        for setting in self.settings:
+            needed = memory_needed(self.model, setting, context, self.prefill_step)
+            if needed > physical_memory():
+                self.notes.append(
+                    f"{setting.name} at {context} tokens was left out: it takes about "
+                    f"{needed / 1e9:.0f} GB and this machine has {physical_memory() / 1e9:.0f} GB."
+                )
+                continue
+            rows.append(Row(setting, context, self.generated))
+        self.rows += rows
+        return rows
+
+    def _turn(self, row: Row, warm_up: bool) -> None:
+        time.sleep(self.delay)
+        prompt = self.tokens[: row.prompt]
+        run, caches = time_once(self.model, row.setting, prompt, row.generated, self.prefill_step)
+        if not warm_up:
+            row.runs.append(run)
+            return
+        row.traffic = decode_traffic(self.model, caches)
+        row.cache_bytes = cache_nbytes(caches)
+        row.operations = decode_operations(self.model, caches)
+
+
+def round_order(rows: Sequence[Any], seed: int, context: int, turn: int) -> list[Any]:
+    """The rows in the order of a round: random, and the same for the same numbers."""
+    return random.Random(f"{seed}/{context}/{turn}").sample(list(rows), len(rows))
+
+
+def time_once(
+    model: nn.Module,
+    setting: Setting,
+    prompt: Sequence[int],
+    generated: int,
+    prefill_step: int = PREFILL_STEP,
+) -> tuple[Run, list[Any]]:
+    """Generate once, as mlx-lm does for a user: sampling and asynchronous evaluation included.
+
+    Returns:
+        The times, and the caches, which hold the prompt and all generated tokens.
+    """
+    caches = setting.make_caches(model, len(prompt))
+    ids = mx.array(list(prompt))
+    mx.eval(ids)
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times = []
+    with _mlx_lm.wired_limit(model, [_mlx_lm.generation_stream]):
+        start = time.perf_counter()
+        for _ in _steps(model, setting, ids, caches, generated, prefill_step):
+            times.append(time.perf_counter())
+    run = Run(times[0] - start, times[-1] - times[0], mx.get_peak_memory())
+    # The step after the last token is under way: it completes the context.
+    mx.eval([cache.state for cache in caches])
+    return run, caches
+
+
+def prefill(
+    model: nn.Module,
+    setting: Setting,
+    prompt: Sequence[int],
+    caches: list[Any],
+    prefill_step: int = PREFILL_STEP,
+) -> None:
+    """Feed a prompt, or more of one, to caches, as mlx-lm does for a user."""
+    for _ in _steps(model, setting, mx.array(list(prompt)), caches, 0, prefill_step):
+        pass
+    mx.eval([cache.state for cache in caches])
+
+
+def _steps(
+    model: nn.Module,
+    setting: Setting,
+    prompt: mx.array,
+    caches: list[Any],
+    generated: int,
+    prefill_step: int,
+) -> Any:
+    return _mlx_lm.generate_step(
+        prompt,
+        model,
+        max_tokens=generated,
+        prompt_cache=caches,
+        prefill_step_size=prefill_step,
+        kv_bits=setting.kv_bits,
+        quantized_kv_start=0,
+    )
+
+
+def check_context(name: str, model: nn.Module, context: int) -> None:
+    """Refuse a context longer than the model's.
+
+    Raises:
+        ValueError: It is.
+    """
+    limit = getattr(model.args, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"[{name}] a context of {context} tokens is longer than the model's, which is {limit}."
+        )
+
+
+def memory_needed(model: nn.Module, setting: Setting, context: int, prefill_step: int) -> int:
+    """About the bytes that a run takes at most: weights, caches and scores.
+
+    Where attention is not fused (without a GPU, and in mlx-lm's quantized caches) a chunk of
+    queries writes its scores, and their softmax, for every key.
+    """
+    args = model.args
+    parameters: Any = tree_flatten(model.parameters())
+    weights = sum(weight.nbytes for _, weight in parameters)
+    item = 2 if has_gpu() else 4
+    heads = args.num_attention_heads
+    kv_heads = args.num_key_value_heads or heads
+    head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
+    kept = context if setting.max_size is None else min(context, setting.max_size + prefill_step)
+    # While a cache grows, the old buffers are there beside the new ones; so are packed keys and
+    # what they are packed from.
+    caches = 2 * len(model.layers) * kept * kv_heads * 2 * head_dim * item
+    fused = has_gpu() and setting.kv_bits is None
+    scores = 0 if fused else 2 * heads * min(prefill_step, context) * kept * item
+    return weights + caches + scores
