@@ -116,6 +116,11 @@ def measure_window(
             if kld:
                 divergence[i] += (mx.exp(dense) * (dense - logs)).sum().item()
                 agreed[i] += (mx.argmax(dense, axis=-1) == mx.argmax(logs, axis=-1)).sum().item()
+    broken = np.flatnonzero(~np.isfinite(nats + divergence))
+    if len(broken):
+        raise ValueError(
+            f"[perplexity] the model's logits are not finite with {running[broken[0]].name!r}."
+        )
     scored = len(window) - 1 - half
     size = _text_bytes(tokenizer, window[1:]) - _text_bytes(tokenizer, window[1 : half + 1])
     records = []

@@ -107,53 +107,10 @@ class RecallTask:
         self._pieces: dict[str, list[int]] = {}
         self._first = first_tokens(tokenizer)
         self._period = self._encode(".")
-        told, asked = (
-            max(
-                len(self._encode(_item_text(TEMPLATES[template][part], name)))
-                for template in options.templates
-                for name in FACTS["names"]
-            )
-            for part in ("told", "asked")
-        )
-        value = 2 * max(len(self._encode(f" {word}")) for word in FACTS["words"])
-        value += len(self._period)
-
-        def needed(distance: int, questions: int) -> int:
-            """Tokens of a sample in which the longest of some distances surely fits."""
-            return len(self._first) + told + distance + questions * (asked + value)
-
-        distances = options.distances
-        wanted = needed(max(distances), len(distances)) if distances else 0
-        self.length = options.length or min(context or wanted + LENGTH, max(LENGTH, wanted))
-        if context is not None and self.length > context:
-            raise ValueError(
-                f"[recall] a sample of {self.length} tokens is longer than the model's context of "
-                f"{context}; give a smaller --length."
-            )
-        if distances is None:
-            fit = (d for d in DISTANCES if needed(d, len(DISTANCES)) <= self.length)
-            distances = tuple(fit)
-        if not distances:
-            raise ValueError(
-                f"[recall] a sample of {self.length} tokens is too short for any of the distances "
-                f"{', '.join(map(str, DISTANCES))}; give --distances."
-            )
-        questions = len(distances)
-        if wanted > self.length:
-            raise ValueError(
-                f"[recall] a distance of {max(distances)} needs samples of {wanted} tokens but "
-                f"they have {self.length}; give a smaller one, or a larger --length as far as the "
-                "model's context goes."
-            )
-        least = questions * (asked + value)
-        if min(distances) < least:
-            raise ValueError(
-                f"[recall] a distance of {min(distances)} is too short: with {questions} questions "
-                f"it must be at least {least}, or a fact would stand among them."
-            )
-        self.distances = distances
-        self.facts = options.facts or max(questions, self.length // TOKENS_PER_FACT)
-        self.facts = min(self.facts, len(FACTS["names"]))
+        self.length, self.distances = self._choose(context)
+        questions = len(self.distances)
+        facts = max(questions, self.length // TOKENS_PER_FACT)
+        self.facts = options.facts or min(facts, len(FACTS["names"]))
         if self.facts < questions:
             raise ValueError(
                 f"[recall] facts must be at least one per distance ({questions}) but got "
@@ -165,6 +122,60 @@ class RecallTask:
                 f"[recall] the text has {len(self._prose)} tokens but a sample takes "
                 f"{self.length}; give a longer --text or a smaller --length."
             )
+
+    def _choose(self, context: int | None) -> tuple[int, tuple[int, ...]]:
+        """Length and distances, where they fit for every name and value.
+
+        Raises:
+            ValueError: They don't.
+        """
+        told, asked, value = self._longest()
+        distances = self.options.distances
+
+        def needed(distance: int, questions: int) -> int:
+            return len(self._first) + told + distance + questions * (asked + value)
+
+        wanted = needed(max(distances), len(distances)) if distances else 0
+        length = self.options.length or min(max(LENGTH, wanted), context or wanted + LENGTH)
+        if context is not None and length > context:
+            raise ValueError(
+                f"[recall] a sample of {length} tokens is longer than the model's context of "
+                f"{context}; give a smaller --length."
+            )
+        if distances is None:
+            distances = tuple(d for d in DISTANCES if needed(d, len(DISTANCES)) <= length)
+        if not distances:
+            raise ValueError(
+                f"[recall] samples of {length} tokens are too short for any of the distances "
+                f"{', '.join(map(str, DISTANCES))}; give --distances."
+            )
+        if wanted > length:
+            raise ValueError(
+                f"[recall] a distance of {max(distances)} needs samples of {wanted} tokens but "
+                f"they have {length}; give a smaller one, or a larger --length as far as the "
+                "model's context goes."
+            )
+        questions = len(distances)
+        if min(distances) < questions * (asked + value):
+            raise ValueError(
+                f"[recall] a distance of {min(distances)} is too short: with {questions} questions "
+                f"it must be at least {questions * (asked + value)}, or a fact would stand among "
+                "them."
+            )
+        return length, distances
+
+    def _longest(self) -> tuple[int, int, int]:
+        """Most tokens of a fact and of a question before the value, and of a value with period."""
+        told, asked = (
+            max(
+                len(self._encode(_item_text(TEMPLATES[template][part], name)))
+                for template in self.options.templates
+                for name in FACTS["names"]
+            )
+            for part in ("told", "asked")
+        )
+        value = 2 * max(len(self._encode(f" {word}")) for word in FACTS["words"])
+        return told, asked, value + len(self._period)
 
     @property
     def samples(self) -> list[tuple[str, int]]:

@@ -178,7 +178,9 @@ class Results:
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            text = json.dumps(self.data, ensure_ascii=False, allow_nan=False)
+            # A run that has nothing yet would be noise to whoever reads the file.
+            runs = [run for run in self.data["runs"] if run["summary"] or run.get("done")]
+            text = json.dumps({**self.data, "runs": runs}, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
         finally:

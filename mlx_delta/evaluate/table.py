@@ -108,7 +108,8 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def _interval(value: float, low: float, high: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    """A value and its interval; of an uneven one the wider side."""
+    return f"{value:.{digits}f} ±{max(high - value, value - low):.{digits}f}"
 
 
 def _with_error(summary: dict[str, Any], digits: int) -> str:
