@@ -82,13 +82,18 @@ def default_device() -> str:
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
-    """The tokenizer, the training tokens and the held-out tokens, made once and then kept."""
+    """The tokenizer, the training tokens and the held-out tokens, made once and then kept.
+
+    A tokenizer that lies in `--work` already, of another model say, is taken as it is.
+    """
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokens.npy").exists():
         documents = read_text(arguments.text, arguments.megabytes)
-        tokenizer = train_tokenizer(documents, arguments.vocab_size, [*NAMES, *WORDS])
-        save_tokenizer(tokenizer, work)
+        if not (work / "tokenizer.json").exists():
+            size = arguments.vocab_size or model.ModelConfig.vocab_size
+            save_tokenizer(train_tokenizer(documents, size, [*NAMES, *WORDS]), work)
+        tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
         np.save(work / "heldout.npy", encode_documents(tokenizer, read_text(arguments.heldout)))
         np.save(work / "tokens.npy", encode_documents(tokenizer, documents))
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
