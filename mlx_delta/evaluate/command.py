@@ -17,7 +17,7 @@ from .language import LanguageOptions
 from .recall import TEMPLATES, RecallOptions
 from .results import Results, model_entry, read_results
 from .table import render
-from .tasks import TASKS, Session, check_tasks
+from .tasks import TASKS, Session, Text, check_tasks
 from .text import BUNDLED_TEXT
 
 SETTINGS = ("dense", "delta", "window-only", "kv8", "kv4")
@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
         print(render(read_results(args.show), args.markdown) or "Nothing was measured yet.")
         return
     check_tasks(args.tasks, args.data_dir)
+    text = Text.read(args.text)
     delta, settings = choose_settings(args.model, args.settings)
     results = Results(model_entry(args.model), args.output, args.restart)
     model, tokenizer = load(
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     )
     session = Session(model, tokenizer, settings, results)
     try:
-        measure(session, args)
+        measure(session, args, text)
     finally:
         results.save(force=True)
     print(render(results.data, args.markdown))
@@ -157,7 +158,7 @@ def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, l
     return delta, settings
 
 
-def measure(session: Session, args: argparse.Namespace) -> None:
+def measure(session: Session, args: argparse.Namespace, text: Text) -> None:
     """Carry out the tasks in the order they were given; perplexity and kld are one pass."""
     language = [task for task in args.tasks if task in ("perplexity", "kld")]
     for task in args.tasks:
@@ -170,10 +171,10 @@ def measure(session: Session, args: argparse.Namespace) -> None:
                 length=args.length,
                 facts=args.facts,
             )
-            session.recall(options, args.text)
+            session.recall(options, text)
         elif task in language:
             if task == language[0]:
-                session.language(language, LanguageOptions(args.windows, args.length), args.text)
+                session.language(language, LanguageOptions(args.windows, args.length), text)
         else:
             session.harness(task, harness_options(args))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..settings import Setting, _nearest
 from .language import LanguageOptions, make_windows, measure_window
 from .recall import RecallOptions, RecallTask, measure_sample
 from .results import Results
-from .text import context_length, read_text, text_id
+from .text import context_length, read_text
 
 TASKS = ("recall", "perplexity", "kld")
 
@@ -52,6 +53,24 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """A text, its file's name, and what says in results which text it was."""
+
+    name: str
+    content: str
+
+    @classmethod
+    def read(cls, file: Path) -> Text:
+        """From a file; see :func:`read_text`."""
+        return cls(file.name, read_text(file))
+
+    def entry(self) -> dict[str, str]:
+        """For a run's options."""
+        digest = hashlib.sha256(self.content.encode()).hexdigest()[:16]
+        return {"text": self.name, "text_hash": digest}
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
     """A model, the settings to compare on it, and where the results go."""
 
@@ -60,10 +79,9 @@ class Session:
     settings: Sequence[Setting]
     results: Results
 
-    def recall(self, options: RecallOptions, text: Path) -> None:
+    def recall(self, options: RecallOptions, text: Text) -> None:
         """Measure the recall samples that settings lack."""
-        prose = read_text(text)
-        task = RecallTask(self.tokenizer, prose, options, context_length(self.model))
+        task = RecallTask(self.tokenizer, text.content, options, context_length(self.model))
         entry = {
             "seed": options.seed,
             "answers": options.answers,
@@ -71,8 +89,7 @@ class Session:
             "templates": list(options.templates),
             "length": task.length,
             "facts": task.facts,
-            "text": text.name,
-            "text_hash": text_id(prose),
+            **text.entry(),
         }
         self.results.check_options("recall", entry)
         samples = task.samples
@@ -85,15 +102,13 @@ class Session:
                 run["records"].append(record)
                 self.results.save()
 
-    def language(self, tasks: Sequence[str], options: LanguageOptions, text: Path) -> None:
+    def language(self, tasks: Sequence[str], options: LanguageOptions, text: Text) -> None:
         """Measure the windows that settings lack for ``perplexity``, ``kld`` or both at once."""
-        content = read_text(text)
-        windows = make_windows(self.tokenizer, content, options, context_length(self.model))
+        windows = make_windows(self.tokenizer, text.content, options, context_length(self.model))
         entry = {
             "length": len(windows[0]) - 1,
             "windows": len(windows),
-            "text": text.name,
-            "text_hash": text_id(content),
+            **text.entry(),
         }
         runs = {}
         for task in tasks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,6 @@ def read_text(file: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"[read_text] {file} is empty.")
     return text
-
-
-def text_id(text: str) -> str:
-    """A short hash of a text, to know it again."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
