@@ -212,7 +212,8 @@ def choose_contexts(args: argparse.Namespace, model: nn.Module) -> list[int]:
 def prompt_ids(tokenizer: TokenizerWrapper, text: str, length: int) -> list[int]:
     """The first tokens of a text, which begins again as often as needed."""
     first = first_tokens(tokenizer)
-    body = encode_text(tokenizer, text)
+    # Fewer characters than that make up a token, so the rest of a book need not be encoded.
+    body = encode_text(tokenizer, text[: 16 * length])
     if not body:
         raise ValueError("the text has no tokens; give another --text.")
     return (first + body * (length // len(body) + 1))[:length]
