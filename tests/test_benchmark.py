@@ -7,7 +7,17 @@ import json
 import pytest
 
 from mlx_delta import chips
-from mlx_delta.benchmark import Benchmark, Ceiling, Row, Run, Spread, ceilings, command, timing
+from mlx_delta.benchmark import (
+    Benchmark,
+    Ceiling,
+    Row,
+    Run,
+    Spread,
+    ceilings,
+    command,
+    roofline,
+    timing,
+)
 from mlx_delta.benchmark.command import main
 from mlx_delta.benchmark.roofline import extrapolate
 from mlx_delta.benchmark.timing import memory_needed, round_order, time_once
@@ -232,6 +242,12 @@ def test_misuse_of_ceilings(model, ids, arguments, message):
     values = {"settings": parse_settings(["delta"], SMALL), "longest": 400, "contexts": [5000]}
     with pytest.raises(ValueError, match=message):
         ceilings(model, tokens=ids, **{**values, **arguments})
+
+
+def test_caches_that_memory_cannot_hold_are_not_filled(model, ids, monkeypatch):
+    monkeypatch.setattr(roofline, "physical_memory", lambda: 10**6)
+    with pytest.raises(MemoryError, match=r"to 200 tokens takes about 0 GB with dense .*--longest"):
+        ceilings(model, parse_settings(["dense"]), ids, [200], longest=200)
 
 
 # The command.

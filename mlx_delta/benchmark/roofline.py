@@ -14,10 +14,10 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..chips import REACHED, Chip
+from ..chips import REACHED, Chip, physical_memory
 from ..settings import PREFILL_STEP, Setting
 from ..traffic import decode_traffic, weight_bytes
-from .timing import check_context, prefill
+from .timing import check_context, memory_needed, prefill
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def ceilings(
 
     Raises:
         ValueError: There is no setting or too little text, or ``longest`` is too long or short.
+        MemoryError: Caches filled to ``longest`` are more than this machine holds.
     """
     if not settings:
         raise ValueError("[ceilings] settings is empty; name at least one, such as 'dense'.")
@@ -84,6 +85,14 @@ def ceilings(
         raise ValueError(
             f"[ceilings] longest must be <= the {len(tokens)} tokens of the text but got {longest}."
         )
+    for setting in settings:
+        needed = memory_needed(model, setting, longest, prefill_step)
+        if needed > physical_memory():
+            raise MemoryError(
+                f"[ceilings] filling caches to {longest} tokens takes about {needed / 1e9:.0f} GB "
+                f"with {setting.name} and this machine has {physical_memory() / 1e9:.0f} GB; fill "
+                "fewer (--longest), and the rest is extrapolated."
+            )
     weights = weight_bytes(model)
     found: dict[tuple[int, str], Ceiling] = {}
     with tqdm(total=len(settings), unit="setting", disable=None if progress else True) as bar:
