@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .cache import _HeldKeys
+from .config import DeltaConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     prompt = min(prompt_tokens, length)
     prefill = np.stack([_skipped(c, 0, prompt, row) for c in layers])
     decode = np.stack([_skipped(c, prompt, length, row) for c in layers])
-    prefill_pairs, decode_pairs = _causal_pairs(0, prompt), _causal_pairs(prompt, length)
+    prefill_pairs, decode_pairs = causal_pairs(0, prompt), causal_pairs(prompt, length)
     return Sparsity(
         prefill=float(prefill.mean() / max(1, prefill_pairs)),
         decode=float(decode.mean() / max(1, decode_pairs)),
@@ -70,7 +71,7 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     )
 
 
-def _causal_pairs(first: int, end: int) -> int:
+def causal_pairs(first: int, end: int) -> int:
     """Pairs of a query in [first, end) and a key up to it."""
     return (end * (end + 1) - first * (first + 1)) // 2
 
@@ -78,14 +79,19 @@ def _causal_pairs(first: int, end: int) -> int:
 def _skipped(cache: _HeldKeys, first: int, end: int, row: int) -> np.ndarray:
     """Pairs that queries in [first, end) need not compute, per kv head [Hkv].
 
-    In units of a whole key: zeros / head_dim. A query sees block ``b`` as held from position
-    ``(b + window_blocks + 1) * block_size`` on.
+    In units of a whole key: zeros / head_dim.
     """
     zeros, head_dim = _block_zeros(cache, row)
-    config = cache.config
-    seen_from = (np.arange(zeros.shape[1]) + config.window_blocks + 1) * config.block_size
-    queries = np.maximum(0, end - np.maximum(first, seen_from))
-    return zeros @ queries / head_dim
+    return zeros @ queries_of_blocks(cache.config, zeros.shape[1], first, end) / head_dim
+
+
+def queries_of_blocks(config: DeltaConfig, n_blocks: int, first: int, end: int) -> np.ndarray:
+    """How many of the queries in [first, end) see each of the first blocks as held.
+
+    A query sees block ``b`` as held from position ``(b + window_blocks + 1) * block_size`` on.
+    """
+    seen_from = (np.arange(n_blocks) + config.window_blocks + 1) * config.block_size
+    return np.maximum(0, end - np.maximum(first, seen_from))
 
 
 def _block_zeros(cache: _HeldKeys, row: int) -> tuple[np.ndarray, int]:

@@ -40,8 +40,8 @@ def normalize_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def attend(layer: nn.Module, x: mx.array, mask: Any, cache: _HeldKeys) -> mx.array:
-    """Project x [B, L, hidden], rotate, attend with the delta; [B, L, Hq * D], heads joined.
+def project(layer: nn.Module, x: mx.array, offset: Any) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values [B, heads, L, D] of x [B, L, hidden], rotated from ``offset`` on.
 
     ``layer`` is an attention layer of mlx-lm's, with its usual names.
     """
@@ -49,8 +49,13 @@ def attend(layer: nn.Module, x: mx.array, mask: Any, cache: _HeldKeys) -> mx.arr
     queries = layer.q_proj(x).reshape(B, L, layer.n_heads, -1).transpose(0, 2, 1, 3)
     keys = layer.k_proj(x).reshape(B, L, layer.n_kv_heads, -1).transpose(0, 2, 1, 3)
     values = layer.v_proj(x).reshape(B, L, layer.n_kv_heads, -1).transpose(0, 2, 1, 3)
-    offset = cache.offset
-    queries, keys = layer.rope(queries, offset=offset), layer.rope(keys, offset=offset)
+    return layer.rope(queries, offset=offset), layer.rope(keys, offset=offset), values
+
+
+def attend(layer: nn.Module, x: mx.array, mask: Any, cache: _HeldKeys) -> mx.array:
+    """Project x [B, L, hidden], attend with the delta; [B, L, Hq * D], heads joined."""
+    B, L, _ = x.shape
+    queries, keys, values = project(layer, x, cache.offset)
     output = delta_attention(queries, keys, values, cache, layer.scale, mask)
     return output.transpose(0, 2, 1, 3).reshape(B, L, -1)
 

@@ -1,0 +1,342 @@
+"""Choosing thresholds for a wanted sparsity or a wanted loss, on any model and text.
+
+``record.py`` measures what thresholds skip and cost, ``solve.py`` shares the skipping out,
+``loss.py`` measures losses, ``write.py`` changes a config.json; the command line
+(``python -m mlx_delta.calibrate``) is beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+from ..config import DeltaConfig, ThresholdMode
+from ..evaluate.text import context_length, encode_text, first_tokens
+from .loss import mean_loss, sparsest_within
+from .record import Recording, highest_sparsity, record
+from .solve import Curve, cheapest_thresholds, mean_curve
+
+Per = Literal["model", "layer", "head"]
+
+LENGTH = 2048
+BISECTIONS = 8
+DIGITS = 4  # of a threshold, after the point
+
+
+@dataclass(frozen=True)
+class LossRise:
+    """Losses of the held-back windows, in nats per token."""
+
+    dense: float
+    delta: float
+
+    @property
+    def rise(self) -> float:
+        """What the delta adds."""
+        return self.delta - self.dense
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        config: The setting, with the chosen thresholds.
+        sparsity: Prefill sparsity that it has on the text's windows.
+        highest: Prefill sparsity if everything outside the exact window were held.
+        length: Tokens of a window.
+        windows: How many were recorded.
+        curve: Sparsity and cost over one threshold for all layers.
+        recording: The curves of single layers and heads.
+        loss: Losses of the held-back windows, where a loss was wanted.
+    """
+
+    config: DeltaConfig
+    sparsity: float
+    highest: float
+    length: int
+    windows: int
+    curve: Curve
+    recording: Recording
+    loss: LossRise | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; curves over one threshold for all layers."""
+        recording = self.recording
+        layers = zip(recording.layers, recording.thresholds, recording.sparsity, strict=True)
+        values: dict[str, Any] = {
+            "delta": self.config.to_dict(),
+            "sparsity": round(self.sparsity, 6),
+            "highest_sparsity": round(self.highest, 6),
+            "length": self.length,
+            "windows": self.windows,
+            "curve": {
+                "thresholds": np.round(self.curve.thresholds, 6).tolist(),
+                "sparsity": np.round(self.curve.sparsity, 6).tolist(),
+            },
+            "layers": [
+                {
+                    "layer": layer,
+                    "thresholds": np.round(thresholds, 6).tolist(),
+                    "sparsity_of_heads": np.round(sparsity, 6).tolist(),
+                }
+                for layer, thresholds, sparsity in layers
+            ],
+        }
+        if self.loss is not None:
+            values["loss"] = {"dense": self.loss.dense, "delta": self.loss.delta}
+        return values
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    text: str | Sequence[int],
+    *,
+    sparsity: float | None = None,
+    loss: float | None = None,
+    length: int | None = None,
+    windows: int = 8,
+    per: Per = "layer",
+    mode: ThresholdMode | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    """Choose thresholds for a wanted prefill sparsity, or a wanted rise of the loss.
+
+    The model itself is not changed; its setting gives window, block size, sinks and storage.
+
+    Args:
+        model: From :func:`mlx_delta.load`, with the delta.
+        tokenizer: From :func:`mlx_delta.load`.
+        text: What to calibrate on, or its token ids.
+        sparsity: Wanted share of QK^T's multiply-accumulates that a prompt of ``length`` skips.
+        loss: Instead of it: how much the loss may rise, in nats per token. Held to on a third of
+            the windows, which are not used for anything else.
+        length: Tokens of a window; 2,048 or the model's context if not given.
+        windows: At most so many, spread evenly over the text.
+        per: What gets a threshold of its own: the whole ``"model"``, a ``"layer"``, a ``"head"``.
+        mode: Of the thresholds; the setting's own if not given.
+        seed: Of the choice of queries.
+        progress: Show progress on stderr.
+
+    Raises:
+        ValueError: A wish that can't be fulfilled, a text that is too short, or an argument out
+            of range.
+    """
+    base = getattr(getattr(model, "args", None), "delta", None)
+    if base is None:
+        raise ValueError("[calibrate] the model attends densely; load it with a DeltaConfig.")
+    if per not in ("model", "layer", "head"):
+        raise ValueError(f"[calibrate] per must be 'model', 'layer' or 'head' but got {per!r}.")
+    if mode is not None:
+        base = dataclasses.replace(base, threshold_mode=mode)
+    length = check_length(length, context_length(model), base)
+    check_wish(sparsity, loss, base, length)
+    parts = cut_windows(tokenizer, text, length, windows)
+    recorded, held_back = parts, []
+    if loss is not None:
+        if len(parts) < 2:
+            raise ValueError(
+                f"[calibrate] a loss needs two windows of {length} tokens but the text has "
+                "one; give a longer --text or a smaller --length."
+            )
+        held_back = parts[2::3] or parts[1:]
+        recorded = [part for part in parts if not any(part is other for other in held_back)]
+
+    with _Bar(len(recorded), "recording", progress) as bar:
+        recording = record(model, recorded, base, np.random.default_rng(seed), bar)
+    family = _Family(base, recording, len(model.layers), per)
+    found = None
+    if loss is None:
+        assert sparsity is not None
+        wanted = sparsity
+    else:
+        with _Bar((BISECTIONS + 3) * len(held_back), "measuring losses", progress) as bar:
+            wanted, found = _within_loss(model, held_back, family, loss, bar)
+    config = family.setting(wanted)
+    return Calibration(
+        config=config,
+        sparsity=family.sparsity_of(config),
+        highest=highest_sparsity(base, length),
+        length=length,
+        windows=len(recorded),
+        curve=family.uniform,
+        recording=recording,
+        loss=found,
+    )
+
+
+def check_length(length: int | None, context: int | None, config: DeltaConfig) -> int:
+    """Tokens of a window.
+
+    Raises:
+        ValueError: Longer than the context, or so short that no query sees a held key.
+    """
+    if length is None:
+        length = min(LENGTH, context or LENGTH)
+    if context is not None and length > context:
+        raise ValueError(
+            f"[calibrate] a window of {length} tokens is longer than the model's context of "
+            f"{context}; give a smaller --length."
+        )
+    if length < 2 or highest_sparsity(config, length) == 0:
+        exact = config.window + config.resolve(max(1, length)).block_size
+        raise ValueError(
+            f"[calibrate] nothing can be skipped in {length} tokens: a query sees up to {exact} "
+            "tokens exactly; give a larger --length."
+        )
+    return length
+
+
+def check_wish(
+    sparsity: float | None, loss: float | None, config: DeltaConfig, length: int
+) -> None:
+    """Refuse what nobody can calibrate to.
+
+    Raises:
+        ValueError: Neither or both are given, or one is out of range.
+    """
+    if (sparsity is None) == (loss is None):
+        raise ValueError("[calibrate] give either a wanted sparsity or a wanted loss.")
+    if loss is not None and not (math.isfinite(loss) and loss >= 0):
+        raise ValueError(f"[calibrate] loss, in nats per token, must be >= 0 but got {loss}.")
+    if sparsity is None:
+        return
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"[calibrate] sparsity must be between 0 and 1 but got {sparsity}.")
+    highest = highest_sparsity(config, length)
+    if sparsity > highest:
+        raise ValueError(_beyond(sparsity, length, highest))
+
+
+def cut_windows(
+    tokenizer: TokenizerWrapper, text: str | Sequence[int], length: int, windows: int
+) -> list[list[int]]:
+    """Windows of a text, spread evenly over it; BOS comes first where texts begin with one.
+
+    Raises:
+        ValueError: The text is shorter than a window.
+    """
+    if windows < 1:
+        raise ValueError(f"[calibrate] windows must be >= 1 but got {windows}.")
+    ids = encode_text(tokenizer, text) if isinstance(text, str) else list(text)
+    first = first_tokens(tokenizer)
+    fresh = length - len(first)
+    available = len(ids) // fresh
+    if not available:
+        raise ValueError(
+            f"[calibrate] the text has {len(ids)} tokens but a window takes {fresh}; give a "
+            "longer --text or a smaller --length."
+        )
+    count = min(windows, available)
+    starts = [i * available // count * fresh for i in range(count)]
+    return [first + ids[start : start + fresh] for start in starts]
+
+
+class _Family:
+    """The cheapest setting for every sparsity.
+
+    Args:
+        base: Everything but the thresholds.
+        recording: The curves.
+        n_layers: Layers of the model, those without held keys included.
+        per: What gets a threshold of its own.
+    """
+
+    def __init__(self, base: DeltaConfig, recording: Recording, n_layers: int, per: Per):
+        self._base, self._recording, self._n_layers, self._per = base, recording, n_layers, per
+        # [layers][kv heads]
+        self._heads = [
+            [Curve(thresholds, *curve) for curve in zip(sparsity, cost, strict=True)]
+            for thresholds, sparsity, cost in zip(
+                recording.thresholds, recording.sparsity, recording.cost, strict=True
+            )
+        ]
+        self._layers = [mean_curve(heads) for heads in self._heads]
+        self.uniform = mean_curve(self._layers)
+
+    def setting(self, sparsity: float) -> DeltaConfig:
+        """The setting with this mean sparsity.
+
+        Raises:
+            ValueError: Even the highest recorded thresholds do not reach it.
+        """
+        if sparsity > self.highest + 1e-6:
+            raise ValueError(_beyond(sparsity, None, self.highest))
+        if self._per == "model":
+            threshold = round(self.uniform.threshold_for(sparsity), DIGITS)
+            return dataclasses.replace(self._base, threshold=threshold)
+        per_head = self._per == "head"
+        units = [c for heads in self._heads for c in heads] if per_head else self._layers
+        chosen = [round(t, DIGITS) for t in cheapest_thresholds(units, sparsity)]
+        thresholds: list[Any] = [0.0] * self._n_layers  # where there is nothing to hold
+        n_heads = len(self._heads[0])
+        for i, layer in enumerate(self._recording.layers):
+            own = tuple(chosen[i * n_heads : (i + 1) * n_heads]) if per_head else chosen[i]
+            thresholds[layer] = own
+        return dataclasses.replace(self._base, threshold=tuple(thresholds))
+
+    def sparsity_of(self, config: DeltaConfig) -> float:
+        """Mean sparsity that a setting has on the recorded curves."""
+        sparsity = []
+        for layer, heads in zip(self._recording.layers, self._heads, strict=True):
+            own = config.for_layer(layer, self._n_layers)
+            sparsity += [c.sparsity_at(own.for_head(h).head_threshold) for h, c in enumerate(heads)]
+        return float(np.mean(sparsity))
+
+    @property
+    def highest(self) -> float:
+        """The highest sparsity that it reaches."""
+        return float(np.mean([curve.sparsity.max() for curve in self._layers]))
+
+
+def _within_loss(
+    model: nn.Module,
+    windows: Sequence[Sequence[int]],
+    family: _Family,
+    wanted: float,
+    progress: Callable[[], None],
+) -> tuple[float, LossRise]:
+    """The highest sparsity at which the loss rises by at most ``wanted``, and the losses."""
+    dense = mean_loss(model, windows, None, progress)
+    losses: dict[float, float] = {}
+
+    def rise(sparsity: float) -> float:
+        losses[sparsity] = mean_loss(model, windows, family.setting(sparsity), progress)
+        return losses[sparsity] - dense
+
+    sparsity = sparsest_within(rise, wanted, family.highest, BISECTIONS)
+    if sparsity not in losses:
+        rise(sparsity)  # nothing held: no more than rounding
+    return sparsity, LossRise(dense, losses[sparsity])
+
+
+def _beyond(sparsity: float, length: int | None, highest: float) -> str:
+    where = "on this text" if length is None else f"in {length} tokens"
+    return (
+        f"[calibrate] a sparsity of {sparsity:g} can't be reached {where}: with everything held "
+        f"but the exact window, sinks and keyframes it is {highest:.4f}; ask for less, or give a "
+        "larger --length."
+    )
+
+
+class _Bar:
+    """A progress bar to be called after each step."""
+
+    def __init__(self, total: int, name: str, shown: bool):
+        self._bar = tqdm(total=total, desc=name, unit="window", leave=False, disable=not shown)
+
+    def __enter__(self) -> Callable[[], None]:
+        return lambda: self._bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,248 @@
+"""What thresholds would skip and cost on a text: from its queries and keys, as they come.
+
+The model runs once over each window. Every layer's keys are then held at a whole grid of
+thresholds, and forgotten again: only the sums stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..config import DeltaConfig
+from ..hold import hold_blocks
+from ..models.common import project
+from ..packing import block_grid, decode_values, encode_values, to_storage
+from ..settings import Setting
+from ..sparsity import causal_pairs, queries_of_blocks
+
+# In units of the spread of the keys: dense where sparsity changes fast; at 8 nearly all is held.
+GRID = (0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0) + (
+    *(2.4, 2.8, 3.4, 4.2, 5.5, 8.0),
+)
+THRESHOLDS_AT_ONCE = 8  # copies of a layer's keys in memory
+SAMPLED_QUERIES = 32  # of a window, for the cost
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Sums over the windows of a text, divided by their number.
+
+    Attributes:
+        layers: Which layers of the model hold keys; the first axis of what follows.
+        thresholds: [layers, G], ascending.
+        sparsity: [layers, kv heads, G], prefill sparsity of a window.
+        cost: [layers, kv heads, G], see :func:`measure_layer`.
+    """
+
+    layers: tuple[int, ...]
+    thresholds: np.ndarray
+    sparsity: np.ndarray
+    cost: np.ndarray
+
+
+def record(
+    model: nn.Module,
+    windows: Sequence[Sequence[int]],
+    config: DeltaConfig,
+    rng: np.random.Generator,
+    progress: Callable[[], None] = lambda: None,
+) -> Recording:
+    """Run a model densely over windows of one length and record what thresholds would do.
+
+    Args:
+        model: From :func:`mlx_delta.load`.
+        windows: Token ids.
+        config: Its geometry, mode and storage are used, its thresholds are not.
+        rng: Chooses the queries that the cost is measured with.
+        progress: Called after each window.
+    """
+    config = config.resolve(len(windows[0]))
+    layers = [i for i, layer in enumerate(model.layers) if not getattr(layer, "use_sliding", False)]
+    grids: dict[int, np.ndarray] = {}
+    sums: dict[int, np.ndarray] = {}
+
+    def see(layer: int, queries: mx.array, keys: mx.array, scale: float) -> None:
+        if layer not in grids:
+            unit = 1.0 if config.threshold_mode == "relative" else spread(keys, config)
+            grids[layer] = unit * np.array(GRID)
+        first = (config.window_blocks + 1) * config.block_size  # sees a held block
+        positions = rng.integers(first, keys.shape[2], SAMPLED_QUERIES)
+        found = measure_layer(queries, keys, scale, config, grids[layer], positions)
+        sums[layer] = sums.get(layer, 0) + np.stack(found)
+
+    dense = Setting("dense", "dense")
+    for window in windows:
+        with _watched(model, layers, see):
+            hidden = model.model(mx.array(list(window))[None], cache=dense.make_caches(model))
+            mx.eval(hidden)
+        progress()
+    sparsity, cost = np.stack([sums[i] for i in layers], axis=1) / len(windows)
+    thresholds = np.stack([grids[i] for i in layers])
+    return Recording(tuple(layers), thresholds, sparsity, cost)
+
+
+def spread(keys: mx.array, config: DeltaConfig) -> float:
+    """Root mean square of a layer's keys [1, Hkv, L, D] around the means of their blocks."""
+    H, size, D = keys.shape[1], config.block_size, keys.shape[3]
+    blocks = keys[0, :, : keys.shape[2] // size * size].astype(mx.float32).reshape(H, -1, size, D)
+    deviation = blocks - blocks.mean(axis=2, keepdims=True)
+    if size == 1:  # a block alone does not vary; its neighbours do
+        deviation = blocks[:, 1:] - blocks[:, :-1]
+    return float(np.sqrt(mx.square(deviation).mean()))
+
+
+def measure_layer(
+    queries: mx.array,
+    keys: mx.array,
+    scale: float,
+    config: DeltaConfig,
+    thresholds: np.ndarray,
+    positions: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each threshold skips of one layer's QK^T, and what it costs.
+
+    The cost of an error ``e`` of the scores is half its variance under the attention ``p`` of the
+    query, ``(sum p e^2 - (sum p e)^2) / 2``: the KL divergence between attention with full and
+    with held keys, to second order. Averaged over the sampled queries.
+
+    Args:
+        queries: [1, Hq, L, D], after RoPE.
+        keys: [1, Hkv, L, D], after RoPE.
+        scale: Factor on the scores.
+        config: The setting, without a ``block_fraction``.
+        thresholds: [G].
+        positions: Of the sampled queries.
+
+    Returns:
+        Prefill sparsity and cost, each [Hkv, G].
+    """
+    _, H, length, D = keys.shape
+    size = config.block_size
+    blocks = (length - 1) // size - config.window_blocks  # far from the last query
+    stored = keys if config.key_bits is None else to_storage(keys)
+    stored = stored[:, :, : blocks * size]
+    codes = _decoded(stored, config)
+    skipping = queries_of_blocks(config, blocks, 0, length) / (D * causal_pairs(0, length))
+    attention = _FarAttention(queries, keys, scale, config, positions, blocks * size)
+
+    sparsity, cost = [], []
+    for start in range(0, len(thresholds), THRESHOLDS_AT_ONCE):
+        some = thresholds[start : start + THRESHOLDS_AT_ONCE].tolist()
+        # Copies of a head at different thresholds are heads with thresholds of their own.
+        tried = dataclasses.replace(config, threshold=(tuple(some) * H,))
+        copies = mx.repeat(stored, len(some), axis=1)
+        many = None if codes is None else mx.repeat(codes, len(some), axis=1)
+        held, zeros = hold_blocks(copies, tried, stored=many)
+        held = held.reshape(H, len(some), -1, D)
+        costs = mx.stack([attention.cost(held[:, g]) for g in range(len(some))], axis=1)
+        mx.eval(zeros, costs)
+        sparsity.append(np.array(zeros).reshape(H, len(some), blocks) @ skipping)
+        cost.append(np.array(costs))
+    return np.concatenate(sparsity, axis=1), np.concatenate(cost, axis=1)
+
+
+def highest_sparsity(config: DeltaConfig, length: int) -> float:
+    """Prefill sparsity of a text of so many tokens if every key that may be held is."""
+    config = config.resolve(length)
+    size = config.block_size
+    blocks = max(0, (length - 1) // size - config.window_blocks)
+    position = np.arange(blocks * size)
+    held = position >= max(config.sinks, 1)
+    if config.keyframes:
+        held &= position % size != 0
+    per_block = held.reshape(blocks, size).sum(axis=1)
+    return float(per_block @ queries_of_blocks(config, blocks, 0, length) / causal_pairs(0, length))
+
+
+class _FarAttention:
+    """Attention of a few queries to the keys that they see as held ones."""
+
+    def __init__(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        scale: float,
+        config: DeltaConfig,
+        positions: np.ndarray,
+        end: int,
+    ):
+        _, H, length, D = keys.shape
+        group = queries.shape[1] // H
+        position = np.tile(positions, group)[:, None]
+        key = np.arange(length)[None]
+        far = (
+            key[:, :end] // config.block_size < position // config.block_size - config.window_blocks
+        )
+        far &= key[:, :end] >= config.sinks
+        # Scaled, and contiguous: strided products are slow on a CPU.
+        sampled = queries[0][:, mx.array(positions)].astype(mx.float32) * scale
+        self._queries = mx.contiguous(sampled.reshape(H, -1, D))
+        full = mx.contiguous(keys[0].astype(mx.float32))
+        scores = self._queries @ full.swapaxes(1, 2)
+        weights = mx.softmax(mx.where(mx.array(key <= position), scores, -mx.inf), axis=-1)
+        self._weights = mx.where(mx.array(far), weights[:, :, :end], 0)
+        self._scores = scores[:, :, :end]
+
+    def cost(self, held: mx.array) -> mx.array:
+        """Mean over the queries [Hkv] with held keys [Hkv, N, D]."""
+        held = mx.contiguous(held.astype(mx.float32))
+        error = self._queries @ held.swapaxes(1, 2) - self._scores
+        weighted = self._weights * error
+        return 0.5 * ((weighted * error).sum(axis=-1) - weighted.sum(axis=-1) ** 2).mean(axis=-1)
+
+
+def _decoded(keys: mx.array, config: DeltaConfig) -> mx.array | None:
+    """What packed keys [1, Hkv, N, D] stand for; ``None`` where they stand for themselves."""
+    if config.key_bits in (None, 16):
+        return None
+    assert config.key_bits is not None
+    blocks = keys.reshape(*keys.shape[:2], -1, config.block_size, keys.shape[3])
+    blocks = blocks.astype(mx.float32)
+    grid = block_grid(blocks, config.key_bits, keys.dtype)
+    codes = encode_values(blocks, grid, config.key_bits)
+    return decode_values(codes, grid, keys.dtype).reshape(keys.shape)
+
+
+class _Watched(nn.Module):
+    """An attention layer that shows its queries and keys before it attends."""
+
+    def __init__(self, inner: nn.Module, see: Callable[[mx.array, mx.array, float], None]):
+        super().__init__()
+        self.inner = inner
+        self._see = see
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        queries, keys, _ = project(self.inner, x, cache.offset)
+        self._see(queries, keys, self.inner.scale)
+        return self.inner(x, mask, cache)
+
+
+@contextmanager
+def _watched(
+    model: nn.Module,
+    layers: Sequence[int],
+    see: Callable[[int, mx.array, mx.array, float], None],
+) -> Iterator[None]:
+    """The model with ``see`` called on the queries and keys of these layers."""
+
+    def watch(i: int) -> _Watched:
+        return _Watched(
+            model.layers[i].self_attn, lambda queries, keys, scale: see(i, queries, keys, scale)
+        )
+
+    watched = {i: watch(i) for i in layers}
+    try:
+        for i, layer in watched.items():
+            model.layers[i].self_attn = layer
+        yield
+    finally:
+        for i, layer in watched.items():
+            model.layers[i].self_attn = layer.inner

@@ -1,0 +1,187 @@
+"""Writing a setting into a model's config.json; its other entries stay, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..config import DeltaConfig
+
+ENTRY = "delta"
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def check_target(name: str, path: Path, output: Path | None) -> None:
+    """Refuse a place that can't or should not be written to, before any work is done.
+
+    Args:
+        name: Of the model, as it was given.
+        path: Its directory.
+        output: Where a copy is to be, or ``None``: the directory itself is to be changed.
+
+    Raises:
+        ValueError: The directory is not the user's own and was not named by its path.
+        OSError: It can't be written, or there is something already.
+    """
+    if output is None:
+        if path != Path(name).expanduser():
+            raise ValueError(
+                f"model {name!r} is kept in {path}, which is not changed unless it is named "
+                "itself; pass --output DIR for a calibrated copy, --dry-run to only see the "
+                f"thresholds, or --model {path}."
+            )
+        check_file(path / "config.json")
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} exists already; give a new directory.")
+    if path.resolve() in output.resolve().parents:
+        raise ValueError(f"--output {output} lies inside the model's own directory {path}.")
+    existing = next(parent for parent in output.resolve().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output {output}: can't write in {existing}.")
+
+
+def check_file(file: Path) -> None:
+    """Refuse a file that can't be written, before any work is done.
+
+    Raises:
+        OSError: It is a directory, or its directory is missing or not writable.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a directory; give a file name.")
+    parent = file.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {file.parent}.")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"can't write in {parent}.")
+
+
+def write_setting(file: Path, config: DeltaConfig) -> None:
+    """Put a setting into a config.json, which is replaced whole or not at all.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    with file.open(encoding="utf-8", newline="") as stream:  # line ends as they are
+        text = stream.read()
+    write_text(file, with_entry(text, ENTRY, merged(json.loads(text).get(ENTRY), config)))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all; its permissions stay.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    file = file.resolve()  # a link stays a link
+    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, temporary)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def copy_model(source: Path, target: Path, config: DeltaConfig) -> None:
+    """A copy of a model's directory with a setting of its own; there whole or not at all.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", target.parent.resolve()))
+    try:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        write_setting(temporary / "config.json", config)
+        if target.is_dir():
+            target.rmdir()  # empty: checked before the work began
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def merged(old: Any, config: DeltaConfig) -> dict[str, Any]:
+    """The ``delta`` entry: what it held before, and what of the new setting differs from that."""
+    old = dict(old or {})
+    before = DeltaConfig.from_dict(old).to_dict()
+    new = config.to_dict()
+    return old | {
+        key: value
+        for key, value in new.items()
+        if key == "threshold" or key in old or value != before.get(key)
+    }
+
+
+def with_entry(text: str, key: str, value: dict[str, Any]) -> str:
+    """The text of a JSON object with one entry replaced or added, and nothing else changed.
+
+    Args:
+        text: A JSON object.
+        key: The entry's name.
+        value: What it becomes.
+    """
+    entries, end = _entries(text)
+    first = next(iter(entries.values()), None)
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    # What stands between the brace and the first key: a line end and the indentation, or nothing.
+    before = text[text.index("{") + 1 : first[0]] if first else ""
+    if key in entries:
+        _, start, stop = entries[key]
+        return text[:start] + _dump(value, before, line_end) + text[stop:]
+    added = f"{before}{json.dumps(key)}: {_dump(value, before, line_end)}"
+    if not first:
+        return text[: text.index("{") + 1] + added + text[end:]
+    last = max(stop for _, _, stop in entries.values())
+    separator = "," if "\n" in before else ", "
+    return text[:last] + separator + added + text[last:]
+
+
+def _dump(value: dict[str, Any], before: str, line_end: str) -> str:
+    """JSON text of an entry; one line per setting where the object has one line per entry."""
+    if "\n" not in before:
+        return json.dumps(value)
+    indent = before.rsplit("\n", 1)[1]
+    lines = [f"{indent}{indent}{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+    return "{" + line_end + f",{line_end}".join(lines) + line_end + indent + "}"
+
+
+def _entries(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Where the entries of a JSON object stand: begin of key, begin and end of value.
+
+    Of entries with the same name the last one counts, as when the text is read. Also returns
+    where the closing brace is.
+    """
+
+    def skip(i: int) -> int:
+        match = _SPACE.match(text, i)
+        assert match is not None
+        return match.end()
+
+    entries: dict[str, tuple[int, int, int]] = {}
+    decoder = json.JSONDecoder()
+    i = skip(skip(0) + 1)
+    while text[i] != "}":
+        key, colon = decoder.raw_decode(text, i)
+        start = skip(skip(colon) + 1)
+        _, stop = decoder.raw_decode(text, start)
+        entries[key] = (i, start, stop)
+        i = skip(stop)
+        if text[i] == ",":
+            i = skip(i + 1)
+    return entries, i
