@@ -80,9 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="Put requests into the chat template. Default: if the model has one.",
+        default=False,
+        help="Put requests into the model's chat template.",
     )
+    add("--max-seq-lengths", type=int, nargs="+", metavar="N", help="Tokens of RULER's texts.")
     return parser
 
 
@@ -102,6 +103,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        # What MLX raises when the GPU can't hold any more.
+        print(
+            f"error: out of memory ({error}); use a smaller --length, fewer --settings at a time, "
+            "or a smaller model.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -117,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         return
     check_tasks(args.tasks, args.data_dir)
     text = Text.read(args.text)
+    harness = harness_options(args) if set(args.tasks) - set(TASKS) else None
     delta, settings = choose_settings(args.model, args.settings)
     results = Results(model_entry(args.model), args.output, args.restart)
     model, tokenizer = load(
@@ -127,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     )
     session = Session(model, tokenizer, settings, results)
     try:
-        measure(session, args, text)
+        measure(session, args, text, harness)
     finally:
         results.save(force=True)
     print(render(results.data, args.markdown))
@@ -158,7 +170,7 @@ def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, l
     return delta, settings
 
 
-def measure(session: Session, args: argparse.Namespace, text: Text) -> None:
+def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any) -> None:
     """Carry out the tasks in the order they were given; perplexity and kld are one pass."""
     language = [task for task in args.tasks if task in ("perplexity", "kld")]
     for task in args.tasks:
@@ -176,7 +188,7 @@ def measure(session: Session, args: argparse.Namespace, text: Text) -> None:
             if task == language[0]:
                 session.language(language, LanguageOptions(args.windows, args.length), text)
         else:
-            session.harness(task, harness_options(args))
+            session.harness(task, harness)
 
 
 def harness_options(args: argparse.Namespace) -> Any:
@@ -191,4 +203,5 @@ def harness_options(args: argparse.Namespace) -> Any:
         max_gen_toks=args.max_gen_toks,
         apply_chat_template=args.apply_chat_template,
         seed=args.seed,
+        max_seq_lengths=args.max_seq_lengths,
     )

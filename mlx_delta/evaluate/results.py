@@ -180,7 +180,7 @@ class Results:
         try:
             # A run that has nothing yet would be noise to whoever reads the file.
             runs = [run for run in self.data["runs"] if run["summary"] or run.get("done")]
-            text = json.dumps({**self.data, "runs": runs}, ensure_ascii=False, allow_nan=False)
+            text = json.dumps({**self.data, "runs": runs}, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
         finally:

@@ -99,7 +99,7 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
             row.append(f"{metrics['top1']:.4f}")
         for name in ("prefill", "decode", "overall"):
             value = summary[f"{name}_sparsity"]
-            row.append(f"{value:.3f}" if run["kind"] in _SPARSE else "–")
+            row.append("–" if value is None or run["kind"] not in _SPARSE else f"{value:.3f}")
         row.append(format_bytes(summary["cache_bytes"]))
         share = summary["cache_bytes"] / dense["summary"]["cache_bytes"] if dense else None
         row.append("–" if share is None else f"{share:.3f}")
@@ -113,7 +113,7 @@ def _interval(value: float, low: float, high: float, digits: int = 3) -> str:
 
 
 def _with_error(summary: dict[str, Any], digits: int) -> str:
-    """A score and half its interval; a single sample has none."""
+    """A score and its interval; a single sample has none, nor have some metrics."""
     if summary["low"] == summary["high"]:
         return f"{summary['score']:.{digits}f}"
     return _interval(summary["score"], summary["low"], summary["high"], digits)
@@ -144,8 +144,9 @@ def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
     samples = max(run["summary"]["samples"] for run in runs)
     if task == "recall":
         what = (
-            f"{samples} samples of {options['length']} tokens with {options['facts']} facts, "
-            f"asked by {' and '.join(options['templates'])}, seed {options['seed']}"
+            f"{samples * len(options['distances'])} answers, asked by "
+            f"{' and '.join(options['templates'])} in {samples} samples of {options['length']} "
+            f"tokens with {options['facts']} facts each, seed {options['seed']}"
         )
     elif task in ("perplexity", "kld"):
         what = f"{samples} windows of {options['length']} tokens, the second half scored" + (

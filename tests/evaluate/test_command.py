@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlx_delta.evaluate import tasks
+from mlx_delta.evaluate import BUNDLED_TEXT, read_text, tasks
 from mlx_delta.evaluate.command import main
 
 from ..tiny import LLAMA, write_llama
@@ -34,12 +34,20 @@ class Outcome:
     err: str
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """The beginning of the bundled text, quicker to encode."""
+    file = tmp_path_factory.mktemp("text") / "short.txt"
+    file.write_text(read_text(BUNDLED_TEXT)[:6000], encoding="utf-8")
+    return file
+
+
 @pytest.fixture
-def evaluate(model, capsys):
+def evaluate(model, text, capsys):
     """Runs the command on the model; what it returned and printed."""
 
     def run(*flags: str | Path, model: str | None = model) -> Outcome:
-        chosen = ["--model", model] if model else []
+        chosen = ["--model", model, "--text", str(text)] if model else []
         status = main([*chosen, *map(str, flags)])
         return Outcome(status, *capsys.readouterr())
 
@@ -164,7 +172,6 @@ def test_other_options_are_refused_and_the_results_kept(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "recal"], r"unknown task 'recal' (did you mean recall"),
         (["--tasks", "kld", "kld"], r"task 'kld' is given twice"),
         (["--settings", "dnse"], r"unknown setting 'dnse' (did you mean dense"),
         (["--settings", "dense", "dense"], r"'dense' is given twice"),
@@ -249,6 +256,8 @@ def test_tables_say_the_same_in_markdown(evaluate, tmp_path):
 
 def test_without_the_harness_its_tasks_are_named_with_how_to_install_it(evaluate, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    near = evaluate("--tasks", "recal").err
+    assert "unknown task 'recal' (did you mean recall?)" in near
     outcome = evaluate("--tasks", "winogrande")
     assert outcome.status == 1
     assert "unknown task 'winogrande'" in outcome.err
@@ -262,8 +271,9 @@ class FakeOptions:
     data_dir: Path | None
     batch_size: int
     max_gen_toks: int | None
-    apply_chat_template: bool | None
+    apply_chat_template: bool
     seed: int
+    max_seq_lengths: list[int] | None
 
 
 def test_the_harness_resumes_from_the_answers_it_kept(evaluate, tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ def teacher_forced(model, setting, window: list[int]) -> np.ndarray:
     return log_softmax(mx.concatenate(rows))
 
 
-# 75 scored tokens: two whole chunks and a part of one.
-@pytest.mark.parametrize("length", [150, 149])
+# 40 and 41 scored tokens: a whole chunk and a part of one.
+@pytest.mark.parametrize("length", [80, 81])
 def test_every_setting_agrees_with_numpy_token_by_token(model, tokenizer, length):
     window = windows_of(tokenizer, length)[0]
     settings = parse_settings(NAMES, SMALL)
@@ -128,7 +128,7 @@ def test_bytes_are_those_of_the_scored_tokens(model, make):
     text = "The café’s naïve owner – “Ærø”, said 漢字 – was  twenty.\n\nShe left… " * 30
     tokens = tokenizer.encode(text, add_special_tokens=False)
     seen = set()
-    for length in (40, 61, 90):
+    for length in (61, 90):
         for window in make_windows(tokenizer, text, LanguageOptions(50, length)):
             (record,) = measure_window(
                 model, tokenizer, window, [parse_setting("dense")], kld=False

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -18,6 +22,9 @@ from mlx_delta.evaluate import (
     read_text,
     summarize_recall,
 )
+from mlx_delta.evaluate.command import main
+from mlx_delta.evaluate.recall import FACTS
+from mlx_delta.evaluate.results import read_results
 from mlx_delta.settings import parse_setting
 
 from . import tokenizers
@@ -207,3 +214,32 @@ def test_a_summary_counts_per_distance_and_template():
     p, n, z2 = 4 / 6, 6, 1.959963984540054**2
     roots = np.roots([1 + z2 / n, -(2 * p + z2 / n), p * p])
     assert [summary["low"], summary["high"]] == pytest.approx(sorted(roots))
+
+
+def test_the_demo_model_remembers_and_does_not_without_the_far_keys(tmp_path):
+    file = tmp_path / "results.json"
+    flags = "--tasks recall --length 400 --distances 280 --answers 1 --facts 3".split()
+    settings = ["delta:key_bits=4,value_bits=4", "window-only"]
+    assert main([*flags, "--settings", *settings, "--output", str(file)]) == 0
+    delta, dropped = (run["summary"] for run in read_results(file)["runs"])
+    assert delta["score"] == 1 and dropped["score"] == 0
+    assert dropped["prefill_sparsity"] > delta["prefill_sparsity"] > 0.2
+
+
+TRAINER = Path(__file__).parents[2] / "examples" / "train_demo" / "recall.py"
+
+
+@pytest.mark.skipif(not TRAINER.is_file(), reason="the examples are not here")
+def test_the_demo_models_trainer_reads_the_same_words_and_needs_numpy_only():
+    code = (
+        "import sys; sys.modules.update(mlx=None, mlx_delta=None); import recall; "
+        "print(*recall.NAMES, *recall.WORDS, *recall.TEMPLATES)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=TRAINER.parent, capture_output=True, text=True
+    )
+    expected = [*FACTS["names"], *FACTS["words"], *FACTS["templates"]]
+    assert result.stdout.split() == expected, result.stderr
+    # Another list, or another order, would train other models from the same seed.
+    digest = hashlib.sha256(" ".join(expected).encode()).hexdigest()
+    assert digest[:16] == "bc1a5ce80c1bab52"
