@@ -46,13 +46,21 @@ class Rows:
         setting: How keys and values are kept.
         contexts: Token ids of each text's beginning; none is empty.
         batched: Run them together. Otherwise there may be one only.
+        following: Tokens that belong to each prompt but come later; a setting whose window
+            depends on the prompt's length counts them.
     """
 
     def __init__(
-        self, model: nn.Module, setting: Setting, contexts: list[list[int]], batched: bool
+        self,
+        model: nn.Module,
+        setting: Setting,
+        contexts: list[list[int]],
+        batched: bool,
+        following: list[int] | None = None,
     ):
         self._model, self._setting, self._batched = model, setting, batched
-        singles = [setting.make_caches(model, len(context)) for context in contexts]
+        totals = map(sum, zip(map(len, contexts), following or [0] * len(contexts), strict=True))
+        singles = [setting.make_caches(model, total) for total in totals]
         self._caches = singles[0]
         if batched:
             layers = zip(*singles, strict=True)
@@ -133,7 +141,7 @@ class Rows:
         self.lengths = [self.lengths[row] for row in rows]
 
     def cost(self, row: int, prompt_tokens: int | None = None) -> Cost:
-        """A row's sparsity, and the bytes that its cache would take by itself.
+        """A row's sparsity, and the bytes of its cache: in a batch its share, by its length.
 
         Args:
             row: Which row.
@@ -159,7 +167,7 @@ def _look_up(logits: mx.array, targets: Sequence[int]) -> tuple[np.ndarray, np.n
     if not targets:
         return np.zeros(0), np.ones(0, bool)
     logits = logits.reshape(len(targets), -1).astype(mx.float32)
-    ids = mx.array(targets)
+    ids = mx.array(list(targets))
     chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
     logprobs = np.array(chosen - mx.logsumexp(logits, axis=-1), np.float64)
     return logprobs, np.array(mx.argmax(logits, axis=-1) == ids)
@@ -184,13 +192,15 @@ def score_texts(
     Returns:
         For each context and continuation the score, and what its cache cost.
     """
-    rows = Rows(model, setting, [context for context, _ in texts], batched)
+    following = [max(map(len, continuations)) - 1 for _, continuations in texts]
+    rows = Rows(model, setting, [context for context, _ in texts], batched, following)
     pairs = [(i, c) for i, (_, continuations) in enumerate(texts) for c in continuations]
     results: list[list[tuple[Score, Cost]]] = [[] for _ in texts]
-    step = batch_size if batched else 1
+    step = max(batch_size, len(texts)) if batched else 1
     for start in range(0, len(pairs), step):
         part = pairs[start : start + step]
-        taken = rows.take([i for i, _ in part])
+        # Caches are copied only where another continuation still needs them.
+        taken = rows.take([i for i, _ in part]) if len(pairs) > len(texts) else rows
         scores = taken.score([continuation for _, continuation in part])
         for row, (i, _) in enumerate(part):
             results[i].append((scores[row], taken.cost(row)))
@@ -245,11 +255,11 @@ def generate_texts(
         rows.step([tokens[row] for row in keep])
 
 
-def _choose(
-    logits: mx.array, sampler: Callable[[mx.array], mx.array] | None
-) -> list[int]:
+def _choose(logits: mx.array, sampler: Callable[[mx.array], mx.array] | None) -> list[int]:
     """The next token of every row."""
     if sampler is None:
-        return mx.argmax(logits, axis=-1).tolist()
-    logits = logits.astype(mx.float32)
-    return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
+        tokens = mx.argmax(logits, axis=-1)
+    else:
+        logits = logits.astype(mx.float32)
+        tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    return [int(token) for token in np.array(tokens)]
