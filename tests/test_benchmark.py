@@ -369,6 +369,24 @@ def test_a_missing_text_or_model_is_one_line(run, capsys):
     assert "there is no model directory 'nowhere'" in capsys.readouterr().err
 
 
+def test_a_model_of_another_kind_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert main(["--model", str(tmp_path), "--settings", "dense"]) == 1
+    assert "is neither a Llama nor a BitNet" in capsys.readouterr().err
+
+
+def test_an_interruption_before_anything_was_measured_keeps_the_file(run, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "time_once", interrupted)
+    file = tmp_path / "results.json"
+    file.write_text("older")
+    flags = ("--contexts", "40", "-g", "4", "--output", str(file))
+    assert run("--settings", "dense", *flags)[:2] == (130, "")
+    assert file.read_text() == "older"
+
+
 def test_no_settings_is_refused_by_the_parser(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--settings")

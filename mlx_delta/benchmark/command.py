@@ -257,7 +257,8 @@ def measure(
             show(args, tables, [*timing_notes(unpacks), *benchmark.notes])
         elif benchmark.notes:
             print("\n".join(benchmark.notes))
-        write(args.output, data)
+        if data["results"] or complete:  # else an older file is worth more
+            write(args.output, data)
 
 
 def compute(
