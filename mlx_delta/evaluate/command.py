@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     text = Text.read(args.text)
     harness = harness_options(args) if set(args.tasks) - set(TASKS) else None
     delta, settings = choose_settings(args.model, args.settings)
-    results = Results(model_entry(args.model), args.output, args.restart)
+    results = Results(model_entry(args.model, args.adapter_path), args.output, args.restart)
     model, tokenizer = load(
         args.model,
         delta,
@@ -172,6 +172,7 @@ def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, l
 
 def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any) -> None:
     """Carry out the tasks in the order they were given; perplexity and kld are one pass."""
+    steps = []
     language = [task for task in args.tasks if task in ("perplexity", "kld")]
     for task in args.tasks:
         if task == "recall":
@@ -183,12 +184,15 @@ def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any
                 length=args.length,
                 facts=args.facts,
             )
-            session.recall(options, text)
+            steps.append(session.recall(options, text))
         elif task in language:
             if task == language[0]:
-                session.language(language, LanguageOptions(args.windows, args.length), text)
+                windows = LanguageOptions(args.windows, args.length)
+                steps.append(session.language(language, windows, text))
         else:
-            session.harness(task, harness)
+            steps.append(session.harness(task, harness))
+    for step in steps:
+        step()
 
 
 def harness_options(args: argparse.Namespace) -> Any:

@@ -29,13 +29,15 @@ SUMMARIES = {
 _SAMPLE = 1 << 16  # bytes read of a weight file at each of three places
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, adapter_path: Path | None = None) -> str:
     """A hash that tells models apart without reading all of their weights.
 
-    Of config.json, and of each weight file its name, size, and bytes at its start, middle and end.
+    Of config.json, and of each weight file its name, size, and bytes at its start, middle and end;
+    the adapters' too.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
+    adapters = [] if adapter_path is None else sorted(adapter_path.glob("*.safetensors"))
+    for file in [*sorted(path.glob("*.safetensors")), *adapters]:
         size = file.stat().st_size
         digest.update(f"\0{file.name}\0{size}\0".encode())
         with file.open("rb") as stream:
@@ -45,9 +47,10 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_entry(name: str) -> dict[str, str]:
+def model_entry(name: str, adapter_path: str | None = None) -> dict[str, str]:
     """A results file's ``model``: the name as it was given, and the fingerprint."""
-    return {"name": name, "fingerprint": fingerprint(find_model(name))}
+    adapters = None if adapter_path is None else Path(adapter_path)
+    return {"name": name, "fingerprint": fingerprint(find_model(name), adapters)}
 
 
 def machine_entry() -> dict[str, str]:
@@ -126,11 +129,13 @@ class Results:
     def run(
         self, task: str, setting: Setting, options: dict[str, Any], planned: int
     ) -> dict[str, Any]:
-        """The run of a task and setting, begun now if there is none; see ``check_options``."""
-        for run in self.data["runs"]:
-            if (run["task"], run["setting"]) == (task, setting.name):
-                return run
-        run = {
+        """The run of a task and setting, begun now if there is none.
+
+        Raises:
+            ValueError: There are runs of the task with other options, or of the setting with
+                another delta: they could not be compared. The message says what differs.
+        """
+        run: dict[str, Any] = {
             "task": task,
             "setting": setting.name,
             "kind": setting.kind,
@@ -142,28 +147,26 @@ class Results:
         }
         if setting.delta is not None:
             run["delta"] = setting.delta.to_dict()
+        for other in self.data["runs"]:
+            if other["task"] == task:
+                self._compare(f"results of {task} with", other["options"], options)
+                if other["setting"] == setting.name:
+                    delta = other.get("delta", {})
+                    self._compare(f"{setting.name!r} with", delta, run.get("delta", {}))
+                    return other
         self.data["runs"].append(run)
         return run
 
-    def check_options(self, task: str, options: dict[str, Any]) -> None:
-        """Refuse to mix runs of a task that were made with different options.
-
-        Raises:
-            ValueError: There are such runs; the message names the option.
-        """
-        for run in self.data["runs"]:
-            if run["task"] != task or run["options"] == options:
-                continue
-            name = next(
-                name
-                for name in {**run["options"], **options}
-                if run["options"].get(name) != options.get(name)
-            )
-            raise ValueError(
-                f"[evaluate] {self.path} holds results of {task} with {name}="
-                f"{run['options'].get(name)!r} but {name} is {options.get(name)!r} now; give the "
-                "same options, another --output, or --restart to replace them."
-            )
+    def _compare(self, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Refuse what differs; compared as JSON, where tuples are lists."""
+        new = json.loads(json.dumps(new))
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                raise ValueError(
+                    f"[evaluate] {self.path} holds {what} {name}={old.get(name)!r} but {name} is "
+                    f"{new.get(name)!r} now; give the same options, another --output, or --restart "
+                    "to replace them."
+                )
 
     def save(self, force: bool = False) -> None:
         """Sum up and write the file in one piece, at most every few seconds unless forced."""

@@ -154,6 +154,8 @@ def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
         )
     else:
         what = f"{samples} samples"
+        if options.get("num_shots") is not None:
+            what += f", {options['num_shots']} shots"
     text = f", {options['text']}" if "text" in options else ""
     return f"{task}, {model}: {what}{text}"
 

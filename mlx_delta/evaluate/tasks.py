@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,24 @@ class Text:
         return {"text": self.name, "text_hash": digest}
 
 
+Step = Callable[[], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A model, the settings to compare on it, and where the results go."""
+    """A model, the settings to compare on it, and where the results go.
+
+    Each method checks a task and returns what measures it, so that nothing is refused after hours
+    of measuring something else.
+    """
 
     model: nn.Module
     tokenizer: Any
     settings: Sequence[Setting]
     results: Results
 
-    def recall(self, options: RecallOptions, text: Text) -> None:
-        """Measure the recall samples that settings lack."""
+    def recall(self, options: RecallOptions, text: Text) -> Step:
+        """The recall samples that settings lack."""
         task = RecallTask(self.tokenizer, text.content, options, context_length(self.model))
         entry = {
             "seed": options.seed,
@@ -91,48 +98,47 @@ class Session:
             "facts": task.facts,
             **text.entry(),
         }
-        self.results.check_options("recall", entry)
         samples = task.samples
-        for setting in self.settings:
-            run = self.results.run("recall", setting, entry, len(samples))
-            done = {(record["template"], record["index"]) for record in run["records"]}
-            missing = [sample for sample in samples if sample not in done]
-            for sample in tqdm(missing, desc=f"recall, {setting.name}", disable=not missing):
-                record = measure_sample(self.model, setting, task, *sample)
-                run["records"].append(record)
+        runs = self._runs("recall", entry, len(samples))
+
+        def measure() -> None:
+            for setting, run in zip(self.settings, runs, strict=True):
+                done = {(record["template"], record["index"]) for record in run["records"]}
+                missing = [sample for sample in samples if sample not in done]
+                for sample in tqdm(missing, desc=f"recall, {setting.name}", disable=not missing):
+                    run["records"].append(measure_sample(self.model, setting, task, *sample))
+                    self.results.save()
+
+        return measure
+
+    def language(self, tasks: Sequence[str], options: LanguageOptions, text: Text) -> Step:
+        """The windows that settings lack for ``perplexity``, ``kld`` or both at once."""
+        windows = make_windows(self.tokenizer, text.content, options, context_length(self.model))
+        entry = {"length": len(windows[0]) - 1, "windows": len(windows), **text.entry()}
+        runs = {task: self._runs(task, entry, len(windows)) for task in tasks}
+
+        def measure() -> None:
+            todo = [i for i in range(len(windows)) if any(_lacking(r, i) for r in runs.values())]
+            for i in tqdm(todo, desc=" and ".join(tasks), disable=not todo):
+                lacking = {task: _lacking(runs[task], i) for task in tasks}
+                needed = sorted(set().union(*lacking.values()))
+                records = measure_window(
+                    self.model,
+                    self.tokenizer,
+                    windows[i],
+                    [self.settings[n] for n in needed],
+                    bool(lacking.get("kld")),
+                )
+                for n, record in zip(needed, records, strict=True):
+                    for task in tasks:
+                        if n in lacking[task]:
+                            runs[task][n]["records"].append({"index": i, **record})
                 self.results.save()
 
-    def language(self, tasks: Sequence[str], options: LanguageOptions, text: Text) -> None:
-        """Measure the windows that settings lack for ``perplexity``, ``kld`` or both at once."""
-        windows = make_windows(self.tokenizer, text.content, options, context_length(self.model))
-        entry = {
-            "length": len(windows[0]) - 1,
-            "windows": len(windows),
-            **text.entry(),
-        }
-        runs = {}
-        for task in tasks:
-            self.results.check_options(task, entry)
-            for setting in self.settings:
-                runs[task, setting.name] = self.results.run(task, setting, entry, len(windows))
-        missing = {
-            i: {key for key, run in runs.items() if i not in {r["index"] for r in run["records"]}}
-            for i in range(len(windows))
-        }
-        todo = [i for i in missing if missing[i]]
-        for i in tqdm(todo, desc=" and ".join(tasks), disable=not todo):
-            names = {name for _, name in missing[i]}
-            settings = [setting for setting in self.settings if setting.name in names]
-            kld = any(task == "kld" for task, _ in missing[i])
-            records = measure_window(self.model, self.tokenizer, windows[i], settings, kld)
-            for setting, record in zip(settings, records, strict=True):
-                for task in tasks:
-                    if (task, setting.name) in missing[i]:
-                        runs[task, setting.name]["records"].append({"index": i, **record})
-            self.results.save()
+        return measure
 
-    def harness(self, task: str, options: Any) -> None:
-        """Run one of lm-evaluation-harness's tasks with the settings that lack it."""
+    def harness(self, task: str, options: Any) -> Step:
+        """One of lm-evaluation-harness's tasks, with the settings that lack it."""
         from .harness import run_harness
 
         entry = {
@@ -140,17 +146,33 @@ class Session:
             for name, value in dataclasses.asdict(options).items()
             if name != "batch_size"  # answers don't depend on it
         }
-        self.results.check_options(task, entry)
-        for setting in self.settings:
-            run = self.results.run(task, setting, entry, 0)
-            if run["summary"] is not None:
-                continue
-            done = run.setdefault("done", {})
-            found = run_harness(
-                self.model, self.tokenizer, setting, task, options, done, self.results.save
-            )
-            summary = found.pop("summary")
-            run["summary"] = {"higher_is_better": True, "samples": 0, "metrics": {}} | summary
-            run["harness"] = found
-            del run["done"]  # the answers have served
-            self.results.save(force=True)
+        runs = self._runs(task, entry, 0)
+
+        def measure() -> None:
+            for setting, run in zip(self.settings, runs, strict=True):
+                if run["summary"] is not None:
+                    continue
+                done = run.setdefault("done", {})
+                found = run_harness(
+                    self.model, self.tokenizer, setting, task, options, done, self.results.save
+                )
+                summary = found.pop("summary")
+                run["summary"] = {"higher_is_better": True, "samples": 0, "metrics": {}} | summary
+                run["harness"] = found
+                del run["done"]  # the answers have served
+                self.results.save(force=True)
+
+        return measure
+
+    def _runs(self, task: str, options: dict[str, Any], planned: int) -> list[dict[str, Any]]:
+        """A task's runs, one for each setting."""
+        return [self.results.run(task, setting, options, planned) for setting in self.settings]
+
+
+def _lacking(runs: Sequence[dict[str, Any]], index: int) -> set[int]:
+    """Which of a task's runs lack a window."""
+    return {
+        n
+        for n, run in enumerate(runs)
+        if all(record["index"] != index for record in run["records"])
+    }

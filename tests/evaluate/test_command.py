@@ -169,6 +169,27 @@ def test_other_options_are_refused_and_the_results_kept(evaluate, tmp_path):
     assert "perplexity with length=128 but length is 100 now" in outcome.err
 
 
+def test_everything_is_checked_before_anything_is_measured(evaluate, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    evaluate(*LANGUAGE, "--settings", "dense", "--output", file)
+    counter = Counter(monkeypatch, "measure_sample")
+    flags = ["--tasks", "recall", "kld", "--length", "300", "--distances", "100"]
+    outcome = evaluate(*flags, "--settings", "dense", "--output", file)
+    assert outcome.status == 1 and "kld with length=128 but length is 300" in outcome.err
+    assert not counter.calls
+
+
+def test_a_setting_that_has_come_to_mean_something_else_is_refused(evaluate, tmp_path):
+    file = tmp_path / "results.json"
+    evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
+    data = read(file)
+    data["runs"][0]["delta"]["threshold"] = 0.75
+    file.write_text(json.dumps(data))
+    outcome = evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
+    assert outcome.status == 1
+    assert "'delta' with threshold=0.75 but threshold is 1.0 now" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
