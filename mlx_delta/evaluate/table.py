@@ -125,18 +125,20 @@ def _difference(run: dict[str, Any], dense: dict[str, Any] | None, digits: int) 
         return "–"
     pairs = list(zip(run["records"], dense["records"], strict=False))
     if not pairs:
-        return f"{run['summary']['score'] - dense['summary']['score']:+.{digits}f}"
-    if run["task"] == "recall":
-        values = [
-            sum(a["right"].values()) / len(a["right"]) - sum(b["right"].values()) / len(b["right"])
-            for a, b in pairs
-        ]
-        value, low, high = mean(values)
+        value = low = high = run["summary"]["score"] - dense["summary"]["score"]
+    elif run["task"] == "recall":
+        value, low, high = mean([_share(a) - _share(b) for a, b in pairs])
     else:
         bits = [(a["nats"] - b["nats"]) / math.log(2) for a, b in pairs]
         value, low, high = ratio(bits, [a["bytes"] for a, _ in pairs])
-    text = f"{value:+.{digits}f}"
-    return text if len(pairs) < 2 else f"{text} ±{(high - low) / 2:.{digits}f}"
+    text = f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0
+    # Where all samples differ alike, these samples can't say how others would.
+    return text if low == high else f"{text} ±{(high - low) / 2:.{digits}f}"
+
+
+def _share(record: dict[str, Any]) -> float:
+    """Of a recall sample's answers, those that were right."""
+    return float(sum(record["right"].values()) / len(record["right"]))
 
 
 def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
