@@ -1,0 +1,162 @@
+"""From the command line's arguments to pictures: reading files, or running a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..benchmark.command import CONTEXTS, SETTINGS, prompt_ids
+from ..benchmark.roofline import ceilings
+from ..benchmark.table import roofline_values
+from ..chips import find_chips
+from ..config import DeltaConfig
+from ..evaluate.command import choose_settings
+from ..evaluate.text import BUNDLED_TEXT, context_length, encode_piece, encode_text, read_text
+from ..loading import DEMO, load
+from ..settings import PREFILL_STEP, Setting
+from ..sparsity import measure_sparsity
+from .heads import HeadMap, draw_heads
+from .keys import draw_keys
+from .record import record_head
+from .results import choose, read_runs
+from .roofline import Roofline, draw_roofline, read_roofline
+from .theme import Draw
+from .tradeoff import draw_tradeoff
+
+CHIPS = ("M4", "M4 Pro", "M4 Max")
+
+
+def tradeoff(args: argparse.Namespace) -> Draw:
+    """Scores against sparsity and bytes, from results files."""
+    runs = choose(read_runs(args.results), "task", args.tasks)
+    runs = choose(runs, "setting", args.settings)
+    return lambda theme: draw_tradeoff(runs, theme, args.sparsity, args.against)
+
+
+def heads(args: argparse.Namespace) -> Draw:
+    """Sparsity per head, from a results file or from a model and a text."""
+    _one_source(args)
+    if args.results is None:
+        return _heads_of_model(args)
+    runs = read_runs([args.results])
+    runs = choose(runs, "task", [args.task or runs[0].task])
+    runs = choose(runs, "setting", args.settings)
+    chosen = [run for run in runs if run.heads is not None and run.kind in ("delta", "paper")]
+    if not chosen:
+        raise ValueError(
+            f"{args.results} has no setting with held keys among "
+            f"{', '.join(run.setting for run in runs)}; evaluate one, such as delta."
+        )
+    maps = [HeadMap(run.setting, run.heads) for run in chosen if run.heads is not None]
+    title = f"{chosen[0].model}: prefill sparsity of each layer and kv head"
+    about = (
+        f"Share of QKᵀ multiply-accumulates skipped; mean of {chosen[0].samples:,} samples of "
+        f"{chosen[0].task}."
+    )
+    source = f"mlx_delta.evaluate, {chosen[0].date}."
+    return lambda theme: draw_heads(maps, theme, title, about, source)
+
+
+def _heads_of_model(args: argparse.Namespace) -> Draw:
+    model, tokenizer, settings = _load(args, args.settings or ["delta"])
+    for setting in settings:
+        if setting.kind not in ("delta", "paper"):
+            raise ValueError(f"{setting.name!r} holds no keys; give delta or paper settings.")
+    tokens, source = _tokens(args, model, tokenizer)
+    maps = []
+    for setting in tqdm(settings, unit="setting", disable=None):
+        caches = setting.make_caches(model, len(tokens))
+        setting.prefill(model, tokens, caches)
+        maps.append(HeadMap(setting.name, measure_sparsity(caches, len(tokens)).prefill_heads))
+    title = f"{args.model or DEMO}: prefill sparsity of each layer and kv head"
+    about = f"Share of QKᵀ multiply-accumulates skipped, {source}."
+    source = f"mlx_delta.pictures heads, {args.today}."
+    return lambda theme: draw_heads(maps, theme, title, about, source)
+
+
+def keys(args: argparse.Namespace) -> Draw:
+    """A head's delta key matrix and attention, from a model and a text."""
+    model, tokenizer, (setting,) = _load(args, [args.setting])
+    tokens, source = _tokens(args, model, tokenizer)
+    if args.ask:
+        tokens += encode_piece(tokenizer, args.ask)
+        source += f" and “{args.ask.strip()}”"
+    span = None if args.range is None else (args.range[0], args.range[1])
+    if span is not None and not 0 <= span[0] < span[1] <= len(tokens):
+        raise ValueError(
+            f"--range must be two of 0 to {len(tokens)}, the first one smaller, but got "
+            f"{span[0]} {span[1]}."
+        )
+    record = record_head(model, tokens, setting, args.layer, args.head)
+    texts = [tokenizer.decode([token]) for token in tokens]
+    name, source = args.model or DEMO, f"{source}, {args.today}"
+    return lambda theme: draw_keys(record, theme, name, texts, source, span)
+
+
+def roofline(args: argparse.Namespace) -> Draw:
+    """Decode ceilings, from a file or from a model."""
+    _one_source(args)
+    if args.results is not None:
+        found = read_roofline(args.results)
+    else:
+        found = _roofline_of_model(args)
+    return lambda theme: draw_roofline(found, theme)
+
+
+def _roofline_of_model(args: argparse.Namespace) -> Roofline:
+    chips = find_chips(args.chips or CHIPS)
+    if args.chips is None:
+        chips = [chip for chip in chips if chip.name in CHIPS]
+    contexts = sorted(set(args.contexts or CONTEXTS))
+    if contexts[0] < 1:
+        raise ValueError(f"--contexts must be >= 1 but got {contexts[0]}.")
+    model, tokenizer, settings = _load(args, args.settings or list(SETTINGS))
+    longest = min(contexts[-1], context_length(model) or contexts[-1])
+    ids = prompt_ids(tokenizer, read_text(args.text or BUNDLED_TEXT), longest)
+    rows = ceilings(model, settings, ids, contexts, longest, PREFILL_STEP, progress=True)
+    values = roofline_values(rows, chips)
+    return Roofline(args.model or DEMO, model.args.delta.to_dict(), args.today, values)
+
+
+def _one_source(args: argparse.Namespace) -> None:
+    """Refuse a file and a model together.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if args.results is not None and (args.model is not None or args.text is not None):
+        raise ValueError(f"{args.results} and --model or --text are both given; drop one.")
+
+
+def _load(args: argparse.Namespace, names: list[str]) -> tuple[Any, Any, list[Setting]]:
+    """The model, its tokenizer, and settings on it."""
+    name = args.model or DEMO
+    delta, settings = choose_settings(name, names)
+    if delta is None:
+        raise ValueError(f"model {name} holds no keys: it is neither a Llama nor a BitNet.")
+    assert isinstance(delta, DeltaConfig)
+    model, tokenizer = load(name, delta)
+    return model, tokenizer, settings
+
+
+def _tokens(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[int], str]:
+    """The first tokens of the text, and what they are in words.
+
+    Raises:
+        ValueError: The text or the model's context is shorter.
+    """
+    path: Path = args.text or BUNDLED_TEXT
+    if args.tokens < 1:
+        raise ValueError(f"--tokens must be >= 1 but got {args.tokens}.")
+    limit = context_length(model)
+    if limit is not None and args.tokens > limit:
+        raise ValueError(
+            f"--tokens must be <= {limit}, the model's context, but got {args.tokens}."
+        )
+    tokens = encode_text(tokenizer, read_text(path))
+    if len(tokens) < args.tokens:
+        raise ValueError(f"{path} has {len(tokens)} tokens; give --tokens {len(tokens)} or less.")
+    return tokens[: args.tokens], f"the first {args.tokens:,} tokens of {path.name}"
