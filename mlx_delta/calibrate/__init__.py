@@ -28,7 +28,7 @@ Per = Literal["model", "layer", "head"]
 
 LENGTH = 2048
 BISECTIONS = 8
-DIGITS = 4  # of a threshold, after the point
+DIGITS = 5  # significant ones of a threshold
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,11 @@ class _Family:
         if sparsity > self.highest + 1e-6:
             raise ValueError(_beyond(sparsity, None, self.highest))
         if self._per == "model":
-            threshold = round(self.uniform.threshold_for(sparsity), DIGITS)
+            threshold = _rounded(self.uniform.threshold_for(sparsity))
             return dataclasses.replace(self._base, threshold=threshold)
         per_head = self._per == "head"
         units = [c for heads in self._heads for c in heads] if per_head else self._layers
-        chosen = [round(t, DIGITS) for t in cheapest_thresholds(units, sparsity)]
+        chosen = [_rounded(t) for t in cheapest_thresholds(units, sparsity)]
         thresholds: list[Any] = [0.0] * self._n_layers  # where there is nothing to hold
         n_heads = len(self._heads[0])
         for i, layer in enumerate(self._recording.layers):
@@ -318,6 +318,11 @@ def _within_loss(
     if sparsity not in losses:
         rise(sparsity)  # nothing held: no more than rounding
     return sparsity, LossRise(dense, losses[sparsity])
+
+
+def _rounded(threshold: float) -> float:
+    """Short enough to be read in a config.json."""
+    return float(f"{threshold:.{DIGITS}g}")
 
 
 def _beyond(sparsity: float, length: int | None, highest: float) -> str:

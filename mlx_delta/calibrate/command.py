@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
+        print("\nInterrupted; the model is as it was.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1  # whoever read our output has gone: nobody to tell

@@ -12,9 +12,10 @@ import mlx_delta
 from mlx_delta import calibrate as package
 from mlx_delta import load, measure_sparsity
 from mlx_delta.calibrate.command import main
+from mlx_delta.calibrate.loss import mean_loss
 from mlx_delta.evaluate.text import BUNDLED_TEXT
 
-from ..tiny import LLAMA, SMALL, write_llama
+from ..tiny import LLAMA, SMALL, llama_model, tokens, write_llama
 
 SHORT = ["--length", "200", "--windows", "2"]
 
@@ -96,6 +97,16 @@ def test_a_wanted_loss(path, capsys):
     assert float(words.split(")")[0]) <= 0.02
 
 
+def test_the_loss_is_held_to_on_windows_that_were_not_recorded(path):
+    model, tokenizer = load(path)
+    ids = tokens(300)[0].tolist()
+    found = package.calibrate(model, tokenizer, ids, loss=0.01, length=150, windows=2)
+    assert found.windows == 1 and found.sparsity <= found.highest
+    dense, delta = (mean_loss(model, [ids[150:]], config) for config in (None, found.config))
+    assert found.loss == package.LossRise(dense, delta)
+    assert delta - dense <= 0.01
+
+
 def test_thresholds_that_do_not_fit_the_model_are_mended(path):
     config = json.loads((path / "config.json").read_text())
     config["delta"]["threshold"] = [1.0, 2.0]
@@ -114,7 +125,7 @@ def test_an_interruption_leaves_the_config_as_it_was(path, capsys, monkeypatch):
 
     monkeypatch.setattr(package, "record", interrupt)
     assert run("--model", path, "--sparsity", "0.4") == 130
-    assert "Interrupted; nothing was written." in capsys.readouterr().err
+    assert "Interrupted; the model is as it was." in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
 
 
@@ -165,3 +176,16 @@ def test_models_without_keys_to_hold_are_refused(path, capsys):
         (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
         assert run("--model", path, "--sparsity", "0.4") == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("delta", "options", "message"),
+    [
+        (None, {"sparsity": 0.4}, "the model attends densely; load it with a DeltaConfig"),
+        (SMALL, {"sparsity": 0.4, "per": "row"}, "per must be 'model', 'layer' or 'head' but got"),
+        (SMALL, {}, "give either a wanted sparsity or a wanted loss"),
+    ],
+)
+def test_in_an_app_what_is_wrong_is_named(delta, options, message):
+    with pytest.raises(ValueError, match=rf"\[calibrate\] {message}"):
+        package.calibrate(llama_model(delta), None, [1] * 500, **options)

@@ -45,9 +45,7 @@ def test_sparsity_at_every_threshold_is_the_references(config, length):
 def test_cost_is_half_the_variance_of_the_error_under_the_attention(config):
     length, positions = 120, np.array([50, 77, 119])
     queries, keys, _ = inputs(length)
-    _, got = measure_layer(
-        mx.array(queries), mx.array(keys), SCALE, config, THRESHOLDS, positions
-    )
+    _, got = measure_layer(mx.array(queries), mx.array(keys), SCALE, config, THRESHOLDS, positions)
     near = reference.exact_pairs(length, length, config)
     for head in range(2):
         for g, threshold in enumerate(THRESHOLDS.tolist()):
