@@ -1,59 +1,67 @@
-"""The bundled demo model: it remembers with the delta, and only because far keys are there."""
+"""The bundled demo models: they remember with the delta, and only because far keys are there."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import re
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
 
 from mlx_delta import load
+from mlx_delta.evaluate.recall import RecallOptions, RecallTask, measure_sample, summarize_recall
+from mlx_delta.evaluate.text import BUNDLED_TEXT, read_text
 from mlx_delta.generate.command import main
+from mlx_delta.settings import parse_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+MODELS = ["demo", "demo-bitnet"]
 
 
-@pytest.fixture(scope="module")
-def figures() -> ModuleType:
-    """examples/demo_figures.py as a module."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec = importlib.util.spec_from_file_location("demo_figures", EXAMPLES / "demo_figures.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
-
-
-def answer(capsys, *flags: str) -> dict:
-    """What the command says to the bundled prompt: 1,500 tokens, a password near its start."""
-    prompt = str(EXAMPLES / "memory.txt")
-    assert main(["--prompt-file", prompt, "-m", "8", "--json", *flags]) == 0
+def answer(capsys, model: str, *flags: str) -> dict:
+    """What the command says, as its JSON."""
+    assert main(["--model", model, "--json", *flags]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_fact_from_a_thousand_tokens_back_is_answered(capsys):
-    values = answer(capsys)
+def answer_to_memory(capsys, model: str, *flags: str) -> dict:
+    """What it says to the bundled prompt: 1,500 tokens, a password near its start."""
+    return answer(capsys, model, "--prompt-file", str(EXAMPLES / "memory.txt"), "-m", "8", *flags)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_fact_from_a_thousand_tokens_back_is_answered(capsys, model):
+    values = answer_to_memory(capsys, model)
     assert values["text"].startswith("silver king.")
     assert values["prompt_tokens"] > 1400 and values["prefill_sparsity"] >= 0.55
 
 
-def test_with_the_far_keys_dropped_it_is_not(capsys):
-    values = answer(capsys, "--no-delta", "--max-kv-size", "128")
+@pytest.mark.parametrize("model", MODELS)
+def test_with_the_far_keys_dropped_it_is_not(capsys, model):
+    values = answer_to_memory(capsys, model, "--no-delta", "--max-kv-size", "128")
     assert not values["text"].startswith("silver king")
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_it_writes_english_words(capsys, model):
+    values = answer(capsys, model, "--prompt", "It was a dark night, and the old man", "-m", "60")
+    words = re.findall(r"[a-z]+", values["text"].lower())
+    known = set(re.findall(r"[a-z]+", read_text(BUNDLED_TEXT).lower()))
+    assert len(words) > 30 and len(set(words)) > 10
+    assert sum(word in known for word in words) > 0.8 * len(words)
+
+
 @pytest.mark.parametrize("template", ["direct", "password"])
-def test_recall_needs_the_far_keys_and_survives_holding_them(figures, template):
-    model, tokenizer = load()
-    text = figures.read_text(figures.TEXT)
-    prose = np.array(tokenizer.encode(text, add_special_tokens=False))
-    measured = figures.measure_recall(model, tokenizer, prose, 1024, 60, template)
-    dense, delta, dropped = (measured[name][0] for name in ("dense", "delta", "far keys dropped"))
-    assert dense >= 0.95 and delta >= dense - 0.03 and dropped <= 0.3
-    assert measured["delta"][2] > 0.5
+@pytest.mark.parametrize("name", MODELS)
+def test_recall_needs_the_far_keys_and_survives_holding_them(name, template):
+    model, tokenizer = load(name)
+    options = RecallOptions(answers=15, length=1024, distances=(300, 900), templates=(template,))
+    task = RecallTask(tokenizer, read_text(BUNDLED_TEXT), options)
+    recall = {}
+    for setting in parse_settings(["dense", "delta", "window-only"], model.args.delta):
+        records = [measure_sample(model, setting, task, *sample) for sample in task.samples]
+        recall[setting.kind] = summarize_recall(records)
+    assert recall["dense"]["score"] >= 0.9
+    assert recall["delta"]["score"] >= recall["dense"]["score"] - 0.04
+    assert recall["window-only"]["score"] <= 0.3
+    assert recall["delta"]["prefill_sparsity"] > 0.5
