@@ -106,7 +106,12 @@ def load_tasks(
     manager._factory = _Factory(metadata, data_dir, num_shots)
     # Some tasks print while they make their texts, and standard output is for results.
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = manager.load([spec])
+        try:
+            loaded = manager.load([spec])
+        except KeyError as error:  # the harness passes over files that it can't parse
+            raise ValueError(
+                f"[evaluate] task {name!r} can't be loaded; is its YAML file in {data_dir} valid?"
+            ) from error
     return manager, [*loaded["groups"].values()] or [*loaded["tasks"].values()]
 
 
@@ -140,11 +145,14 @@ class _Factory(TaskFactory):
         files = find_files(entry.name, self._data_dir)
         if self._data_dir is not None and files:
             return self._build_local(entry, overrides, config, self._data_dir, files)
-        with _offline_unless_reachable():
+        with _offline_unless_reachable() as offline:
             try:
                 return super()._build_task(entry, overrides)
             except Exception as error:  # datasets and the hub's client share no base class
-                raise _unavailable(entry.name, config, self._data_dir, error) from error
+                reason = "the hub can't be reached" if offline else _reason(error)
+                if callable(config.get("custom_dataset")):
+                    reason = f"{type(error).__name__} {_reason(error)}"
+                raise _unavailable(entry.name, config, self._data_dir, reason) from error
 
     def _build_local(
         self,
@@ -195,10 +203,10 @@ def _serve(splits: Splits) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _offline_unless_reachable() -> Iterator[None]:
+def _offline_unless_reachable() -> Iterator[bool]:
     """Let the hub's client use what it has cached only, if nobody answers.
 
-    By itself it tries again for half a minute for each file.
+    By itself it tries again for half a minute for each file. Yields whether it is offline.
     """
     modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     before = [module.HF_HUB_OFFLINE for module in modules]
@@ -206,7 +214,7 @@ def _offline_unless_reachable() -> Iterator[None]:
     for module in modules:
         module.HF_HUB_OFFLINE = offline
     try:
-        yield
+        yield offline
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
@@ -226,13 +234,13 @@ def _reachable(url: str) -> bool:
 
 
 def _unavailable(
-    name: str, config: dict[str, Any], data_dir: Path | None, error: Exception
+    name: str, config: dict[str, Any], data_dir: Path | None, reason: str
 ) -> FileNotFoundError:
     """What to put where, for a task whose data could not be fetched."""
     if callable(config.get("custom_dataset")):
         return FileNotFoundError(
             f"[evaluate] the texts of {name!r}, which the task makes itself, could not be made: "
-            f"{type(error).__name__} {_reason(error)}"
+            f"{reason}."
         )
     source = config.get("dataset_path") or getattr(config.get("class"), "DATASET_PATH", None)
     subset = config.get("dataset_name")
@@ -240,7 +248,7 @@ def _unavailable(
     place = data_dir if data_dir is not None else "DIR"
     return FileNotFoundError(
         f"[evaluate] the data of {name!r} ({source}{f', {subset}' if subset else ''} on the hub) "
-        f"could not be fetched: {_reason(error)}. Put {place}/{name}/{split}.jsonl there, with one "
+        f"could not be fetched: {reason}. Put {place}/{name}/{split}.jsonl there, with one "
         f"JSON object per line that has {', '.join(expected_columns(config))}"
         + (
             f" (and {config.get('training_split') or 'train'}.jsonl for --num-shots)"

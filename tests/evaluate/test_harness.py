@@ -422,12 +422,21 @@ def test_own_names(data):
     assert {"elsewhere", "small_texts"} <= set(harness_tasks(data))
 
 
+def test_broken_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: '{{text}\n")
+    with pytest.raises(ValueError, match="task 'mine' can't be loaded; is its YAML file"):
+        harness_data.load_tasks("mine", tmp_path, {}, None)
+
+
 def test_missing_data(model, tokenizer, data, monkeypatch):
     monkeypatch.setattr(harness_data, "_reachable", lambda url: False)
     with pytest.raises(FileNotFoundError) as caught:
         run(model, tokenizer, "dense", "elsewhere", data)
     message = str(caught.value)
-    assert "(nobody/nothing-of-this-name on the hub) could not be fetched" in message
+    assert (
+        "(nobody/nothing-of-this-name on the hub) could not be fetched: the hub can't be reached. "
+        in message
+    )
     assert f"{data}/elsewhere/validation.jsonl" in message and "train.jsonl" in message
     assert "passage, question, answer" in message and "\n" not in message
 
