@@ -111,7 +111,8 @@ def measure_layer(
 
     The cost of an error ``e`` of the scores is half its variance under the attention ``p`` of the
     query, ``(sum p e^2 - (sum p e)^2) / 2``: the KL divergence between attention with full and
-    with held keys, to second order. Averaged over the sampled queries.
+    with held keys, to second order. Averaged over the sampled queries. What a layer's error does
+    to the layers after it is not counted.
 
     Args:
         queries: [1, Hq, L, D], after RoPE.
