@@ -44,7 +44,8 @@ def test_with_the_far_keys_dropped_it_is_not(capsys, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_writes_english_words(capsys, model):
-    values = answer(capsys, model, "--prompt", "It was a dark night, and the old man", "-m", "60")
+    prompt = ["--prompt", "It was a dark night, and the old man", "-m", "60"]
+    values = answer(capsys, model, *prompt, "--temp", "0.7", "--seed", "1")
     words = re.findall(r"[a-z]+", values["text"].lower())
     known = set(re.findall(r"[a-z]+", read_text(BUNDLED_TEXT).lower()))
     assert len(words) > 30 and len(set(words)) > 10
