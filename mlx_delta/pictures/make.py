@@ -18,6 +18,7 @@ from ..evaluate.text import BUNDLED_TEXT, context_length, encode_piece, encode_t
 from ..loading import DEMO, load
 from ..settings import PREFILL_STEP, Setting
 from ..sparsity import measure_sparsity
+from . import names
 from .heads import HeadMap, draw_heads
 from .keys import draw_keys
 from .record import record_head
@@ -50,7 +51,11 @@ def heads(args: argparse.Namespace) -> Draw:
             f"{args.results} has no setting with held keys among "
             f"{', '.join(run.setting for run in runs)}; evaluate one, such as delta."
         )
-    maps = [HeadMap(run.setting, run.heads) for run in chosen if run.heads is not None]
+    maps = [
+        HeadMap(_full_name(run.setting, run.delta), run.heads)
+        for run in chosen
+        if run.heads is not None
+    ]
     title = f"{chosen[0].model}: prefill sparsity of each layer and kv head"
     about = (
         f"Share of QKᵀ multiply-accumulates skipped; mean of {chosen[0].samples:,} samples of "
@@ -70,11 +75,19 @@ def _heads_of_model(args: argparse.Namespace) -> Draw:
     for setting in tqdm(settings, unit="setting", disable=None):
         caches = setting.make_caches(model, len(tokens))
         setting.prefill(model, tokens, caches)
-        maps.append(HeadMap(setting.name, measure_sparsity(caches, len(tokens)).prefill_heads))
+        assert setting.delta is not None
+        name = _full_name(setting.name, setting.delta.to_dict())
+        maps.append(HeadMap(name, measure_sparsity(caches, len(tokens)).prefill_heads))
     title = f"{args.model or DEMO}: prefill sparsity of each layer and kv head"
     about = f"Share of QKᵀ multiply-accumulates skipped, {source}."
     source = f"mlx_delta.pictures heads, {args.today}."
     return lambda theme: draw_heads(maps, theme, title, about, source)
+
+
+def _full_name(setting: str, delta: names.Delta) -> str:
+    """A setting's name, and its threshold where the name does not tell."""
+    told = "threshold" in names.written_options(setting)
+    return setting if told else f"{setting} ({names.label(setting, delta)})"
 
 
 def keys(args: argparse.Namespace) -> Draw:
@@ -131,10 +144,10 @@ def _one_source(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.results} and --model or --text are both given; drop one.")
 
 
-def _load(args: argparse.Namespace, names: list[str]) -> tuple[Any, Any, list[Setting]]:
+def _load(args: argparse.Namespace, wanted: list[str]) -> tuple[Any, Any, list[Setting]]:
     """The model, its tokenizer, and settings on it."""
     name = args.model or DEMO
-    delta, settings = choose_settings(name, names)
+    delta, settings = choose_settings(name, wanted)
     if delta is None:
         raise ValueError(f"model {name} holds no keys: it is neither a Llama nor a BitNet.")
     assert isinstance(delta, DeltaConfig)

@@ -19,18 +19,19 @@ from .theme import WIDTH, Theme, caption, headline, new_figure
 HOLDS_KEYS = ("dense", "delta", "packed delta", "paper")  # those that sparsity says something of
 
 METRICS = {
-    "accuracy": "accuracy",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, normalized",
+    "exact_match": "exact match",
     "bits_per_byte": "bits per byte",
     "kld": "KL divergence from dense, nats",
     "f1": "F1",
 }
-SHARES = ("accuracy", "f1", "agreement")  # at most 1
 # A score axis spans at least this much, so that noise does not look like a difference.
 LEAST_SHARE = 0.1
-LEAST_RELATIVE = 0.05  # of dense, for other metrics
+LEAST_RELATIVE = 0.05  # of dense, where scores are not shares of 1
 
 # Inches: a row of panels, what its title and axis take, above the rows and below them.
-ROW, TITLE, HEAD, FOOT = 2.5, 0.78, 0.85, 0.35
+ROW, TITLE, HEAD, FOOT = 2.5, 0.78, 0.68, 0.35
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def score_axis(runs: Sequence[Run]) -> ScoreAxis:
     if runs[0].metric == "kld":
         return _log_axis(runs)
     centre = next((run.score for run in runs if run.kind == "dense"), _median(runs))
-    share = runs[0].metric in SHARES
+    share = runs[0].higher_is_better and all(0 <= run.score <= 1 for run in runs)
     least = LEAST_SHARE if share else LEAST_RELATIVE * abs(centre)
     near = [run for run in runs if abs(run.score - centre) <= 2 * least]
     shown = near if 2 * len(near) > len(runs) else list(runs)
