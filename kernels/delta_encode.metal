@@ -5,15 +5,17 @@
 // is the number of its mask word and its lane the bit in it. Threads d >= D only vote.
 //
 //   1. Each thread reads its channel's keys, and finds their grid (codes only).
-//   2. It walks along the tokens with the held value in a register; what changed becomes a mask
-//      word by a vote of the simdgroup. No barrier is needed: channels do not depend on each other.
+//   2. It walks along the tokens with its run's first value in a register; where a new run starts
+//      becomes a mask word by a vote of the simdgroup. No barrier is needed: channels do not depend
+//      on each other.
 //   3. Simdgroup 0 sums the bits up: where each word's values begin in the payload.
-//   4. Each thread puts its changed values in their places: 16-bit values into the payload, codes
-//      into threadgroup memory, a byte each.
+//   4. Each thread puts its runs' values (means, or first keys) in their places: 16-bit values into
+//      the payload, codes into threadgroup memory, a byte each.
 //   5. The codes are put together into words.
 //
-// Reads the keys three times (2 * Size * D bytes each; the second and third time from cache), writes
-// the packed block. Once per block, so that it never shows in the time of a token.
+// Reads the keys up to three times (2 * Size * D bytes each; after the first time from cache): for
+// the grid, for the mask, and those that start a run, or for means all, for the payload. Writes the
+// packed block. Once per block, so that it never shows in the time of a token.
 
 // The code of a key, and 0 for a channel that does not vary or has no grid.
 template <int Bits>
@@ -25,7 +27,22 @@ inline uint delta_code(float key, float low, float step) {
   return uint(clamp(code, 0.0f, float((1 << Bits) - 1)));
 }
 
-// What a key becomes when it is stored.
+// The mean of the run that starts at token t of a channel: first + sum of (key - first) / count,
+// which of one key or of equal ones is exactly that. words: this simdgroup's mask words, W apart.
+// MLX compiles kernels without fast-math, so the division is rounded as IEEE says.
+template <typename S, int D, int Size>
+inline float delta_mean(const device S* keys, const threadgroup uint* words, uint lane, int t) {
+  constexpr int W = (D + 31) / 32;
+  const float first = float(keys[t * D]);
+  float total = 0.0f;
+  int end = t + 1;
+  for (; end < Size && !((words[end * W] >> lane) & 1u); ++end) {
+    total += float(keys[end * D]) - first;
+  }
+  return first + total / float(end - t);
+}
+
+// What a first key becomes when it is stored.
 template <typename S, int Bits>
 inline float delta_stored(float key, float low, float step) {
   if (Bits == 16) {
@@ -57,13 +74,14 @@ inline void delta_grid(const device S* keys, thread S& low, thread S& step) {
   step = usable ? nearest : S(NAN);
 }
 
+// Mean: runs are stored as their means, otherwise as their first keys.
 // keys: this block's, [Size][D]. masks, payload, counts (values, zero deltas) and grid: this block's
 // places in the outputs. words, starts: [Size * W] each; codes: [Size * D], used for codes only.
-template <typename S, int Bits, int D, int Size>
+template <typename S, int Bits, int D, int Size, bool Mean>
 inline void delta_encode(
     const device S* keys,
     float threshold,
-    int sinks,  // tokens of this block that are stored whatever they are, from its first on
+    int sinks,  // tokens of this block that are stored as they are, from its first on
     device uint* masks,
     device uint* payload,
     device int* counts,
@@ -91,13 +109,13 @@ inline void delta_encode(
     bool changed = has_channel;
     if (has_channel) {
       float key = float(keys[t * D + d]);
-      float next = delta_stored<S, Bits>(key, float(low), float(step));
+      // A first key is compared as it is stored. A mean is not known yet: keys are compared.
+      float next = Mean ? key : delta_stored<S, Bits>(key, float(low), float(step));
       if (t > 0) {
         // "not more than" rather than "less than": a NaN compares false and is stored.
-        if (t >= sinks && abs(key - held) <= threshold) {
-          next = held;
-        }
-        changed = !(next == held);
+        bool keep = t >= sinks && abs(key - held) <= threshold;
+        next = keep ? held : next;
+        changed = Mean ? !keep : !(next == held);
       }
       held = next;
     }
@@ -137,11 +155,14 @@ inline void delta_encode(
       uint word = words[t * W + int(simdgroup)];
       if ((word >> lane) & 1u) {
         uint place = starts[t * W + int(simdgroup)] + popcount(word & lanes_before(lane));
-        S key = keys[t * D + d];
+        float value = float(keys[t * D + d]);
+        if (Mean && t >= sinks) {
+          value = delta_mean<S, D, Size>(keys + d, words + simdgroup, lane, t);
+        }
         if (Bits == 16) {
-          ((device ushort*)payload)[place] = as_type<ushort>(key);
+          ((device ushort*)payload)[place] = as_type<ushort>(S(value));
         } else {
-          codes[place] = uchar(delta_code<Bits>(float(key), float(low), float(step)));
+          codes[place] = uchar(delta_code<Bits>(value, float(low), float(step)));
         }
       }
     }

@@ -119,7 +119,7 @@ class BatchDeltaKVCache(_HeldKeys):
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
         length = max(1, cache.offset)
-        cache._keys = self._keys.row(idx, length, self._encoded[idx])
+        cache._keys = self._keys.row(idx, length)
         cache._values = self._values.row(idx, length)
         cache._model, cache._item_size = self._model, self._item_size
         return cache

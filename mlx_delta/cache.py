@@ -116,7 +116,7 @@ class _HeldKeys(_BaseCache):
         self._values.write(values, starts, capacity)
         targets = self._far_blocks([end - 1 for end in self._ends(steps)])
         targets = [max(pair) for pair in zip(targets, self._encoded, strict=True)]
-        view = self._keys.append(keys, starts, self._encoded, targets, capacity)
+        view = self._keys.append(keys, starts, targets, capacity)
         self._lengths = [start + steps for start in starts]
         self._encoded = targets
         return HybridKeys(view, self._values, starts, length, self.config, values.dtype)
@@ -191,7 +191,7 @@ class _HeldKeys(_BaseCache):
         # The blocks in the next query's window have to hold full keys again.
         targets = self._far_blocks(self._lengths)
         targets = [min(pair) for pair in zip(targets, self._encoded, strict=True)]
-        self._keys.rewind(self._encoded, targets)
+        self._keys.rewind(self._encoded, targets, self._lengths)
         self._encoded = targets
         return n
 

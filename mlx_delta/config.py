@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 ThresholdMode = Literal["relative", "absolute"]
+RunValue = Literal["mean", "first"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
@@ -36,8 +37,13 @@ class DeltaConfig:
         window: Tokens before the query's own block that stay exact; a multiple of
             ``block_size``. The exact span is ``window`` to ``window + block_size`` tokens.
         sinks: Keys at the start of the text that always stay exact.
-        keyframes: Whether the first key of each block is exact, which makes blocks independent
+        keyframes: Whether the hold starts anew with each block, which makes blocks independent
             of each other. ``False`` runs one chain over the whole text, as in the paper.
+        run_value: What the values of a run are held as; a run is a value that propagated and
+            those after it that did not. ``"mean"``: their mean, which has the smallest squared
+            error, and is known when a block is encoded. A run that starts at a sink keeps its
+            first value. ``"first"``: the value that propagated (the paper). The same values
+            propagate either way. Runs that cross blocks (``keyframes=False``) need ``"first"``.
         block_fraction: When set, ``block_size`` is not used as given but becomes this fraction
             of the prompt's length once the prompt is seen (the paper's 5 % window). Needs
             ``window=0``, the block-diagonal form.
@@ -59,6 +65,7 @@ class DeltaConfig:
     window: int = 64
     sinks: int = 4
     keyframes: bool = True
+    run_value: RunValue = "mean"
     block_fraction: float | None = None
     key_bits: int | None = None
     value_bits: int | None = None
@@ -96,6 +103,7 @@ class DeltaConfig:
             raise ValueError(
                 f"[DeltaConfig] keyframes must be true or false but got {self.keyframes!r}."
             )
+        self._check_run_value()
         if self.block_fraction is not None:
             fraction = self.block_fraction
             if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
@@ -107,6 +115,18 @@ class DeltaConfig:
                     f"[DeltaConfig] block_fraction needs window=0 but got window={self.window}."
                 )
         self._check_storage()
+
+    def _check_run_value(self) -> None:
+        """Validate what runs are held as."""
+        if self.run_value not in ("mean", "first"):
+            raise ValueError(
+                f"[DeltaConfig] run_value must be 'mean' or 'first' but got {self.run_value!r}."
+            )
+        if self.run_value == "mean" and not self.keyframes:
+            raise ValueError(
+                "[DeltaConfig] keyframes=False needs run_value='first' but got run_value='mean': "
+                "the mean of a run that goes on in the next block is not known yet."
+            )
 
     def _check_storage(self) -> None:
         """Validate how keys and values are stored."""
@@ -132,9 +152,9 @@ class DeltaConfig:
     def paper(cls, threshold: Thresholds = 0.6) -> DeltaConfig:
         """The paper's own setting, as far as it is public (arXiv 2507.19608).
 
-        One chain over the whole text, an absolute threshold, a block-diagonal exact window of
-        5 % of the prompt, key 0 exact. The one to use on short prompts: with blocks and a
-        window of 64 tokens nothing is skipped under 128 tokens.
+        One chain over the whole text, an absolute threshold, runs held as their first value, a
+        block-diagonal exact window of 5 % of the prompt, key 0 exact. The one to use on short
+        prompts: with blocks and a window of 64 tokens nothing is skipped under 128 tokens.
         """
         return cls(
             threshold=threshold,
@@ -142,6 +162,7 @@ class DeltaConfig:
             window=0,
             sinks=1,
             keyframes=False,
+            run_value="first",
             block_fraction=0.05,
         )
 

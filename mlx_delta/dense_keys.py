@@ -38,6 +38,9 @@ class DenseKeys:
         self.config = config
         self.keys: Any = None
         self.zeros: Any = None  # [B, Hkv, blocks], zero deltas of encoded blocks
+        # Blocks of each row that are held. After a long rewind more than are encoded, since held
+        # keys stand in for full ones: held a second time, they would drift.
+        self._held = [0] * rows
         # Full keys of the last encoded block, [B, Hkv, block_size, D]: one block of slack, so
         # that rewinding by up to a block is exact.
         self._spare: Any = None
@@ -55,7 +58,6 @@ class DenseKeys:
         self,
         keys: mx.array,
         starts: Sequence[int],
-        encoded: Sequence[int],
         targets: Sequence[int],
         capacity: int,
     ) -> KeyView:
@@ -64,14 +66,13 @@ class DenseKeys:
         Args:
             keys: The new keys.
             starts: Each row's position of the first of them.
-            encoded: Blocks of each row that are encoded so far.
-            targets: Blocks of each row that are to be.
+            targets: Blocks of each row that are to be encoded.
             capacity: Tokens to make room for.
         """
         self._reserve(keys, capacity)
         self.keys = write_tokens(self.keys, keys, starts)
         full = self.keys[...]  # a handle of its own: encoding replaces blocks in place
-        self._encode(encoded, targets)
+        self._encode(targets)
         return KeyView(self.keys, full)
 
     def _reserve(self, keys: mx.array, capacity: int) -> None:
@@ -81,8 +82,8 @@ class DenseKeys:
         self.zeros = grow(self.zeros, (B, H, blocks), mx.int32)
         self._spare = grow(self._spare, (B, H, self.config.block_size, D), keys.dtype)
 
-    def _encode(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
-        for (done, target), rows in equal_rows(encoded, targets).items():
+    def _encode(self, targets: Sequence[int]) -> None:
+        for (done, target), rows in equal_rows(self._held, targets).items():
             if target <= done:
                 continue
             start, end = done * self.config.block_size, target * self.config.block_size
@@ -94,12 +95,20 @@ class DenseKeys:
             self._spare[rows] = keys[:, :, -self.config.block_size :]
             self.keys[rows, :, start:end] = held
             self.zeros[rows, :, done:target] = zeros
-        for row, (done, target) in enumerate(zip(encoded, targets, strict=True)):
-            if target > done:
-                self._spare_valid[row] = True
+        for row, target in enumerate(targets):
+            if target > self._held[row]:
+                self._held[row], self._spare_valid[row] = target, True
 
-    def rewind(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
-        """Give back full keys to blocks from ``targets`` on: those of the slack block."""
+    def rewind(
+        self, encoded: Sequence[int], targets: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Give back full keys to blocks from ``targets`` on: those of the slack block.
+
+        Args:
+            encoded: Blocks of each row that are encoded so far.
+            targets: Blocks of each row that are to stay so.
+            lengths: Tokens of each row that are left.
+        """
         size = self.config.block_size
         groups = equal_rows(encoded, targets, self._spare_valid)
         for (done, target, spare_valid), rows in groups.items():
@@ -107,7 +116,9 @@ class DenseKeys:
                 self.keys[rows, :, (done - 1) * size : done * size] = self._spare[rows]
         for row, (done, target) in enumerate(zip(encoded, targets, strict=True)):
             if target < done:
+                self._held[row] -= self._spare_valid[row]
                 self._spare_valid[row] = False
+            self._held[row] = min(self._held[row], max(0, lengths[row]) // size)
 
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""
@@ -121,12 +132,13 @@ class DenseKeys:
         self.keys, self.zeros, self._spare = (
             None if x is None else x[index] for x in (self.keys, self.zeros, self._spare)
         )
+        self._held = [self._held[row] for row in rows]
         self._spare_valid = [self._spare_valid[row] for row in rows]
 
-    def row(self, index: int, length: int, encoded: int) -> DenseKeys:
+    def row(self, index: int, length: int) -> DenseKeys:
         """One row as a store of its own."""
         store = DenseKeys(self.config, 1)
-        store._spare_valid = [self._spare_valid[index]]
+        store._held, store._spare_valid = [self._held[index]], [self._spare_valid[index]]
         if self.keys is not None:
             blocks = -(-length // self.config.block_size)
             store.keys = mx.contiguous(self.keys[index : index + 1, :, :length])
@@ -138,6 +150,7 @@ class DenseKeys:
     def join(cls, stores: Sequence[DenseKeys], counts: Sequence[int]) -> DenseKeys:
         """The rows of all stores, padded at the end to one length; ``counts`` rows of each."""
         joined = cls(stores[0].config, 0)
+        joined._held = [held for store in stores for held in store._held]
         joined._spare_valid = [valid for store in stores for valid in store._spare_valid]
         filled = [store for store in stores if store.keys is not None]
         if filled:
@@ -167,10 +180,11 @@ class DenseKeys:
 
     def header(self) -> dict[str, Any]:
         """What belongs to the state besides the buffers, as JSON values."""
-        return {"spare_valid": self._spare_valid}
+        return {"held": self._held, "spare_valid": self._spare_valid}
 
     def restore(self, header: dict[str, Any], arrays: list[Any]) -> None:
         """Take over a state."""
+        self._held = [int(held) for held in header.get("held", header["encoded"])]
         self._spare_valid = header["spare_valid"]
         self.keys, self.zeros, self._spare = arrays
 
@@ -185,4 +199,12 @@ class DenseKeys:
         for what, (shape, wanted) in expected.items():
             if tuple(shape) != wanted:
                 raise ValueError(f"[{name}] saved {what} have shape {shape}, expected {wanted}.")
+        if len(self._held) != len(lengths):
+            raise ValueError(f"[{name}] saved state counts held blocks for other rows than tokens.")
+        for length, done, held in zip(lengths, encoded, self._held, strict=True):
+            if not done <= held <= max(done, length // size):
+                raise ValueError(
+                    f"[{name}] saved state counts {done} encoded blocks and {held} held ones of "
+                    f"{length} tokens."
+                )
         return capacity

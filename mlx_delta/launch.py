@@ -43,7 +43,7 @@ ENCODE_BODY = """
     threadgroup uchar codes[Bits < 16 ? Size * D : 1];
     uint block = threadgroup_position_in_grid.y;
     int first = (place[0] + int(block) % place[2]) * Size;
-    delta_encode<S, Bits, D, Size>(
+    delta_encode<S, Bits, D, Size, Mean>(
         keys + long(block) * Size * D, thresholds[block], place[1] - first,
         masks + long(block) * (Size - 1) * W, payload + long(block) * Words, counts + block * 2,
         grid + (Bits < 16 ? long(block) * 2 * D : 0), words, starts, codes,
@@ -78,7 +78,10 @@ def encode(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBloc
             _padded(block_thresholds(split, config)),
             mx.array([first_block, config.sinks, blocks], mx.int32),
         ],
-        template=[("S", keys.dtype), ("Bits", bits), ("D", D), ("Size", size)],
+        template=[
+            *(("S", keys.dtype), ("Bits", bits), ("D", D), ("Size", size)),
+            ("Mean", config.run_value == "mean"),
+        ],
         grid=(SIMD * words, B * H * blocks, 1),
         threadgroup=(SIMD * words, 1, 1),
         output_shapes=[

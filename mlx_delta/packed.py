@@ -20,7 +20,7 @@ import numpy as np
 from .buffers import Rows, equal_rows, grow, pad_to, write_tokens
 from .config import DeltaConfig
 from .dispatch import encode_blocks, unpack
-from .packed_state import BUFFERS, HEAD_DIMS, check_near, check_runs, check_shapes
+from .packed_state import BUFFERS, HEAD_DIMS, check_lost, check_near, check_runs, check_shapes
 from .packed_view import PackedView
 from .packing import EncodedBlocks, PackedBlocks, storage_type, to_storage, worst_words
 
@@ -48,6 +48,9 @@ class PackedKeys:
         self.zeros: Any = None  # int32 [B, Hkv, blocks], zero deltas of encoded blocks
         self._near: Any = None  # [B, Hkv, room, D] of the storage type
         self._firsts = [0] * rows  # position of each row's first near key
+        # Blocks of each row whose full keys are gone. After a long rewind their held keys stand in
+        # near the query, and they stay packed as they are: held a second time, they would drift.
+        self._lost = [0] * rows
         self._masks: Any = None  # uint32 [B, Hkv, blocks, block_size - 1, words of D bits]
         self._grid: Any = None  # [B, Hkv, blocks, 2, D]
         self._sinks: Any = None  # [B, Hkv, n_sinks, D]
@@ -83,7 +86,6 @@ class PackedKeys:
         self,
         keys: mx.array,
         starts: Sequence[int],
-        encoded: Sequence[int],
         targets: Sequence[int],
         capacity: int,
     ) -> PackedView:
@@ -92,8 +94,7 @@ class PackedKeys:
         Args:
             keys: The new keys.
             starts: Each row's position of the first of them.
-            encoded: Blocks of each row that are encoded so far.
-            targets: Blocks of each row that are to be.
+            targets: Blocks of each row that are to be encoded.
             capacity: Not used: packed blocks grow by what they need.
         """
         new = to_storage(keys)
@@ -105,7 +106,7 @@ class PackedKeys:
         near = grow(near, (*near.shape[:2], max(places) + steps, near.shape[3]), near.dtype)
         near = write_tokens(near, new, places)
         self._write_sinks(new, starts)
-        self._encode(near, encoded, targets)
+        self._encode(near, targets)
         view = PackedView(
             blocks=self.blocks(),
             near=near,
@@ -190,6 +191,10 @@ class PackedKeys:
             near = mx.take_along_axis(near, index[:, None, :, None], axis=2)
         # Contiguous: a slice would keep all of a chunk's keys in memory.
         self._near, self._firsts = mx.contiguous(near), firsts
+        size = self.config.block_size
+        self._lost = [
+            max(lost, first // size) for lost, first in zip(self._lost, firsts, strict=True)
+        ]
 
     # Encoding.
 
@@ -208,9 +213,14 @@ class PackedKeys:
             head_dim=self.head_dim,
         )
 
-    def _encode(self, near: mx.array, encoded: Sequence[int], targets: Sequence[int]) -> None:
+    def _packed_blocks(self) -> list[int]:
+        """Blocks of each row that are packed; after a long rewind more than are encoded."""
+        rows = range(len(self._firsts))  # one count may speak for all rows
+        return [len(self._ends[row]) + (self._pending[row] is not None) for row in rows]
+
+    def _encode(self, near: mx.array, targets: Sequence[int]) -> None:
         size = self.config.block_size
-        groups = equal_rows(self._firsts, encoded, targets)
+        groups = equal_rows(self._firsts, self._packed_blocks(), targets)
         for (first, done, target), rows in groups.items():
             if target <= done:
                 continue
@@ -283,9 +293,17 @@ class PackedKeys:
         self._host_offsets[row, :, done : done + blocks] = offsets.T
         self._ends[row] += (first + ends[heads - 1 :: heads]).tolist()
 
-    def rewind(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
-        """Forget blocks from ``targets`` on; where full keys are gone, held ones replace them."""
-        if self._near is None or list(encoded) == list(targets):
+    def rewind(
+        self, encoded: Sequence[int], targets: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Forget blocks from ``targets`` on; where full keys are gone, held ones replace them.
+
+        Args:
+            encoded: Blocks of each row that are encoded so far.
+            targets: Blocks of each row that are to stay so.
+            lengths: Tokens of each row that are left.
+        """
+        if self._near is None:
             return
         size, room = self.config.block_size, self._room
         far = None
@@ -296,11 +314,13 @@ class PackedKeys:
                 far = self._unpacked(max(encoded))
             near = mx.concatenate([far[rows, :, target * size : first], self._near[rows]], axis=2)
             self._near[rows] = near[:, :, :room]
-        for row, (done, target) in enumerate(zip(encoded, targets, strict=True)):
-            if target < done:
-                self._firsts[row] = min(self._firsts[row], target * size)
+        for row, packed in enumerate(self._packed_blocks()):
+            self._firsts[row] = min(self._firsts[row], targets[row] * size)
+            self._lost[row] = min(self._lost[row], max(0, lengths[row]) // size)
+            kept = max(targets[row], self._lost[row])
+            if kept < packed:
                 all_rows = range(len(self._ends))  # of which a single count speaks for all
-                self._forget_blocks([row] if len(targets) > 1 else all_rows, target)
+                self._forget_blocks([row] if len(targets) > 1 else all_rows, kept)
         self._offsets = mx.array(self._host_offsets)
 
     def _unpacked(self, blocks: int) -> mx.array:
@@ -328,6 +348,7 @@ class PackedKeys:
         """Keep these rows only, in this order."""
         self._settle()
         self._firsts = [self._firsts[row] for row in rows]
+        self._lost = [self._lost[row] for row in rows]
         if self._near is None:
             return
         index = mx.array(rows, mx.int32)
@@ -339,16 +360,16 @@ class PackedKeys:
         self._ends = [list(self._ends[row]) for row in rows]
         self._pending = [None] * len(rows)
 
-    def row(self, index: int, length: int, encoded: int) -> PackedKeys:
+    def row(self, index: int, length: int) -> PackedKeys:
         """One row as a store of its own."""
         self._settle()
         store = PackedKeys(self.config, 1)
-        store._firsts = [self._firsts[index]]
+        store._firsts, store._lost = [self._firsts[index]], [self._lost[index]]
         if self._near is not None:
             store._type = self._type
             one = slice(index, index + 1)
             store._near = mx.contiguous(self._near[one])
-            blocks = max(LEAST_BLOCKS, encoded)
+            blocks = max(LEAST_BLOCKS, len(self._ends[index]))
             for name in ("_masks", "_grid", "zeros"):
                 buffer = getattr(self, name)
                 setattr(
@@ -367,6 +388,7 @@ class PackedKeys:
         """The rows of all stores, padded to one size; ``counts`` rows of each."""
         joined = cls(stores[0].config, 0)
         joined._firsts = [first for store in stores for first in store._firsts]
+        joined._lost = [lost for store in stores for lost in store._lost]
         filled = [store for store in stores if store._near is not None]
         if not filled:
             return joined
@@ -427,11 +449,15 @@ class PackedKeys:
 
     def header(self) -> dict[str, Any]:
         """What belongs to the state besides the buffers, as JSON values."""
-        return {"firsts": self._firsts, "ends": self._ends, "type": self._type}
+        counts = {"firsts": self._firsts, "lost": self._lost, "ends": self._ends}
+        return {**counts, "type": self._type}
 
     def restore(self, header: dict[str, Any], arrays: list[Any]) -> None:
         """Take over a state."""
         self._firsts, self._ends = header["firsts"], header["ends"]
+        size = self.config.block_size
+        lost = header.get("lost", [first // size for first in self._firsts])
+        self._lost = [int(blocks) for blocks in lost]
         self._type = header["type"]
         if self._type not in (None, *DTYPES):
             raise ValueError(f"it is of type {self._type!r}")
@@ -463,6 +489,7 @@ class PackedKeys:
         if blocks is not None:
             check_runs(name, blocks, self._ends, encoded)
         check_near(name, self.config, lengths, encoded, self._firsts)
+        check_lost(name, self.config, lengths, self._packed_blocks(), self._firsts, self._lost)
         return None
 
 

@@ -4,9 +4,9 @@ This file is the specification of the storage format; the MLX operations in ``pa
 the kernels must agree with it bit for bit. A block of ``n`` keys [n, D] is stored as
 
 - a **mask**, uint32 [n - 1, ceil(D / 32)]: bit ``d % 32`` of word ``d // 32`` of row ``t - 1``
-  says that channel ``d`` changed at token ``t``. Token 0, the keyframe, has no row: all of it is
-  stored.
-- the **payload**: the values of the keyframe, then those that changed, token by token and
+  says that channel ``d`` changed at token ``t``: that a run of it starts there. Token 0, the
+  keyframe, has no row: a run of every channel starts with it.
+- the **payload**: one value for each run, those of the keyframe first, then token by token and
   channel by channel, in uint32 words. At 16 bits a word holds two values. Codes of ``bits`` bits
   lie ``32 // bits`` to a word, lowest bits first; no code crosses a word.
 - for codes, a **grid**: ``low`` and ``step`` of each channel, [2, D].
@@ -14,7 +14,9 @@ the kernels must agree with it bit for bit. A block of ``n`` keys [n, D] is stor
 A code stands for ``low + code * step``. ``low`` is the channel's smallest key of the block, and
 ``step`` a ``1 / (2 ** bits - 1)`` of its range, rounded *up* to the storage type, so that no key
 lies above the grid: large changes carry what attention recalls, and are never clipped. What is
-stored is always the code of the key's new value, not of a difference.
+stored is always the code of a value, not of a difference.
+
+The value of a run is its mean, or its first key, as the setting's ``run_value`` says.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from .config import RunValue
+from .reference import run_means
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
@@ -47,6 +52,11 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(values), values, rounded.view(np.float32)).astype(np.float32)
+
+
+def stored_values(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as they are stored in 16 bits: rounded; what is not finite stays as it is."""
+    return np.where(np.isfinite(values), round_to(values, dtype), values).astype(np.float32)
 
 
 def round_up(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -91,7 +101,7 @@ def decode_values(codes: np.ndarray, grid: np.ndarray, dtype: str) -> np.ndarray
 def hold_block(
     keys: np.ndarray, stored: np.ndarray, threshold: float, first_position: int, sinks: int
 ) -> np.ndarray:
-    """Held keys [n, D] of a block: what attention reads far from the query.
+    """Held keys [n, D] of a block with first values: what attention reads far from the query.
 
     A key is compared with what is *stored* for the token before it, so the error of a held value
     is at most the threshold, and that of a stored code at most half a step. Sinks store every
@@ -106,6 +116,23 @@ def hold_block(
     return held
 
 
+def mean_block(
+    keys: np.ndarray, threshold: float, first_position: int, sinks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means [n, D] of a block's runs, float32 before they are stored, and where runs start.
+
+    A key is compared with its run's first key, whatever is stored: it is the mean of keys.
+    """
+    starts = np.ones(keys.shape, bool)
+    first = keys[0]
+    for t in range(1, len(keys)):
+        if first_position + t >= sinks:
+            with np.errstate(invalid="ignore"):
+                starts[t] = ~(np.abs(keys[t] - first) <= np.float32(threshold))
+        first = np.where(starts[t], keys[t], first)
+    return run_means(keys, starts, sinks - first_position), starts
+
+
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
     """uint32 words of unsigned values [count]; the last word is filled up with zeros."""
     per_word = 32 // bits
@@ -116,23 +143,32 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_block(
-    keys: np.ndarray, bits: int, dtype: str, threshold: float, first_position: int, sinks: int
+    keys: np.ndarray,
+    bits: int,
+    dtype: str,
+    threshold: float,
+    first_position: int,
+    sinks: int,
+    run_value: RunValue,
 ) -> PackedBlock:
     """Pack keys [n, D], float32 values of the 16-bit type ``dtype``."""
     n, head_dim = keys.shape
-    grid = None
-    stored = keys
-    if bits < 16:
-        grid = block_grid(keys, bits, dtype)
-        codes = encode_values(keys, grid, bits)
-        stored = decode_values(codes, grid, dtype)
-    elif dtype == "float16":
-        codes = keys.astype(np.float16).view(np.uint16)
+    grid = block_grid(keys, bits, dtype) if bits < 16 else None
+    if run_value == "mean":
+        values, changed = mean_block(keys, threshold, first_position, sinks)
     else:
-        codes = keys.view(np.uint32) >> 16
-    held = hold_block(keys, stored, threshold, first_position, sinks)
-    changed = np.ones((n, head_dim), bool)
-    changed[1:] = held[1:] != held[:-1]
+        values, stored = keys, keys
+        if grid is not None:
+            stored = decode_values(encode_values(keys, grid, bits), grid, dtype)
+        held = hold_block(keys, stored, threshold, first_position, sinks)
+        changed = np.ones((n, head_dim), bool)
+        changed[1:] = held[1:] != held[:-1]
+    if grid is not None:
+        codes = encode_values(values, grid, bits)
+    elif dtype == "float16":
+        codes = values.astype(np.float16).view(np.uint16)
+    else:
+        codes = stored_values(values, dtype).view(np.uint32) >> 16
     mask = np.zeros((n - 1, -(-head_dim // 32)), np.uint32)
     for d in range(head_dim):
         mask[:, d // 32] |= changed[1:, d].astype(np.uint32) << np.uint32(d % 32)

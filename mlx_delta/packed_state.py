@@ -68,9 +68,12 @@ def check_runs(
     values = np.bitwise_count(masks).sum(axis=(3, 4), dtype=np.int64) + blocks.head_dim
     words = -(-values // (32 // blocks.bits))
     for row in range(B):
-        done = encoded[row if len(encoded) > 1 else 0]
-        if not 0 <= done <= capacity:
-            raise ValueError(f"[{name}] saved state counts {done} encoded blocks of {capacity}.")
+        needed, done = encoded[row if len(encoded) > 1 else 0], len(ends[row])
+        if not 0 <= needed <= done or done > capacity:
+            raise ValueError(
+                f"[{name}] saved state counts {needed} encoded blocks and {done} packed ones of "
+                f"{capacity}."
+            )
         stops = np.cumsum(words[row, :, :done].T.reshape(-1))
         begins = np.concatenate([[0], stops])[:-1].reshape(done, H).T
         fits = not done or stops[-1] <= blocks.payload.shape[1]
@@ -101,3 +104,23 @@ def check_near(
                 f"[{name}] saved state has near keys from position {first} on for {length} "
                 f"tokens and {done} encoded blocks."
             )
+
+
+def check_lost(
+    name: str,
+    config: DeltaConfig,
+    lengths: Sequence[int],
+    packed: Sequence[int],
+    firsts: Sequence[int],
+    lost: Sequence[int],
+) -> None:
+    """Blocks without full keys are complete, packed, and all those before the near keys."""
+    fits = len(lost) == len(firsts)
+    for length, blocks, first, gone in zip(lengths, packed, firsts, lost, strict=False):
+        fits &= first // config.block_size <= gone <= blocks
+        fits &= gone * config.block_size <= max(0, length)
+    if not fits:
+        raise ValueError(
+            f"[{name}] saved state counts {list(lost)} blocks without full keys for near keys from "
+            f"positions {list(firsts)} on and {list(packed)} packed blocks."
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .config import DeltaConfig
-from .hold import hold_blocks
+from .hold import hold_blocks, hold_means
 
 LARGEST = {mx.float16: 65504.0, mx.bfloat16: 3.3895313892515355e38}
 
@@ -105,18 +105,14 @@ def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Encode
     assert config.key_bits is not None
     bits, size = config.key_bits, config.block_size
     shape = (B, H, length // size, size, D)
-    if bits == 16:
-        grid, stored, codes = None, None, keys.view(mx.uint16).reshape(shape)
+    blocks = keys.reshape(shape).astype(mx.float32)
+    grid = block_grid(blocks, bits, keys.dtype) if bits < 16 else None
+    values, starts, zeros = _runs(keys, blocks, grid, config, first_block)
+    if grid is None:
+        codes = values.astype(keys.dtype).view(mx.uint16)
     else:
-        blocks = keys.reshape(shape).astype(mx.float32)
-        grid = block_grid(blocks, bits, keys.dtype)
-        codes = encode_values(blocks, grid, bits)
-        stored = decode_values(codes, grid, keys.dtype)
-    held, zeros = hold_blocks(keys, config, first_block, stored=stored)
-    held = held.reshape(shape)
-    changed = held[:, :, :, 1:] != held[:, :, :, :-1]
-    everything = mx.concatenate([mx.ones((*shape[:3], 1, D), mx.bool_), changed], axis=3)
-    everything = everything.reshape(*shape[:3], size * D)
+        codes = encode_values(values, grid, bits)
+    everything = starts.reshape(*shape[:3], size * D)
     rank = mx.cumsum(everything.astype(mx.int32), axis=-1)
     # Values that did not change go to one place behind the others, which is cut off.
     place = mx.where(everything, rank - 1, size * D)
@@ -127,11 +123,31 @@ def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Encode
     shifts = bits * mx.arange(per_word, dtype=mx.uint32)
     payload = (compact.reshape(*shape[:3], -1, per_word) << shifts).sum(axis=-1)
     return EncodedBlocks(
-        masks=_pack_bits(changed),
+        masks=_pack_bits(starts[:, :, :, 1:]),
         payload=payload.astype(mx.uint32),
         counts=mx.stack([rank[..., -1], zeros], axis=-1),
         grid=grid,
     )
+
+
+def _runs(
+    keys: mx.array, blocks: mx.array, grid: mx.array | None, config: DeltaConfig, first_block: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """What is stored of keys: float32 values, where runs of them start, and zeros of each block.
+
+    The first two are shaped as ``blocks``, which are the keys in float32.
+    """
+    if config.run_value == "mean":
+        return hold_means(blocks, config, first_block)
+    stored = None
+    if grid is not None:
+        assert config.key_bits is not None
+        stored = decode_values(encode_values(blocks, grid, config.key_bits), grid, keys.dtype)
+    held, zeros = hold_blocks(keys, config, first_block, stored=stored)
+    held = held.reshape(blocks.shape)
+    changed = held[:, :, :, 1:] != held[:, :, :, :-1]  # a code may repeat: not stored again
+    first = mx.ones((*blocks.shape[:3], 1, blocks.shape[4]), mx.bool_)
+    return blocks, mx.concatenate([first, changed], axis=3), zeros
 
 
 def unpack_blocks(packed: PackedBlocks) -> mx.array:

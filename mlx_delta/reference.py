@@ -29,28 +29,70 @@ def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
 
 
 def is_exact_position(position: int, config: DeltaConfig) -> bool:
-    """Whether the hold starts anew at a position: sinks, keyframes, and always the first key."""
+    """Whether all of a key propagates: sinks, keyframes, and always the first key."""
     keyframe = config.keyframes and position % config.block_size == 0
     return keyframe or position < max(config.sinks, 1)
 
 
-def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
-    """Held keys of a whole text.
+def find_runs(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """Which elements of a whole text's keys [N, D] propagate, and so start a run.
 
-    ``held[t, d] = keys[t, d]`` where it differs from ``held[t - 1, d]`` by more than the block's
-    threshold, and ``held[t - 1, d]`` elsewhere. The reference is the last *propagated* value, so
-    an error stays under the threshold and never adds up. An unfinished last block is never far
-    from any query, so its keys are returned as they are. NaN propagates.
+    ``keys[t, d]`` propagates if it differs from its run's first value by more than the block's
+    threshold. That is the last value that *propagated*, so errors never add up. NaN propagates.
+    An unfinished last block is never far from any query: all of it propagates.
     """
     keys = keys.astype(np.float32)
-    held = keys.copy()
+    starts = np.ones(keys.shape, bool)
+    first = np.zeros(keys.shape[1], np.float32)  # of each channel's run
     for start in range(0, len(keys) - config.block_size + 1, config.block_size):
         threshold = block_threshold(keys[start : start + config.block_size], config)
         for t in range(start, start + config.block_size):
             if not is_exact_position(t, config):
-                keep = np.abs(keys[t] - held[t - 1]) <= threshold
-                held[t] = np.where(keep, held[t - 1], keys[t])
+                starts[t] = ~(np.abs(keys[t] - first) <= threshold)
+            first = np.where(starts[t], keys[t], first)
+    return starts
+
+
+def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """Held keys [N, D] of a whole text: the mean of each run, or as in the paper its first value.
+
+    ``held[t, d]`` is ``held[t - 1, d]`` unless ``keys[t, d]`` propagates. It differs from
+    ``keys[t, d]`` by at most the threshold with first values, by at most twice that with means.
+    """
+    keys = keys.astype(np.float32)
+    starts = find_runs(keys, config)
+    if config.run_value == "mean":
+        return run_means(keys, starts, config.sinks)
+    held = keys.copy()
+    for t in range(1, len(keys)):
+        held[t] = np.where(starts[t], keys[t], held[t - 1])
     return held
+
+
+def run_means(keys: np.ndarray, starts: np.ndarray, sinks: int) -> np.ndarray:
+    """The mean of each element's run, float32 [N, D]; where it starts at a sink, its first value.
+
+    ``first + sum(key - first) / count``, added up in the order of the tokens: of one value, or of
+    equal ones, the mean is exactly that.
+
+    Args:
+        keys: float32 [N, D].
+        starts: Which of them start a run, boolean [N, D]; all of the first row.
+        sinks: Tokens at the start that keep their keys.
+    """
+    means = keys.copy()
+    begin = np.zeros(keys.shape[1], int)
+    first = total = np.zeros(keys.shape[1], np.float32)
+    for t in range(len(keys)):
+        begin = np.where(starts[t], t, begin)
+        first = np.where(starts[t], keys[t], first)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.where(starts[t], np.float32(0), total + (keys[t] - first))
+            mean = first + total / (t - begin + 1).astype(np.float32)
+        means[t] = np.where(begin < sinks, first, mean)  # of the run so far
+    for t in range(len(keys) - 2, -1, -1):
+        means[t] = np.where(starts[t + 1], means[t], means[t + 1])  # of all of it
+    return means
 
 
 def delta_keys(held: np.ndarray, config: DeltaConfig) -> np.ndarray:
@@ -107,17 +149,25 @@ def hybrid_attention(
     return (weights / weights.sum(axis=1, keepdims=True)) @ values
 
 
+def count_zeros(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """How many elements of each key [N] are held: the zeros of the delta key matrix.
+
+    Means of neighbouring runs may be equal by chance; such zeros do not count.
+    """
+    if config.run_value == "mean":
+        return (~find_runs(keys, config)).sum(axis=1)
+    delta = delta_keys(hold(keys, config), config)
+    anew = np.array([is_exact_position(t, config) for t in range(len(keys))])
+    return np.where(anew, 0, (delta == 0).sum(axis=1))
+
+
 def sparsity(keys: np.ndarray, config: DeltaConfig, first_query: int, end_query: int) -> float:
     """Multiply-accumulates of QK^T skipped / all causal ones, for a range of query positions.
 
     Pairs computed exactly count as not skipped.
     """
     n_keys, head_dim = keys.shape
-    delta = delta_keys(hold(keys, config), config)
-    zeros = [
-        0 if is_exact_position(t, config) else head_dim - np.count_nonzero(delta[t])
-        for t in range(n_keys)
-    ]
+    zeros = count_zeros(keys, config)
     exact = exact_pairs(n_keys, n_keys, config)
     skipped = total = 0
     for query in range(first_query, end_query):
@@ -137,11 +187,6 @@ def paper_sparsity(keys: np.ndarray, config: DeltaConfig) -> float:
     far = ((n_keys - 1) // config.block_size - config.window_blocks) * config.block_size
     if far <= 0:
         return 0.0
-    delta = delta_keys(hold(keys, config), config)
-    zeros = sum(
-        head_dim - np.count_nonzero(delta[t])
-        for t in range(far)
-        if not is_exact_position(t, config)
-    )
+    zeros = count_zeros(keys, config)[:far].sum()
     span = min(config.window + config.block_size, n_keys)
     return zeros / (far * head_dim) * (1 - span / n_keys)

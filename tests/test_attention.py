@@ -16,7 +16,7 @@ SETTINGS = {
     "default": DeltaConfig(),
     "small blocks": SMALL,
     "no window": DeltaConfig(block_size=8, window=0),
-    "chain": DeltaConfig(block_size=8, window=8, keyframes=False),
+    "chain": DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first"),
     "paper": DeltaConfig.paper().resolve(120),
     "blocks of one": DeltaConfig.paper().resolve(20),
     "many sinks": DeltaConfig(block_size=8, window=16, sinks=30),

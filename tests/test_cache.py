@@ -28,7 +28,7 @@ from .tiny import SMALL, smooth_keys
 
 LENGTH = 150
 TEXT = inputs(LENGTH)
-CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False)
+CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first")
 PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
 CODED = dataclasses.replace(SMALL, key_bits=4)
 each_setting = pytest.mark.parametrize(
@@ -125,6 +125,26 @@ def test_rewinding_further_leaves_held_keys_in_place_of_full_ones():
     assert np.abs(output - whole(SMALL)[:, :, 60:]).max() < 0.5, "close, if not exact"
 
 
+@each_setting
+@pytest.mark.parametrize("again", ["at once", "in steps", "saved"])
+def test_held_keys_that_stood_in_for_full_ones_are_not_held_again(config, again, tmp_path):
+    """Means of means would drift, and so would thresholds relative to what is held already."""
+    cache = DeltaKVCache(config)
+    attend(cache, part(0, 120), [120])
+    held, _ = cache.keys_and_values()
+    zeros = np.array(cache.zeros)
+    for back in (60, 40, 60):
+        cache.trim(back)
+        if again == "saved":
+            save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+            (cache,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+        cuts = [1] * 20 + [back - 20] if again == "in steps" else [back]
+        attend(cache, part(120 - back, 120), cuts)
+        keys, _ = cache.keys_and_values()
+        assert mx.array_equal(keys[:, :, :56], held[:, :, :56]), "7 blocks of 8 in 60 tokens"
+        np.testing.assert_array_equal(cache.zeros[:, :, :7], zeros[:, :, :7])
+
+
 def test_rewinding_more_than_there_is_empties_the_cache():
     cache = DeltaKVCache(SMALL)
     attend(cache, part(0, 20), [20])
@@ -194,10 +214,16 @@ def test_the_papers_window_is_fixed_when_the_prompt_is_seen():
         (lambda s: [_edit(s[0], version=99), *s[1:]], "version 99"),
         (lambda s: [_edit(s[0], lengths=[9999]), *s[1:]], "counts 9999 tokens"),
         (lambda s: [_edit(s[0], encoded=[40]), *s[1:]], "40 encoded blocks"),
+        (lambda s: [_edit(s[0], held=[8]), *s[1:]], "8 held ones of 90 tokens"),
+        (lambda s: [_edit(s[0], held=[12]), *s[1:]], "12 held ones of 90 tokens"),
+        (lambda s: [_edit(s[0], held=[]), *s[1:]], "held blocks for other rows"),
         (lambda s: [s[0], s[1], s[2][..., :9, :], *s[3:]], "values have shape"),
         (lambda s: [s[0], s[1], None, *s[3:]], "lacks one of its buffers"),
     ],
-    ids=["no header", "truncated", "version", "length", "encoded", "shape", "missing buffer"],
+    ids=[
+        *("no header", "truncated", "version", "length", "encoded"),
+        *("held too few", "held too many", "held rows", "shape", "missing buffer"),
+    ],
 )
 def test_a_damaged_state_is_refused(break_it, message):
     cache = DeltaKVCache(SMALL)
@@ -208,6 +234,18 @@ def test_a_damaged_state_is_refused(break_it, message):
 
 def _edit(header: str, **changes) -> str:
     return json.dumps({**json.loads(header), **changes})
+
+
+def test_a_state_saved_before_runs_were_means_goes_on(tmp_path):
+    """Without what was not in it: the setting's default, and as many blocks held as encoded."""
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 90), [90])
+    header, *buffers = cache.state
+    old = json.loads(header)
+    del old["config"]["run_value"], old["held"]
+    restored = DeltaKVCache.from_state([json.dumps(old), *buffers])
+    assert restored.config == SMALL
+    assert_goes_on(restored, 90, SMALL)
 
 
 # The batch twin.

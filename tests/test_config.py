@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from mlx_delta import DeltaConfig
 
 valid = st.builds(
-    lambda window_blocks, block_size, **rest: DeltaConfig(
-        window=window_blocks * block_size, block_size=block_size, **rest
+    lambda window_blocks, block_size, runs, **rest: DeltaConfig(
+        window=window_blocks * block_size,
+        block_size=block_size,
+        keyframes=runs[0],
+        run_value=runs[1],
+        **rest,
     ),
     window_blocks=st.integers(0, 8),
     block_size=st.integers(1, 256),
@@ -24,7 +28,7 @@ valid = st.builds(
     ),
     threshold_mode=st.sampled_from(["relative", "absolute"]),
     sinks=st.integers(0, 300),
-    keyframes=st.booleans(),
+    runs=st.sampled_from([(True, "mean"), (True, "first"), (False, "first")]),
 )
 
 
@@ -32,6 +36,12 @@ valid = st.builds(
 def test_a_setting_survives_its_config_json(config):
     restored = DeltaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert restored == config and hash(restored) == hash(config)
+
+
+def test_a_config_json_without_what_runs_are_held_as_takes_the_default():
+    values = DeltaConfig().to_dict()
+    assert values.pop("run_value") == "mean"
+    assert DeltaConfig.from_dict(values) == DeltaConfig()
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,8 @@ def test_a_setting_survives_its_config_json(config):
         ({"window": -64}, "window must be >= 0 but got -64"),
         ({"sinks": -1}, "sinks must be >= 0 but got -1"),
         ({"keyframes": 1}, "keyframes must be true or false but got 1"),
+        ({"run_value": "median"}, "run_value must be 'mean' or 'first' but got 'median'"),
+        ({"keyframes": False}, "keyframes=False needs run_value='first' but got run_value='mean'"),
         ({"block_fraction": 1.5, "window": 0}, r"block_fraction must be in \(0, 1\] but got 1\.5"),
         ({"block_fraction": 0.05}, "block_fraction needs window=0 but got window=64"),
         ({"treshold": 1.0}, "unknown setting 'treshold'"),
@@ -70,6 +82,7 @@ def test_a_bad_value_is_named(values, message):
 def test_the_papers_window_is_five_percent_of_the_prompt(prompt, block):
     config = DeltaConfig.paper().resolve(prompt)
     assert (config.block_size, config.window, config.keyframes) == (block, 0, False)
+    assert config.run_value == "first"
     assert config.resolve(7) == config, "fixed once the prompt was seen"
 
 

@@ -22,11 +22,10 @@ from .test_attention import attend, inputs
 from .test_cache import feed_batch
 from .tiny import SMALL, smooth_keys
 
-# Rounded to float16 beforehand, so that storing them in 16 bits changes nothing.
-TEXTS = [
-    tuple(x.astype(np.float16).astype(np.float32) for x in inputs(400 + row)) for row in range(3)
-]
+# Of a float16 model, so that storing keys and their means in 16 bits changes nothing.
+TEXTS = [tuple(x.astype(np.float16) for x in inputs(400 + row)) for row in range(3)]
 PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
+each_run_value = pytest.mark.parametrize("run_value", ["mean", "first"])
 
 actions = st.one_of(
     st.tuples(st.just("feed"), st.sampled_from([1, 1, 1, 2, 7, 8, 9, 40])),
@@ -40,10 +39,14 @@ def assert_same_keys(packed, dense) -> None:
         assert mx.array_equal(ours, theirs)
 
 
+@each_run_value
 @given(todo=st.lists(actions, min_size=1, max_size=14))
-@settings(deadline=None, max_examples=60)
-def test_one_text(tmp_path_factory, todo):
-    packed, dense = DeltaKVCache(PACKED), DeltaKVCache(SMALL)
+@settings(deadline=None, max_examples=40)
+def test_one_text(tmp_path_factory, run_value, todo):
+    packed, dense = (
+        DeltaKVCache(dataclasses.replace(setting, run_value=run_value))
+        for setting in (PACKED, SMALL)
+    )
     for action, n in [("feed", 40), *todo]:
         if action == "feed":
             start = dense.offset
@@ -51,7 +54,7 @@ def test_one_text(tmp_path_factory, todo):
                 break
             part = tuple(x[:, :, start : start + n] for x in TEXTS[0])
             np.testing.assert_allclose(
-                attend(packed, part, [n]), attend(dense, part, [n]), atol=3e-6
+                attend(packed, part, [n]), attend(dense, part, [n]), atol=4e-3
             )
         elif action == "rewind":
             assert packed.trim(n) == dense.trim(n)
@@ -94,7 +97,7 @@ def test_batches(lengths, todo):
     for action, n in todo:
         if action == "feed":
             outputs = [feed_batch(cache, texts, n) for cache in (packed, dense)]
-            np.testing.assert_allclose(*outputs, atol=3e-6)
+            np.testing.assert_allclose(*outputs, atol=4e-3)
         elif action == "rewind" and min(dense.offset.tolist()) >= n:
             assert packed.trim(n) == dense.trim(n)
         elif action == "filter":
@@ -228,8 +231,11 @@ def replaced(state, index: int, value) -> list:
         (lambda s: header(s, ends=[[1] * 9]), "offsets of row 0"),
         (lambda s: header(s, firsts=[8]), "near keys from position 8"),
         (lambda s: header(s, lengths=[9999]), "9999 tokens"),
-        (lambda s: header(s, encoded=[2]), "offsets of row 0"),
+        (lambda s: header(s, encoded=[2]), "near keys from position"),
         (lambda s: header(s, encoded=[99]), "99 encoded blocks"),
+        (lambda s: header(s, lost=[7]), "7. blocks without full keys"),
+        (lambda s: header(s, lost=[10]), "10. blocks without full keys"),
+        (lambda s: header(s, lost=[]), "blocks without full keys"),
         (
             lambda s: header(s, config={**json.loads(s[0])["config"], "key_bits": 16}),
             "grid|sinks|do not",
@@ -297,7 +303,7 @@ def test_what_no_kernel_supports_is_refused(changes, shape, dtype, message):
         ({"key_bits": 5}, "key_bits must be one of 16, 8, 4, 3, 2 but got 5"),
         ({"key_bits": True}, "key_bits must be one of"),
         ({"value_bits": 2}, "value_bits must be one of 16, 8, 4 but got 2"),
-        ({"key_bits": 4, "keyframes": False}, "needs keyframes=True"),
+        ({"key_bits": 4, "keyframes": False, "run_value": "first"}, "needs keyframes=True"),
         ({"key_bits": 4, "window": 0, "block_fraction": 0.05}, "a fixed block_size"),
         ({"key_bits": 4, "block_size": 20, "window": 20}, "multiple of 8, up to 64, but got 20"),
         ({"key_bits": 4, "block_size": 128, "window": 128}, "up to 64, but got 128"),

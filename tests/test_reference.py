@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ SETTINGS = {
     "blocks, absolute": DeltaConfig(
         block_size=8, window=8, threshold=0.5, threshold_mode="absolute"
     ),
+    "blocks, first values": dataclasses.replace(SMALL, run_value="first"),
     "paper": PAPER,
     "paper, blocks of one": DeltaConfig.paper().resolve(20),
 }
@@ -28,14 +31,30 @@ keys_strategy = arrays(
 )
 
 
+WORKED = DeltaConfig(threshold=1.0, threshold_mode="absolute", block_size=6, window=0, sinks=0)
+WORKED_KEYS = np.array([[0.0], [0.9], [1.1], [2.0], [0.2], [0.05]], np.float32)
+
+
 def test_worked_example():
     """Threshold 1: 0.9 is held at 0, 1.1 propagates, and then 1.1 is what the next is held to."""
-    config = DeltaConfig(threshold=1.0, threshold_mode="absolute", block_size=6, window=0, sinks=0)
-    keys = np.array([[0.0], [0.9], [1.1], [2.0], [0.2], [0.05]], np.float32)
+    config = dataclasses.replace(WORKED, run_value="first")
     held = np.array([[0.0], [0.0], [1.1], [1.1], [1.1], [0.05]], np.float32)
-    np.testing.assert_array_equal(reference.hold(keys, config), held)
+    np.testing.assert_array_equal(reference.hold(WORKED_KEYS, config), held)
     delta = reference.delta_keys(held, config)
     np.testing.assert_allclose(delta[:, 0], [0, 0, 1.1, 0, 0, -1.05], atol=1e-6)
+
+
+def test_worked_example_of_means():
+    """The same runs, 0 0.9, 1.1 2.0 0.2 and 0.05, each as its mean."""
+    held = reference.hold(WORKED_KEYS, WORKED)
+    np.testing.assert_allclose(held[:, 0], [0.45, 0.45, 1.1, 1.1, 1.1, 0.05], atol=1e-6)
+    assert reference.count_zeros(WORKED_KEYS, WORKED).tolist() == [0, 1, 0, 1, 1, 0]
+
+
+def runs_of(starts: np.ndarray) -> list[slice]:
+    """The runs of one channel."""
+    borders = [*np.flatnonzero(starts), len(starts)]
+    return [slice(*pair) for pair in zip(borders, borders[1:], strict=False)]
 
 
 @each_setting
@@ -44,10 +63,47 @@ def test_worked_example():
 def test_the_error_stays_within_the_threshold(config, keys):
     """The reference is the last propagated value, so errors never add up."""
     held = reference.hold(keys, config)
+    furthest = 2 * (1 + 1e-6) if config.run_value == "mean" else 1
     for start in range(0, len(keys) - config.block_size + 1, config.block_size):
         block = slice(start, start + config.block_size)
         threshold = reference.block_threshold(keys[block], config)
-        assert np.all(np.abs(held[block] - keys[block]) <= threshold)
+        assert np.all(np.abs(held[block] - keys[block]) <= furthest * threshold + 1e-37)
+
+
+@given(keys=keys_strategy)
+@settings(deadline=None, max_examples=40)
+def test_errors_of_means_cancel_within_each_run(keys):
+    """Their sum is 0, and so is what they add to a query's mean score over the run."""
+    held = reference.hold(keys, SMALL)
+    starts = reference.find_runs(keys, SMALL)
+    for d in range(keys.shape[1]):
+        for run in runs_of(starts[:, d]):
+            values = keys[run, d].astype(np.float64)
+            wanted = values[0] if run.start < SMALL.sinks else values.mean()
+            np.testing.assert_allclose(held[run, d], wanted, atol=2e-6)
+
+
+@given(keys=keys_strategy)
+@settings(deadline=None, max_examples=40)
+def test_means_have_the_smallest_error(keys):
+    """Over the same runs, as first values have them."""
+    firsts = dataclasses.replace(SMALL, run_value="first")
+    np.testing.assert_array_equal(
+        reference.find_runs(keys, SMALL), reference.find_runs(keys, firsts)
+    )
+    of_means, of_firsts = (
+        np.square(reference.hold(keys, config).astype(np.float64) - keys).sum()
+        for config in (SMALL, firsts)
+    )
+    assert of_means <= of_firsts * (1 + 1e-5) + 1e-12
+
+
+@given(value=st.floats(-(2.0**100), 2.0**100, width=32), count=st.integers(1, 64))
+@settings(deadline=None, max_examples=100)
+def test_the_mean_of_equal_values_is_that_value(value, count):
+    keys = np.full((count, 1), value, np.float32)
+    starts = np.arange(count)[:, None] == 0
+    np.testing.assert_array_equal(reference.run_means(keys, starts, 0), keys)
 
 
 @each_setting
@@ -74,6 +130,24 @@ def test_keyframes_make_blocks_independent():
     for start in range(8, 64, 8):
         block = slice(start, start + 8)
         np.testing.assert_array_equal(held[block], reference.hold(keys[block], alone))
+
+
+@each_setting
+def test_zeros_are_those_of_the_delta_key_matrix(config):
+    keys = smooth_keys((100, 16))
+    delta = reference.delta_keys(reference.hold(keys, config), config)
+    end = len(keys) // config.block_size * config.block_size
+    anew = [reference.is_exact_position(t, config) for t in range(end)]
+    wanted = np.where(anew, 0, (delta[:end] == 0).sum(axis=1))
+    np.testing.assert_array_equal(reference.count_zeros(keys, config)[:end], wanted)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_a_value_that_is_not_finite_stays_in_its_own_run(value):
+    config = DeltaConfig(block_size=8, window=0, sinks=0, threshold=0.5, threshold_mode="absolute")
+    keys = np.ones((16, 2), np.float32)
+    keys[[0, 5, 12], 1] = value
+    np.testing.assert_array_equal(reference.hold(keys, config), keys)
 
 
 def test_the_window_and_the_sinks_are_exact():

@@ -144,6 +144,7 @@ def packed_blocks(keys: mx.array, setting: DeltaConfig, first_block: int = 0) ->
             thresholds[index],
             position,
             setting.sinks,
+            setting.run_value,
         )
         packed.append((index, block))
     return packed

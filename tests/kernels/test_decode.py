@@ -125,12 +125,16 @@ class Case:
         for start in range(0, length - size + 1, size):
             block = keys[start : start + size]
             threshold = np.array(block_thresholds(mx.array(block)[None, None, None], self.setting))
-            values = block
+            sinks, mean = self.setting.sinks, self.setting.run_value == "mean"
+            values = ref.mean_block(block, threshold, start, sinks)[0] if mean else block
             if bits < 16:
                 grid = ref.block_grid(block, bits, kind)
-                values = ref.decode_values(ref.encode_values(block, grid, bits), grid, kind)
-            sinks = self.setting.sinks
-            held[start : start + size] = ref.hold_block(block, values, threshold, start, sinks)
+                values = ref.decode_values(ref.encode_values(values, grid, bits), grid, kind)
+            else:
+                values = ref.stored_values(values, kind)
+            if not mean:
+                values = ref.hold_block(block, values, threshold, start, sinks)
+            held[start : start + size] = values
         held[: self.setting.sinks] = keys[: self.setting.sinks]
         return keys, held
 

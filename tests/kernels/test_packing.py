@@ -30,6 +30,7 @@ from .common import (
 
 HALVES = {"fp16": mx.float16, "bf16": mx.bfloat16}
 each_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
+each_run_value = pytest.mark.parametrize("run_value", ["mean", "first"])
 each_width = pytest.mark.parametrize("bits", KEY_BITS)
 KINDS = ["constant", "alternating", "extreme", "nan", "inf"]
 
@@ -98,11 +99,12 @@ def assert_unpacked(got: mx.array, keys: mx.array, setting: DeltaConfig):
 # The operations, and the specification itself.
 
 
+@each_run_value
 @each_width
 @each_half
 @pytest.mark.parametrize("head_dim", [16, 80])
-def test_operations(bits, dtype, head_dim):
-    setting = config(bits, block_size=16, window=0, sinks=5)
+def test_operations(bits, dtype, head_dim, run_value):
+    setting = config(bits, block_size=16, window=0, sinks=5, run_value=run_value)
     keys = walk((2, 2, 48, head_dim), dtype)
     encoded = packing.pack_blocks(keys, setting, 0)
     assert_encoded(encoded, keys, setting)
@@ -110,11 +112,12 @@ def test_operations(bits, dtype, head_dim):
     assert_unpacked(unpacked, keys, setting)
 
 
+@each_run_value
 @each_width
 @each_half
 @pytest.mark.parametrize("kind", KINDS)
-def test_operations_on_special_keys(bits, dtype, kind):
-    setting = config(bits, block_size=16, window=0)
+def test_operations_on_special_keys(bits, dtype, kind, run_value):
+    setting = config(bits, block_size=16, window=0, run_value=run_value)
     keys = special_keys(kind, (1, 2, 32, 32), dtype)
     encoded = packing.pack_blocks(keys, setting, 0)
     assert_encoded(encoded, keys, setting)
@@ -124,20 +127,38 @@ def test_operations_on_special_keys(bits, dtype, kind):
 
 @each_width
 def test_errors_are_bounded(bits):
-    """A held value is within the threshold of the key, or within half a step of its code."""
-    setting = config(bits, threshold=0.4, threshold_mode="absolute", sinks=0)
+    """A first value is within the threshold of the key, or within half a step of its code."""
     keys = np.array(walk((64, 64), mx.float16)).astype(np.float32)
-    block = ref.pack_block(keys, bits, "float16", 0.4, 0, setting.sinks)
+    block = ref.pack_block(keys, bits, "float16", 0.4, 0, 0, "first")
     error = np.abs(ref.unpack_block(block, 64, bits, "float16") - keys)
     half_step = 0 if block.grid is None else block.grid[1] / 2
     assert (error <= np.maximum(0.4, half_step * 1.01 + 1e-3)).all()
 
 
+@each_width
+def test_errors_of_means_are_bounded(bits):
+    """A mean is within twice the threshold of the key, and half a step of its code more."""
+    keys = np.array(walk((64, 64), mx.float16)).astype(np.float32)
+    block = ref.pack_block(keys, bits, "float16", 0.4, 0, 0, "mean")
+    error = ref.unpack_block(block, 64, bits, "float16") - keys
+    half_step = 0 if block.grid is None else block.grid[1] / 2 * 1.01
+    assert (np.abs(error) <= 0.8 + half_step + 1e-3).all()
+    means, starts = ref.mean_block(keys, 0.4, 0, 0)
+    assert block.count == starts.sum()
+    if bits == 16:
+        np.testing.assert_allclose(error, means - keys, atol=2e-3)
+    if bits > 2:  # a step of two bits is far above the threshold
+        firsts = ref.pack_block(keys, bits, "float16", 0.4, 0, 0, "first")
+        error_of_firsts = ref.unpack_block(firsts, 64, bits, "float16") - keys
+        assert np.square(error).sum() < 0.8 * np.square(error_of_firsts).sum()
+
+
+@each_run_value
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_largest_change_is_not_clipped(bits):
+def test_the_largest_change_is_not_clipped(bits, run_value):
     keys = np.zeros((16, 16), np.float32)
     keys[9, 3] = 1000.0
-    block = ref.pack_block(keys, bits, "float16", 0.5, 0, 0)
+    block = ref.pack_block(keys, bits, "float16", 0.5, 0, 0, run_value)
     assert ref.unpack_block(block, 16, bits, "float16")[9, 3] == pytest.approx(1000, rel=2e-3)
 
 
@@ -154,9 +175,10 @@ def test_a_float32_model_is_rounded_to_float16():
 
 
 @every_run
+@each_run_value
 @pytest.mark.parametrize("bits", [16, 4])
-def test_encode(bench: MetalBench, bits, options):
-    setting = config(bits, sinks=70)
+def test_encode(bench: MetalBench, bits, run_value, options):
+    setting = config(bits, sinks=70, run_value=run_value)
     keys = walk((2, 3, 128, 64), mx.float16)
     with on_bench(bench, **options):
         assert_encoded(launch.encode(keys, setting, 0), keys, setting)
@@ -174,10 +196,11 @@ def test_encode_shapes(bench: MetalBench, bits, dtype, head_dim):
 
 
 @each_half
+@each_run_value
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [16, 3])
-def test_encode_special_keys(bench: MetalBench, bits, dtype, kind):
-    setting = config(bits, block_size=16, window=0)
+def test_encode_special_keys(bench: MetalBench, bits, run_value, dtype, kind):
+    setting = config(bits, block_size=16, window=0, run_value=run_value)
     keys = special_keys(kind, (1, 2, 32, 80), dtype)
     with on_bench(bench):
         assert_encoded(launch.encode(keys, setting, 0), keys, setting)
@@ -202,6 +225,21 @@ ENCODE_MUTATIONS = [
         "t >= sinks && abs(key - held) <= threshold",
         "t >= sinks && key == held",
     ),
+    Mutation("sinks are averaged", "Mean && t >= sinks", "Mean"),
+    Mutation("means on first values", "Mean && t >= sinks", "t >= sinks"),
+    Mutation("codes are compared", "Mean ? key : delta_stored", "delta_stored"),
+    Mutation("keys are compared", "Mean ? key : delta_stored", "true ? key : delta_stored"),
+    Mutation("equal keys are no run", "Mean ? !keep : !(next == held)", "!(next == held)"),
+    Mutation("equal codes are a run", "Mean ? !keep : !(next == held)", "!keep"),
+    Mutation("a run past the block's end", "end < Size && !", "!"),
+    Mutation("a run past its end", "!((words[end * W] >> lane) & 1u)", "true"),
+    Mutation("another channel's runs", "words[end * W] >> lane", "words[end * W] >> (lane ^ 1u)"),
+    Mutation("words of the first channels", "keys + d, words + simdgroup", "keys + d, words"),
+    Mutation(
+        "the sum of all, not of differences", "float(keys[end * D]) - first", "float(keys[end * D])"
+    ),
+    Mutation("no division", "total / float(end - t)", "total"),
+    Mutation("the first does not count", "total / float(end - t)", "total / float(end - t - 1)"),
     Mutation(
         "below instead of up to", "abs(key - held) <= threshold", "abs(key - held) < threshold"
     ),
@@ -221,8 +259,8 @@ ENCODE_MUTATIONS = [
     Mutation("no carry between words", "total += simd_sum(bits);", "total = simd_sum(bits);"),
     Mutation(
         "inclusive places",
-        "popcount(word & lanes_before(lane));\n        S key",
-        "popcount(word & (lanes_before(lane) + 1u));\n        S key",
+        "popcount(word & lanes_before(lane));\n        float value",
+        "popcount(word & (lanes_before(lane) + 1u));\n        float value",
     ),
     Mutation("sinks count as zeros", "index / W >= counted_from ? bits : 0u", "bits"),
     Mutation("words past the end", "w * per_word < total; w +=", "w < total; w +="),
@@ -239,6 +277,8 @@ def test_encode_mutations(bench: MetalBench, mutation):
         encode_on(config(4, block_size=16, window=0), "inf")
         encode_on(config(16, block_size=16, window=0), "nan")
         encode_on(config(16, block_size=16, window=0, threshold=2.0, **absolute), "steps")
+        encode_on(config(4, block_size=16, window=0, sinks=3, run_value="first"))
+        encode_on(config(3, block_size=16, window=0, threshold=0.1, run_value="first"))
 
     absolute = {"threshold_mode": "absolute"}
     assert_caught(source_of("encode_kernel"), mutation, with_kernel(bench, "encode_kernel", cases))
