@@ -28,7 +28,7 @@ def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
     return np.float32(threshold * np.sqrt(np.mean(deviation * deviation, dtype=np.float32)))
 
 
-def is_exact_position(position: int, config: DeltaConfig) -> bool:
+def starts_anew(position: int, config: DeltaConfig) -> bool:
     """Whether all of a key propagates: sinks, keyframes, and always the first key."""
     keyframe = config.keyframes and position % config.block_size == 0
     return keyframe or position < max(config.sinks, 1)
@@ -47,7 +47,7 @@ def find_runs(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
     for start in range(0, len(keys) - config.block_size + 1, config.block_size):
         threshold = block_threshold(keys[start : start + config.block_size], config)
         for t in range(start, start + config.block_size):
-            if not is_exact_position(t, config):
+            if not starts_anew(t, config):
                 starts[t] = ~(np.abs(keys[t] - first) <= threshold)
             first = np.where(starts[t], keys[t], first)
     return starts
@@ -102,7 +102,7 @@ def delta_keys(held: np.ndarray, config: DeltaConfig) -> np.ndarray:
     """
     delta = held.copy()
     for t in range(1, len(held)):
-        if not is_exact_position(t, config):
+        if not starts_anew(t, config):
             delta[t] = held[t] - held[t - 1]
     return delta
 
@@ -117,7 +117,7 @@ def recurrent_scores(query: np.ndarray, delta: np.ndarray, config: DeltaConfig) 
     for t in range(len(delta)):
         changed = delta[t] != 0
         update = np.dot(query[changed], delta[t, changed])
-        scores[t] = update if is_exact_position(t, config) else scores[t - 1] + update
+        scores[t] = update if starts_anew(t, config) else scores[t - 1] + update
     return scores
 
 
@@ -157,7 +157,7 @@ def count_zeros(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
     if config.run_value == "mean":
         return (~find_runs(keys, config)).sum(axis=1)
     delta = delta_keys(hold(keys, config), config)
-    anew = np.array([is_exact_position(t, config) for t in range(len(keys))])
+    anew = np.array([starts_anew(t, config) for t in range(len(keys))])
     return np.where(anew, 0, (delta == 0).sum(axis=1))
 
 

@@ -137,7 +137,7 @@ def test_zeros_are_those_of_the_delta_key_matrix(config):
     keys = smooth_keys((100, 16))
     delta = reference.delta_keys(reference.hold(keys, config), config)
     end = len(keys) // config.block_size * config.block_size
-    anew = [reference.is_exact_position(t, config) for t in range(end)]
+    anew = [reference.starts_anew(t, config) for t in range(end)]
     wanted = np.where(anew, 0, (delta[:end] == 0).sum(axis=1))
     np.testing.assert_array_equal(reference.count_zeros(keys, config)[:end], wanted)
 

@@ -130,7 +130,7 @@ def measure_layer(
     blocks = (length - 1) // size - config.window_blocks  # far from the last query
     stored = keys if config.key_bits is None else to_storage(keys)
     stored = stored[:, :, : blocks * size]
-    codes = _decoded(stored, config)
+    codes = None if config.key_bits in (None, 16) else _decoded(stored, stored, config)
     skipping = queries_of_blocks(config, blocks, 0, length) / (D * causal_pairs(0, length))
     attention = _FarAttention(queries, keys, scale, config, positions, blocks * size)
 
@@ -142,6 +142,8 @@ def measure_layer(
         copies = mx.repeat(stored, len(some), axis=1)
         many = None if codes is None else mx.repeat(codes, len(some), axis=1)
         held, zeros = hold_blocks(copies, tried, stored=many)
+        if many is not None and config.run_value == "mean":  # it is means that are coded
+            held = _decoded(held, copies, config)
         held = held.reshape(H, len(some), -1, D)
         costs = mx.stack([attention.cost(held[:, g]) for g in range(len(some))], axis=1)
         mx.eval(zeros, costs)
@@ -200,15 +202,13 @@ class _FarAttention:
         return 0.5 * ((weighted * error).sum(axis=-1) - weighted.sum(axis=-1) ** 2).mean(axis=-1)
 
 
-def _decoded(keys: mx.array, config: DeltaConfig) -> mx.array | None:
-    """What packed keys [1, Hkv, N, D] stand for; ``None`` where they stand for themselves."""
-    if config.key_bits in (None, 16):
-        return None
+def _decoded(values: mx.array, keys: mx.array, config: DeltaConfig) -> mx.array:
+    """What codes of values [1, H, N, D] stand for, on the grids of keys of that shape."""
     assert config.key_bits is not None
-    blocks = keys.reshape(*keys.shape[:2], -1, config.block_size, keys.shape[3])
-    blocks = blocks.astype(mx.float32)
+    shape = (*keys.shape[:2], -1, config.block_size, keys.shape[3])
+    blocks, coded = (x.reshape(shape).astype(mx.float32) for x in (keys, values))
     grid = block_grid(blocks, config.key_bits, keys.dtype)
-    codes = encode_values(blocks, grid, config.key_bits)
+    codes = encode_values(coded, grid, config.key_bits)
     return decode_values(codes, grid, keys.dtype).reshape(keys.shape)
 
 

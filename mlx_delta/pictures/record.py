@@ -12,7 +12,7 @@ import numpy as np
 
 from ..cache import _HeldKeys
 from ..config import DeltaConfig
-from ..reference import delta_keys, exact_pairs, hold, is_exact_position
+from ..reference import delta_keys, exact_pairs, hold, starts_anew
 from ..settings import Setting
 from ..sparsity import measure_sparsity
 
@@ -120,7 +120,7 @@ def record_head(
         config=config,
         keys=keys[head],
         delta=delta_keys(held, config),
-        exact=np.array([is_exact_position(t, config) for t in range(len(tokens))]),
+        exact=np.array([starts_anew(t, config) for t in range(len(tokens))]),
         far=((len(tokens) - 1) // config.block_size - config.window_blocks) * config.block_size,
         attention=np.mean([_weights(q, keys[head], held, config, scale) for q in own], axis=0),
         sparsity=float(measure_sparsity(caches, len(tokens)).prefill_heads[rank, head]),
