@@ -13,6 +13,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top; pixels
 Obstacle = tuple[Box, float]  # and what a square pixel of overlap costs
 Point = tuple[float, float]
 Line = tuple[Point, Point]
+Place = tuple[float, Box]  # what it costs by itself, and where it is
 
 # Distances (points) and directions at which a label is tried, nearest first.
 RADII = (7, 11, 16, 23, 32, 44, 60, 80, 104)
@@ -86,12 +87,7 @@ def place_labels(
                 dislike += sum(cost * _overlap(box, o, 2) for o, cost in obstacles)
                 places.append((dislike, box))
         candidates.append(sorted(places))
-    chosen = [places[0][1] for places in candidates]
-    for _ in range(ROUNDS):
-        for i, places in enumerate(candidates):
-            others = [box for j, box in enumerate(chosen) if j != i]
-            lines = [_line(points[j], chosen[j]) for j in range(len(chosen)) if j != i]
-            chosen[i] = _cheapest(places, points[i], others, lines)
+    chosen = _arrange(candidates, points)
     for note, (x, y), box in zip(notes, points, chosen, strict=True):
         note.set_position(((box[0] - x) / scale, (box[1] - y) / scale))
         (x1, y1), (x2, y2) = _line((x, y), box)
@@ -103,6 +99,27 @@ def place_labels(
                 arrowprops={"arrowstyle": "-", "lw": 0.6, "color": note.get_color(), "alpha": 0.7},
             )
     return notes
+
+
+def _arrange(candidates: Sequence[Sequence[Place]], points: Sequence[Point]) -> list[Box]:
+    """Each label's box: the best that is found from several orders of placing them."""
+    best, cheapest = [places[0][1] for places in candidates], math.inf
+    by_x = sorted(range(len(points)), key=lambda i: points[i])
+    for order in (by_x, by_x[::-1], list(range(len(points)))):
+        chosen: dict[int, Box] = {}
+        for i in order * ROUNDS:
+            others = [j for j in chosen if j != i]
+            boxes = [chosen[j] for j in others]
+            lines = [_line(points[j], chosen[j]) for j in others]
+            chosen[i] = _cheapest(candidates[i], points[i], boxes, lines)[1]
+        total = 0.0
+        for i, box in chosen.items():
+            boxes = [other for j, other in chosen.items() if j != i]
+            own = next(dislike for dislike, place in candidates[i] if place == box)
+            total += own + _crowding(box, points[i], boxes, [])
+        if total < cheapest:
+            best, cheapest = [chosen[i] for i in range(len(points))], total
+    return best
 
 
 def _outside(box: Box, frame: Box) -> float:
@@ -130,16 +147,16 @@ def _line(point: Point, box: Box) -> Line:
 
 
 def _cheapest(
-    places: Sequence[tuple[float, Box]], point: Point, others: Sequence[Box], lines: Sequence[Line]
-) -> Box:
+    places: Sequence[Place], point: Point, others: Sequence[Box], lines: Sequence[Line]
+) -> Place:
     """The best of a label's places, which come with their own costs, cheapest first."""
-    best, cheapest = places[0][1], math.inf
+    best = (math.inf, places[0][1])
     for dislike, box in places:
-        if dislike >= cheapest:
+        if dislike >= best[0]:
             break
         cost = dislike + _crowding(box, point, others, lines)
-        if cost < cheapest:
-            best, cheapest = box, cost
+        if cost < best[0]:
+            best = (cost, box)
     return best
 
 

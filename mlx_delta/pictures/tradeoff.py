@@ -148,7 +148,7 @@ def _sparsity_panel(
     axes.set_xlabel(f"{part} sparsity: share of QKᵀ skipped (more is better)")
     places = {run.setting: run.sparsity[sparsity] for run in shown}
     largest = max(places.values(), default=0.0)
-    axes.set_xlim(-0.04 * max(largest, 0.5), max(largest, 0.5) * 1.12)
+    axes.set_xlim(-0.04 * max(largest, 0.5), max(largest, 0.5) * 1.17)
     _plot(axes, theme, shown, places, axis)
 
 
