@@ -74,6 +74,9 @@ def place_labels(
     candidates = []
     for (x, y), extent in zip(points, extents, strict=True):
         places = []
+        others = [
+            (o, cost) for o, cost in obstacles if not (o[0] <= x <= o[2] and o[1] <= y <= o[3])
+        ]
         for radius in RADII:
             for step in range(DIRECTIONS):
                 angle = 2 * math.pi * step / DIRECTIONS
@@ -85,6 +88,9 @@ def place_labels(
                 dislike = 0.25 * radius + 2 * (1 - math.cos(angle)) + (math.sin(angle) < 0)
                 dislike += 1e3 * _outside(box, frame.extents)
                 dislike += sum(cost * _overlap(box, o, 2) for o, cost in obstacles)
+                # Beside another's marker a label would seem to be that one's.
+                line = _line((x, y), box)
+                dislike += sum(3 * cost for o, cost in others if _hits(line, o))
                 places.append((dislike, box))
         candidates.append(sorted(places))
     chosen = _arrange(candidates, points)
