@@ -432,7 +432,7 @@ def decode_cases() -> None:
         # Several slices to a block, several blocks to a split.
         (Case(config(4, window=0, value_bits=4, sinks=17), (200,), 2, (2, 2), 32), None),
         # No more values than a keyframe's.
-        (Case(config(4, **blocks_of_16), (40,), 1, (1, 1), 80, kind="constant"), None),
+        (Case(config(4, **blocks_of_16, sinks=0), (40,), 1, (1, 1), 80, kind="constant"), None),
     ]
     with mock.patch.object(launch, "THREADGROUPS", 8):
         for case, mask in cases:
