@@ -82,11 +82,15 @@ class Setting:
     def prefill(
         self, model: nn.Module, tokens: Sequence[int], caches: list[Any], step: int = PREFILL_STEP
     ) -> mx.array:
-        """Feed a prompt in chunks; logits [vocabulary] after its last token."""
-        logits = mx.zeros(0)
-        for start in range(0, len(tokens), step):
-            logits = self.forward(model, tokens[start : start + step], caches)[-1]
-        return logits
+        """Feed a prompt in chunks, its last token by itself; logits [vocabulary] after it.
+
+        As in mlx-lm's generation, which never computes the logits of the tokens before.
+        """
+        for start in range(0, len(tokens) - 1, step):
+            part = list(tokens[start : min(start + step, len(tokens) - 1)])
+            model(mx.array(part)[None], cache=caches)
+            self._settle(caches)
+        return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
         if self.max_size is not None and caches[0].offset > 0:
@@ -96,10 +100,15 @@ class Setting:
 
     def _step(self, model: nn.Module, tokens: list[int], caches: list[Any]) -> mx.array:
         logits = model(mx.array(tokens)[None], cache=caches)[0]
+        mx.eval(logits)
+        self._settle(caches)
+        return logits
+
+    def _settle(self, caches: list[Any]) -> None:
+        """Compute what the caches hold, quantized if it is to be."""
         if self.kv_bits is not None:
             _quantize(caches, 0, 64, self.kv_bits)
-        mx.eval(logits, [cache.state for cache in caches])
-        return logits
+        mx.eval([cache.state for cache in caches])
 
 
 # ``import mlx_lm.generate`` would give the function of that name.
