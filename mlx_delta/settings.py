@@ -85,7 +85,12 @@ class Setting:
         """Feed a prompt in chunks, its last token by itself; logits [vocabulary] after it.
 
         As in mlx-lm's generation, which never computes the logits of the tokens before.
+
+        Raises:
+            ValueError: The prompt is empty.
         """
+        if not tokens:
+            raise ValueError("[prefill] the prompt is empty; give at least one token.")
         for start in range(0, len(tokens) - 1, step):
             part = list(tokens[start : min(start + step, len(tokens) - 1)])
             model(mx.array(part)[None], cache=caches)

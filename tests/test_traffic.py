@@ -33,7 +33,8 @@ def filled(model, name: str, length: int, delta: DeltaConfig = SMALL, decoded: i
     setting = parse_setting(name, delta)
     caches = setting.make_caches(model, length)
     ids = tokens(length)[0].tolist()
-    setting.prefill(model, ids[: length - decoded], caches)
+    if length > decoded:
+        setting.prefill(model, ids[: length - decoded], caches)
     for token in ids[length - decoded :]:
         setting.forward(model, [token], caches)
     return caches
