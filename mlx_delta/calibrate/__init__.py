@@ -1,8 +1,9 @@
 """Choosing thresholds for a wanted sparsity or a wanted loss, on any model and text.
 
-``record.py`` measures what thresholds skip and cost, ``solve.py`` shares the skipping out,
-``loss.py`` measures losses, ``write.py`` changes a config.json; the command line
-(``python -m mlx_delta.calibrate``) is beside them.
+``record.py`` measures what thresholds skip and what attention errors they make,
+``sensitivity.py`` what holding a layer does to the model's output, ``solve.py`` shares the
+skipping out, ``family.py`` puts them together, ``loss.py`` measures losses, ``write.py`` changes a
+config.json; the command line (``python -m mlx_delta.calibrate``) is beside them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from tqdm import tqdm
 
 from ..config import DeltaConfig, ThresholdMode
 from ..evaluate.text import context_length, encode_text, first_tokens
+from .family import Family, Per, beyond
 from .loss import mean_loss, sparsest_within
 from .record import Recording, highest_sparsity, record
-from .solve import Curve, cheapest_thresholds, mean_curve
+from .sensitivity import Sensitivity, measure_sensitivity, passes
+from .solve import Curve
 
-Per = Literal["model", "layer", "head"]
+Cost = Literal["kl", "attention"]
 
 LENGTH = 2048
+WINDOWS = 8
+KL_WINDOWS = 2  # a pass for each layer and threshold: more are rarely worth the time
 BISECTIONS = 8
-DIGITS = 5  # significant ones of a threshold
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,21 @@ class LossRise:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """KL divergence from dense attention, in nats per token.
+
+    Attributes:
+        measured: Of single layers or kv heads.
+        chosen: What their sum is at the chosen thresholds.
+        uniform: What it is at the one threshold for all layers with the same sparsity.
+    """
+
+    measured: Sensitivity
+    chosen: float
+    uniform: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What a calibration found.
 
@@ -54,8 +73,9 @@ class Calibration:
         highest: Prefill sparsity if everything outside the exact window were held.
         length: Tokens of a window.
         windows: How many were recorded.
-        curve: Sparsity and cost over one threshold for all layers.
+        curve: Sparsity over one threshold for all layers.
         recording: The curves of single layers and heads.
+        divergence: What was measured for the cost ``"kl"``.
         loss: Losses of the held-back windows, where a loss was wanted.
     """
 
@@ -66,6 +86,7 @@ class Calibration:
     windows: int
     curve: Curve
     recording: Recording
+    divergence: Divergence | None = None
     loss: LossRise | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +112,19 @@ class Calibration:
                 for layer, thresholds, sparsity in layers
             ],
         }
+        if self.divergence is not None:
+            measured = self.divergence.measured
+            values["kl"] = {
+                "windows": measured.windows,
+                "chosen": round(self.divergence.chosen, 8),
+                "uniform": round(self.divergence.uniform, 8),
+            }
+            for i, layer in enumerate(values["layers"]):
+                layer["kl"] = {
+                    "thresholds": np.round(measured.thresholds[i], 6).tolist(),
+                    "alone": np.round(measured.divergence[i], 8).tolist(),
+                    "nothing_held": round(float(measured.stored[i]), 8),
+                }
         if self.loss is not None:
             values["loss"] = {"dense": self.loss.dense, "delta": self.loss.delta}
         return values
@@ -104,8 +138,9 @@ def calibrate(
     sparsity: float | None = None,
     loss: float | None = None,
     length: int | None = None,
-    windows: int = 8,
+    windows: int | None = None,
     per: Per = "layer",
+    cost: Cost | None = None,
     mode: ThresholdMode | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -122,10 +157,16 @@ def calibrate(
         loss: Instead of it: how much the loss may rise, in nats per token. Held to on a third of
             the windows, which are not used for anything else.
         length: Tokens of a window; 2,048 or the model's context if not given.
-        windows: At most so many, spread evenly over the text.
+        windows: At most so many, spread evenly over the text; 8 if not given, of which 2 serve for
+            the cost ``"kl"``.
         per: What gets a threshold of its own: the whole ``"model"``, a ``"layer"``, a ``"head"``.
+        cost: By what skipping is shared out. ``"kl"``, the default: the KL divergence of the
+            model's output with one layer or kv head held alone, a pass over every window for each
+            of them and each of seven thresholds. ``"attention"``: the error of its attention, in
+            the one pass that records, which knows nothing of the layers after it. Not for
+            ``per="model"``, which has nothing to share out.
         mode: Of the thresholds; the setting's own if not given.
-        seed: Of the choice of queries.
+        seed: Of the choice of queries, for the cost ``"attention"``.
         progress: Show progress on stderr.
 
     Raises:
@@ -137,11 +178,18 @@ def calibrate(
         raise ValueError("[calibrate] the model attends densely; load it with a DeltaConfig.")
     if per not in ("model", "layer", "head"):
         raise ValueError(f"[calibrate] per must be 'model', 'layer' or 'head' but got {per!r}.")
+    if cost not in (None, "kl", "attention"):
+        raise ValueError(f"[calibrate] cost must be 'kl' or 'attention' but got {cost!r}.")
+    if cost is not None and per == "model":
+        raise ValueError(
+            f"[calibrate] cost is {cost!r} but one threshold for all layers leaves nothing to "
+            "share out; drop --cost or --uniform."
+        )
     if mode is not None:
         base = dataclasses.replace(base, threshold_mode=mode)
     length = check_length(length, context_length(model), base)
     check_wish(sparsity, loss, base, length)
-    parts = cut_windows(tokenizer, text, length, windows)
+    parts = cut_windows(tokenizer, text, length, WINDOWS if windows is None else windows)
     recorded, held_back = parts, []
     if loss is not None:
         if len(parts) < 2:
@@ -154,7 +202,12 @@ def calibrate(
 
     with _Bar(len(recorded), "recording", progress) as bar:
         recording = record(model, recorded, base, np.random.default_rng(seed), bar)
-    family = _Family(base, recording, len(model.layers), per)
+    measured = None
+    if per != "model" and cost != "attention":
+        count = min(len(recorded), KL_WINDOWS if windows is None else windows)
+        scored = [recorded[i * len(recorded) // count] for i in range(count)]
+        measured = _measure(model, scored, base, recording, per, progress)
+    family = Family(base, recording, len(model.layers), per, measured)
     found = None
     if loss is None:
         assert sparsity is not None
@@ -163,6 +216,10 @@ def calibrate(
         with _Bar((BISECTIONS + 3) * len(held_back), "measuring losses", progress) as bar:
             wanted, found = _within_loss(model, held_back, family, loss, bar)
     config = family.setting(wanted)
+    divergence = None
+    if measured is not None:
+        settings = config, family.uniform_setting(wanted)
+        divergence = Divergence(measured, *map(family.divergence_of, settings))
     return Calibration(
         config=config,
         sparsity=family.sparsity_of(config),
@@ -171,6 +228,7 @@ def calibrate(
         windows=len(recorded),
         curve=family.uniform,
         recording=recording,
+        divergence=divergence,
         loss=found,
     )
 
@@ -215,7 +273,7 @@ def check_wish(
         raise ValueError(f"[calibrate] sparsity must be between 0 and 1 but got {sparsity}.")
     highest = highest_sparsity(config, length)
     if sparsity > highest:
-        raise ValueError(_beyond(sparsity, length, highest))
+        raise ValueError(beyond(sparsity, length, highest))
 
 
 def cut_windows(
@@ -242,67 +300,25 @@ def cut_windows(
     return [first + ids[start : start + fresh] for start in starts]
 
 
-class _Family:
-    """The cheapest setting for every sparsity.
-
-    Args:
-        base: Everything but the thresholds.
-        recording: The curves.
-        n_layers: Layers of the model, those without held keys included.
-        per: What gets a threshold of its own.
-    """
-
-    def __init__(self, base: DeltaConfig, recording: Recording, n_layers: int, per: Per):
-        self._base, self._recording, self._n_layers, self._per = base, recording, n_layers, per
-        # [layers][kv heads]
-        self._heads = [
-            [Curve(thresholds, *curve) for curve in zip(sparsity, cost, strict=True)]
-            for thresholds, sparsity, cost in zip(
-                recording.thresholds, recording.sparsity, recording.cost, strict=True
-            )
-        ]
-        self._layers = [mean_curve(heads) for heads in self._heads]
-        self.uniform = mean_curve(self._layers)
-
-    def setting(self, sparsity: float) -> DeltaConfig:
-        """The setting with this mean sparsity.
-
-        Raises:
-            ValueError: Even the highest recorded thresholds do not reach it.
-        """
-        if sparsity > self.highest + 1e-6:
-            raise ValueError(_beyond(sparsity, None, self.highest))
-        if self._per == "model":
-            threshold = _rounded(self.uniform.threshold_for(sparsity))
-            return dataclasses.replace(self._base, threshold=threshold)
-        per_head = self._per == "head"
-        units = [c for heads in self._heads for c in heads] if per_head else self._layers
-        chosen = [_rounded(t) for t in cheapest_thresholds(units, sparsity)]
-        thresholds: list[Any] = [0.0] * self._n_layers  # where there is nothing to hold
-        n_heads = len(self._heads[0])
-        for i, layer in enumerate(self._recording.layers):
-            own = tuple(chosen[i * n_heads : (i + 1) * n_heads]) if per_head else chosen[i]
-            thresholds[layer] = own
-        return dataclasses.replace(self._base, threshold=tuple(thresholds))
-
-    def sparsity_of(self, config: DeltaConfig) -> float:
-        """Mean sparsity that a setting has on the recorded curves."""
-        sparsity = []
-        for layer, heads in zip(self._recording.layers, self._heads, strict=True):
-            own = config.for_layer(layer, self._n_layers)
-            sparsity += [c.sparsity_at(own.for_head(h).head_threshold) for h, c in enumerate(heads)]
-        return float(np.mean(sparsity))
-
-    @property
-    def highest(self) -> float:
-        """The highest sparsity that it reaches."""
-        return float(np.mean([curve.sparsity.max() for curve in self._layers]))
+def _measure(
+    model: nn.Module,
+    windows: Sequence[Sequence[int]],
+    base: DeltaConfig,
+    recording: Recording,
+    per: Per,
+    progress: bool,
+) -> Sensitivity:
+    """KL divergences of the recorded layers, or of their heads."""
+    heads = recording.sparsity.shape[1] if per == "head" else None
+    total = passes(len(recording.layers), heads or 1, len(windows), base)
+    with _Bar(total, f"measuring {per}s", progress, "pass") as bar:
+        return measure_sensitivity(model, windows, base, recording, heads, bar)
 
 
 def _within_loss(
     model: nn.Module,
     windows: Sequence[Sequence[int]],
-    family: _Family,
+    family: Family,
     wanted: float,
     progress: Callable[[], None],
 ) -> tuple[float, LossRise]:
@@ -320,25 +336,11 @@ def _within_loss(
     return sparsity, LossRise(dense, losses[sparsity])
 
 
-def _rounded(threshold: float) -> float:
-    """Short enough to be read in a config.json."""
-    return float(f"{threshold:.{DIGITS}g}")
-
-
-def _beyond(sparsity: float, length: int | None, highest: float) -> str:
-    where = "on this text" if length is None else f"in {length} tokens"
-    return (
-        f"[calibrate] a sparsity of {sparsity:g} can't be reached {where}: with everything held "
-        f"but the exact window, sinks and keyframes it is {highest:.4f}; ask for less, or give a "
-        "larger --length."
-    )
-
-
 class _Bar:
     """A progress bar to be called after each step."""
 
-    def __init__(self, total: int, name: str, shown: bool):
-        self._bar = tqdm(total=total, desc=name, unit="window", leave=False, disable=not shown)
+    def __init__(self, total: int, name: str, shown: bool, unit: str = "window"):
+        self._bar = tqdm(total=total, desc=name, unit=unit, leave=False, disable=not shown)
 
     def __enter__(self) -> Callable[[], None]:
         return lambda: self._bar.update()

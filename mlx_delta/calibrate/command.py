@@ -16,7 +16,9 @@ from ..evaluate.text import BUNDLED_TEXT, read_text
 from ..loading import DEMO, find_model, load, read_config
 from ..models import get_model_classes
 from ..models.common import read_delta
-from . import Calibration, Per, calibrate
+from . import KL_WINDOWS, WINDOWS, Calibration, calibrate
+from .family import Per
+from .sensitivity import GRID
 from .write import ENTRY, check_file, check_target, copy_model, merged, write_setting, write_text
 
 TABLE_ROWS = 22  # of the curve: as many as the grid has
@@ -27,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.calibrate",
         description="Choose thresholds for a wanted sparsity or loss, and write them into a "
-        "model's config.json.",
+        "model's config.json. The sparsity of all thresholds takes one pass of the model over each "
+        "window; what they cost, see --cost.",
     )
     add = parser.add_argument
     add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
@@ -40,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--loss", type=float, help="Or: how much the loss may rise, in nats per token."
     )
     add("--length", type=int, help="Tokens of a window. Default: 2,048, or the model's context.")
-    add("--windows", type=int, default=8, help="At most so many windows of the text. Default: 8.")
+    add(
+        "--windows",
+        type=int,
+        help=f"At most so many windows of the text. Default: {WINDOWS}, of which {KL_WINDOWS} "
+        "serve for --cost kl.",
+    )
     per = parser.add_mutually_exclusive_group()
     for name, what in (
         ("layer", "One threshold for each layer (default)."),
@@ -51,12 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--uniform", dest="per", action="store_const", const="model", help="One for all layers."
     )
     add(
+        "--cost",
+        choices=("kl", "attention"),
+        help="By what skipping is shared out among layers. kl (default): the measured KL "
+        "divergence from dense attention with one layer held at a time. Takes layers x "
+        f"{len(GRID)} thresholds x windows passes of the model over a window "
+        f"({28 * len(GRID) * KL_WINDOWS} for 28 layers and {KL_WINDOWS} windows), with --per-head "
+        "times the kv heads. attention: the error of each layer's own attention. Takes no pass "
+        "more, but does not know what later layers make of it.",
+    )
+    add(
         "--mode",
         choices=("relative", "absolute"),
         help="Thresholds relative to each block's spread of keys, or in the keys' own units, as in "
         "the paper. Default: the model's setting.",
     )
-    add("--seed", type=int, default=0, help="Of the sampled queries. Default: 0.")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Of the queries that --cost attention samples. Default: 0.",
+    )
     add(
         "--output",
         type=Path,
@@ -128,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
         length=args.length,
         windows=args.windows,
         per=per,
+        cost=args.cost,
         mode=args.mode,
         seed=args.seed,
         progress=sys.stderr.isatty(),
@@ -170,6 +194,11 @@ def report(found: Calibration) -> list[str]:
         f"Chosen: a prefill sparsity of {found.sparsity:.4f} (at most {found.highest:.4f} with "
         "these blocks and window)",
     ]
+    if found.divergence is not None:
+        lines.append(
+            f"Expected KL divergence from dense: {found.divergence.chosen:.5f} nats per token; "
+            f"with one threshold for all layers {found.divergence.uniform:.5f}"
+        )
     if found.loss is not None:
         lines.append(
             f"Loss of held-back windows: {found.loss.dense:.4f} nats per token dense, "

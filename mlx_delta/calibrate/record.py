@@ -47,6 +47,11 @@ class Recording:
     sparsity: np.ndarray
     cost: np.ndarray
 
+    @property
+    def units(self) -> np.ndarray:
+        """[layers], what 1 on the grid is: 1, or the spread of a layer's keys."""
+        return self.thresholds[:, -1] / GRID[-1]
+
 
 def record(
     model: nn.Module,
