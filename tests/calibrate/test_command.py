@@ -13,6 +13,7 @@ from mlx_delta import calibrate as package
 from mlx_delta import load, measure_sparsity
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.loss import mean_loss
+from mlx_delta.calibrate.sensitivity import GRID
 from mlx_delta.evaluate.text import BUNDLED_TEXT
 
 from ..tiny import LLAMA, SMALL, llama_model, tokens, write_llama
@@ -30,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(*flags: object) -> int:
-    return main([*map(str, flags), *SHORT])
+    return main([*SHORT, *map(str, flags)])
 
 
 def test_load_picks_up_what_was_written(path, capsys):
@@ -38,6 +39,7 @@ def test_load_picks_up_what_was_written(path, capsys):
     assert run("--model", path, "--sparsity", "0.45") == 0
     output = capsys.readouterr().out
     assert "Chosen: a prefill sparsity of 0.4500" in output and "threshold  sparsity" in output
+    assert "Expected KL divergence from dense: 0." in output
     after = (path / "config.json").read_text()
     old, new = json.loads(before), json.loads(after)
     assert before.split('"delta"')[0] == after.split('"delta"')[0]
@@ -55,7 +57,12 @@ def test_load_picks_up_what_was_written(path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "kind"),
-    [(["--per-head"], list), (["--uniform"], float), (["--mode", "absolute"], float)],
+    [
+        (["--per-head", "--windows", "1"], list),
+        (["--per-head", "--cost", "attention"], list),
+        (["--uniform"], float),
+        (["--mode", "absolute", "--cost", "attention"], float),
+    ],
 )
 def test_other_thresholds(path, flags, kind):
     assert run("--model", path, "--sparsity", "0.4", *flags) == 0
@@ -78,10 +85,11 @@ def test_a_copy_leaves_the_model_as_it_is(path, tmp_path):
     assert {p.name for p in copy.iterdir()} == {p.name for p in path.iterdir()}
 
 
-def test_a_dry_run_writes_the_curves_and_nothing_else(path, tmp_path):
+def test_a_dry_run_writes_the_curves_and_nothing_else(path, tmp_path, capsys):
     before = (path / "config.json").read_text()
     curve = tmp_path / "curve.json"
     assert run("--model", path, "--sparsity", "0.4", "--dry-run", "--curve", curve) == 0
+    assert "Dry run: no setting written." in capsys.readouterr().out
     assert (path / "config.json").read_text() == before
     values = json.loads(curve.read_text())
     assert values["sparsity"] == pytest.approx(0.4, abs=1e-3)
@@ -89,10 +97,15 @@ def test_a_dry_run_writes_the_curves_and_nothing_else(path, tmp_path):
     assert values["curve"]["sparsity"][-1] <= values["highest_sparsity"]
     assert [layer["layer"] for layer in values["layers"]] == [0, 1, 2]
     assert len(values["layers"][0]["sparsity_of_heads"]) == 2
+    assert values["kl"]["windows"] == 2
+    assert 0 < values["kl"]["chosen"] <= values["kl"]["uniform"]
+    kl = values["layers"][2]["kl"]
+    assert kl["thresholds"] == list(GRID) and kl["nothing_held"] == 0
+    assert len(kl["alone"]) == 1 and min(kl["alone"][0]) > 0
 
 
 def test_a_wanted_loss(path, capsys):
-    assert run("--model", path, "--loss", "0.02", "--windows", "3") == 0
+    assert run("--model", path, "--loss", "0.02", "--windows", "3", "--cost", "attention") == 0
     words = capsys.readouterr().out.split("(")[-1]
     assert float(words.split(")")[0]) <= 0.02
 
@@ -117,13 +130,14 @@ def test_thresholds_that_do_not_fit_the_model_are_mended(path):
     load(path)
 
 
-def test_an_interruption_leaves_the_config_as_it_was(path, capsys, monkeypatch):
+@pytest.mark.parametrize("when", ["record", "measure_sensitivity"])
+def test_an_interruption_leaves_the_config_as_it_was(path, capsys, monkeypatch, when):
     before = (path / "config.json").read_text()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(package, "record", interrupt)
+    monkeypatch.setattr(package, when, interrupt)
     assert run("--model", path, "--sparsity", "0.4") == 130
     assert "Interrupted; the model is as it was." in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
@@ -143,6 +157,7 @@ def test_an_interruption_leaves_the_config_as_it_was(path, capsys, monkeypatch):
         (["--sparsity", "0.4", "--length", "4096"], "longer than the model's context of 2048"),
         (["--sparsity", "0.4", "--length", "20"], "nothing can be skipped in 20 tokens"),
         (["--sparsity", "0.4", "--windows", "0"], "windows must be >= 1 but got 0"),
+        (["--sparsity", "0.4", "--cost", "kl", "--uniform"], "leaves nothing to share out; drop"),
         (["--sparsity", "0.4", "--output", "MODEL"], "exists already; give a new directory"),
         (["--sparsity", "0.4", "--output", "MODEL/x"], "lies inside the model's own directory"),
         (["--sparsity", "0.4", "--output", "x", "--dry-run"], "contradict each other"),
@@ -183,6 +198,11 @@ def test_models_without_keys_to_hold_are_refused(path, capsys):
     [
         (None, {"sparsity": 0.4}, "the model attends densely; load it with a DeltaConfig"),
         (SMALL, {"sparsity": 0.4, "per": "row"}, "per must be 'model', 'layer' or 'head' but got"),
+        (
+            SMALL,
+            {"sparsity": 0.4, "cost": "loss"},
+            "cost must be 'kl' or 'attention' but got 'loss'",
+        ),
         (SMALL, {}, "give either a wanted sparsity or a wanted loss"),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 
 from mlx_delta import DeltaConfig, load, measure_sparsity
 from mlx_delta import calibrate as package
-from mlx_delta.calibrate import calibrate
+from mlx_delta.calibrate import calibrate, sensitivity
+from mlx_delta.evaluate.language import measure_window
 from mlx_delta.evaluate.text import BUNDLED_TEXT, encode_text, read_text
 from mlx_delta.settings import Setting
 
@@ -55,9 +56,9 @@ def prefill_sparsity(model: Any, config: DeltaConfig, windows: list[list[int]]) 
 @pytest.mark.parametrize(
     ("wanted", "options"),
     [
-        (0.65, {}),
-        (0.4, {"per": "head"}),
-        (0.55, {"mode": "absolute"}),
+        (0.65, {"cost": "attention"}),
+        (0.4, {"cost": "attention", "per": "head"}),
+        (0.55, {"cost": "attention", "mode": "absolute"}),
     ],
     ids=str,
 )
@@ -67,3 +68,22 @@ def test_unseen_text_has_the_wanted_sparsity(demo, wanted, options):
     found = calibrate(model, tokenizer, seen, sparsity=wanted, length=LENGTH, windows=1, **options)
     assert found.sparsity == pytest.approx(wanted, abs=1e-3)
     assert prefill_sparsity(model, found.config, unseen) == pytest.approx(wanted, abs=0.02)
+
+
+def test_measured_divergences_hit_it_too_and_their_sum_foretells_that_of_all(demo, monkeypatch):
+    """Predicted from single layers, measured with all of them held."""
+    monkeypatch.setattr(sensitivity, "GRID", (0.5, 1.0, 2.0, 8.0))
+    model, tokenizer, seen, unseen = demo
+    window = seen[: LENGTH // 2]
+    found = calibrate(model, tokenizer, window, sparsity=0.5, length=LENGTH // 2, windows=1)
+    assert found.sparsity == pytest.approx(0.5, abs=1e-3)
+    halves = [unseen[0][: LENGTH // 2], unseen[0][LENGTH // 2 :]]
+    assert prefill_sparsity(model, found.config, halves) == pytest.approx(0.5, abs=0.02)
+    assert found.divergence is not None
+    uniform = DeltaConfig(threshold=found.curve.threshold_for(0.5))
+    settings = [Setting("delta", "delta", config) for config in (found.config, uniform)]
+    window = seen[: LENGTH // 2 + 1]  # its last token is only predicted
+    chosen, one = (r["kld"] for r in measure_window(model, tokenizer, window, settings))
+    assert chosen == pytest.approx(found.divergence.chosen, rel=0.3)
+    assert one == pytest.approx(found.divergence.uniform, rel=0.3)
+    assert chosen < one
