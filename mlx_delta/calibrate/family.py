@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import DeltaConfig
 from .record import Recording
-from .sensitivity import Sensitivity
+from .sensitivity import USUAL, Sensitivity
 from .solve import Curve, cheapest_thresholds, mean_curve
 
 Per = Literal["model", "layer", "head"]
@@ -26,6 +26,7 @@ class Family:
         n_layers: Layers of the model, those without held keys included.
         per: What gets a threshold of its own.
         sensitivity: The cost instead: of layers for ``"layer"``, of kv heads for ``"head"``.
+            Thresholds then go beyond ``USUAL`` only for a sparsity that is not reached without.
     """
 
     def __init__(
@@ -47,6 +48,13 @@ class Family:
             shared = sparsity if per == "head" else sparsity.mean(axis=1, keepdims=True)
             units = _curves(grid, shared, sensitivity.cost(grid))
         self._units = [curve for layer in units for curve in layer]
+        self._usual = self._units
+        if sensitivity is not None:
+            # A hair more: thresholds are products of floats.
+            ends = recording.units * USUAL * (1 + 1e-6)
+            self._usual = [
+                c.up_to(end) for end, layer in zip(ends, units, strict=True) for c in layer
+            ]
 
     def setting(self, sparsity: float) -> DeltaConfig:
         """The setting with this mean sparsity.
@@ -57,7 +65,9 @@ class Family:
         self._check(sparsity)
         if self._per == "model":
             return self.uniform_setting(sparsity)
-        chosen = [rounded(t) for t in cheapest_thresholds(self._units, sparsity)]
+        reached = np.mean([curve.sparsity.max() for curve in self._usual])
+        units = self._usual if sparsity <= reached else self._units
+        chosen = [rounded(t) for t in cheapest_thresholds(units, sparsity)]
         thresholds: list[Any] = [0.0] * self._n_layers  # where there is nothing to hold
         n_heads = len(self._heads[0])
         for i, layer in enumerate(self._recording.layers):

@@ -23,6 +23,9 @@ from .record import Recording
 
 # In the units of the recording's grid, whose points they are; at 8 nearly all is held.
 GRID = (0.35, 0.6, 1.0, 1.4, 2.0, 2.8, 8.0)
+# Beyond it there is little left to skip, and most of a block is held as one value: what that costs
+# shows where a text comes back to a detail, which is too rare to weigh in its mean divergence.
+USUAL = 2.8
 CHUNK = 128  # tokens at a time: in the scored half every query should see held keys as it decodes
 KEPT_BYTES = 2**29  # of dense log-probabilities; their copies while they are read come on top
 

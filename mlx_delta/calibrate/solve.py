@@ -27,6 +27,11 @@ class Curve:
     sparsity: np.ndarray
     cost: np.ndarray
 
+    def up_to(self, threshold: float) -> Curve:
+        """The part of the curve at thresholds of no more than this."""
+        kept = self.thresholds <= threshold
+        return Curve(self.thresholds[kept], self.sparsity[kept], self.cost[kept])
+
     def sparsity_at(self, threshold: float) -> float:
         """Between grid points, linearly."""
         return float(np.interp(threshold, self.thresholds, self.sparsity))

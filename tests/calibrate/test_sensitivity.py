@@ -14,7 +14,13 @@ from mlx_delta.calibrate import sensitivity
 from mlx_delta.calibrate.family import Family
 from mlx_delta.calibrate.record import GRID as RECORDED
 from mlx_delta.calibrate.record import Recording, record
-from mlx_delta.calibrate.sensitivity import GRID, Sensitivity, measure_sensitivity, passes
+from mlx_delta.calibrate.sensitivity import (
+    GRID,
+    USUAL,
+    Sensitivity,
+    measure_sensitivity,
+    passes,
+)
 
 from ..tiny import SMALL, bitnet_model, llama_model, tokens
 
@@ -132,11 +138,13 @@ def test_costs_never_fall_and_leave_out_what_storage_alone_costs():
 def table_family():
     """The curves of a measured model, as a family of settings."""
     zero = np.zeros((4, 1))
-    blank = np.zeros((4, 1, 7))
-    thresholds = np.tile([0.0, *HELD_AT], (4, 1))
-    sparsity = np.concatenate([zero, SPARSITY], axis=1)[:, None]
+    blank = np.zeros((4, 1, 8))
+    divergence = np.concatenate([DIVERGENCE, DIVERGENCE[:, -1:] * 1.01], axis=1)[:, None]
+    # In units of which the recording's last point, as ever, is its grid's.
+    thresholds = np.tile([0.0, *HELD_AT, 8.0], (4, 1))
+    sparsity = np.concatenate([zero, SPARSITY, SPARSITY[:, -1:] + 0.03], axis=1)[:, None]
     recording = Recording((0, 1, 2, 3), thresholds, sparsity, blank)
-    measured = Sensitivity(thresholds[:, 1:], DIVERGENCE[:, None], np.zeros(4), 1)
+    measured = Sensitivity(thresholds[:, 1:], divergence, np.zeros(4), 1)
     return Family(DeltaConfig(), recording, 4, "layer", measured)
 
 
@@ -163,6 +171,14 @@ def test_thresholds_by_measured_divergences_are_the_best_of_all(wanted):
         uniform = family.uniform_setting(wanted)
         assert family.sparsity_of(uniform) == pytest.approx(wanted, abs=1e-4)
         assert family.divergence_of(config) < family.divergence_of(uniform) / 3
+
+
+def test_thresholds_beyond_the_usual_are_for_sparsity_that_needs_them():
+    family = table_family()
+    assert max(family.setting(0.8).threshold) <= USUAL, "though holding all costs hardly more"
+    far = family.setting(0.86)
+    assert max(far.threshold) > USUAL
+    assert family.sparsity_of(far) == pytest.approx(0.86, abs=1e-4)
 
 
 def test_recorded_grids_hold_the_measured_points():

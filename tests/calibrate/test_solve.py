@@ -23,6 +23,15 @@ def test_a_threshold_is_read_off_the_curve_both_ways():
     assert curve.threshold_for(0.9) == 4.0, "the last one where none reaches"
 
 
+def test_a_curve_is_cut_off_behind_a_threshold():
+    curve = Curve(np.array([0.0, 1.0, 2.0]), np.array([0.0, 0.3, 0.4]), np.arange(3.0)).up_to(1.0)
+    assert [x.tolist() for x in (curve.thresholds, curve.sparsity, curve.cost)] == [
+        [0.0, 1.0],
+        [0.0, 0.3],
+        [0.0, 1.0],
+    ]
+
+
 def test_units_with_quadratic_costs_share_as_the_marginal_costs_are_equal():
     """cost = a s^2: the marginal costs 2 a s agree, so s goes as 1 / a."""
     weights = np.array([1.0, 2.0, 4.0])
