@@ -11,14 +11,22 @@ import pytest
 import mlx_delta
 from mlx_delta import calibrate as package
 from mlx_delta import load, measure_sparsity
+from mlx_delta.calibrate import sensitivity
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.loss import mean_loss
-from mlx_delta.calibrate.sensitivity import GRID
 from mlx_delta.evaluate.text import BUNDLED_TEXT
 
 from ..tiny import LLAMA, SMALL, llama_model, tokens, write_llama
 
 SHORT = ["--length", "200", "--windows", "2"]
+GRID = (0.6, 1.4, 8.0)
+FAST = ["--cost", "attention"]
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divergences at three thresholds instead of seven."""
+    monkeypatch.setattr(sensitivity, "GRID", GRID)
 
 
 @pytest.fixture
@@ -59,9 +67,9 @@ def test_load_picks_up_what_was_written(path, capsys):
     ("flags", "kind"),
     [
         (["--per-head", "--windows", "1"], list),
-        (["--per-head", "--cost", "attention"], list),
+        (["--per-head", *FAST], list),
         (["--uniform"], float),
-        (["--mode", "absolute", "--cost", "attention"], float),
+        (["--mode", "absolute", *FAST], float),
     ],
 )
 def test_other_thresholds(path, flags, kind):
@@ -78,7 +86,7 @@ def test_other_thresholds(path, flags, kind):
 def test_a_copy_leaves_the_model_as_it_is(path, tmp_path):
     before = (path / "config.json").read_text()
     copy = tmp_path / "new" / "copy"
-    assert run("--model", path, "--sparsity", "0.4", "--output", copy) == 0
+    assert run("--model", path, "--sparsity", "0.4", "--output", copy, *FAST) == 0
     assert (path / "config.json").read_text() == before
     model, _ = load(copy)
     assert len(model.args.delta.threshold) == 3
@@ -105,7 +113,7 @@ def test_a_dry_run_writes_the_curves_and_nothing_else(path, tmp_path, capsys):
 
 
 def test_a_wanted_loss(path, capsys):
-    assert run("--model", path, "--loss", "0.02", "--windows", "3", "--cost", "attention") == 0
+    assert run("--model", path, "--loss", "0.02", "--windows", "3", *FAST) == 0
     words = capsys.readouterr().out.split("(")[-1]
     assert float(words.split(")")[0]) <= 0.02
 
@@ -113,7 +121,9 @@ def test_a_wanted_loss(path, capsys):
 def test_the_loss_is_held_to_on_windows_that_were_not_recorded(path):
     model, tokenizer = load(path)
     ids = tokens(300)[0].tolist()
-    found = package.calibrate(model, tokenizer, ids, loss=0.01, length=150, windows=2)
+    found = package.calibrate(
+        model, tokenizer, ids, loss=0.01, length=150, windows=2, cost="attention"
+    )
     assert found.windows == 1 and found.sparsity <= found.highest
     dense, delta = (mean_loss(model, [ids[150:]], config) for config in (None, found.config))
     assert found.loss == package.LossRise(dense, delta)
@@ -126,7 +136,7 @@ def test_thresholds_that_do_not_fit_the_model_are_mended(path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="2 values but the model has 3 layers"):
         load(path)
-    assert run("--model", path, "--sparsity", "0.4") == 0
+    assert run("--model", path, "--sparsity", "0.4", *FAST) == 0
     load(path)
 
 
