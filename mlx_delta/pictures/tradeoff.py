@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -217,7 +216,7 @@ def _plot(
 def _sweeps(
     axes: Axes, theme: Theme, runs: Sequence[Run], places: dict[str, float], axis: ScoreAxis
 ) -> None:
-    """Join settings that differ in nothing but the threshold."""
+    """Join settings that differ in nothing but the threshold, where that is one number."""
     sweeps: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         others = tuple(
@@ -225,7 +224,7 @@ def _sweeps(
                 (k, v) for k, v in names.written_options(run.setting).items() if k != "threshold"
             )
         )
-        if axis.holds(run.score) and run.kind in ("delta", "paper"):
+        if axis.holds(run.score) and run.kind in ("delta", "paper") and _threshold(run) is not None:
             sweeps.setdefault((run.kind, others), []).append(run)
     for sweep in sweeps.values():
         if len(sweep) > 1:
@@ -235,11 +234,12 @@ def _sweeps(
             axes.plot(xs, ys, "-", color=color, lw=1.1, alpha=0.45, zorder=3)
 
 
-def _threshold(run: Run) -> float:
+def _threshold(run: Run) -> float | None:
+    """The threshold of all layers; ``None`` where each has its own."""
     try:
         return float(names.option(run.setting, run.delta, "threshold"))
     except (TypeError, ValueError):
-        return math.inf
+        return None
 
 
 def _box(axes: Axes, x: float, low: float, high: float, margin: float) -> Box:

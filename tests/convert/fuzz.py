@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -34,9 +33,9 @@ from mlx_delta.loading import load_model
 from mlx_delta.models import get_model_classes
 
 from . import checkpoints as made
+from .memory import peak_bytes
 
 SECONDS = 60  # a busy machine may stop a process for many
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 LEAP = 120_000_000  # bytes that one case may add to the peak
 TINY = made.LLAMA | {"num_hidden_layers": 1}
 TINY_BITNET = made.BITNET | {"num_hidden_layers": 1}
@@ -328,7 +327,7 @@ def one(root: Path, format_: str, seed: int, number: int) -> tuple[str, str]:
                 done.append(file_level(rng, file))  # what an earlier mutation left is no JSON
     what = "; ".join(done)
     before = snapshot(case), sorted(os.listdir(root))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     given = case / "source" / "m.gguf" if format_ == "gguf" else case / "source"
     signal.alarm(SECONDS)
     try:
@@ -346,7 +345,7 @@ def one(root: Path, format_: str, seed: int, number: int) -> tuple[str, str]:
         return what, traceback.format_exc()
     finally:
         signal.alarm(0)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * UNIT
+    grown = peak_bytes() - peak
     if grown > LEAP:
         return what, f"memory: {grown} bytes more"
     after = {
@@ -388,8 +387,7 @@ def main() -> int:
                 counts[outcome] += 1
             else:
                 failures.append({"number": number, "mutation": what, "failure": outcome})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-    print(json.dumps({"format": args.format, **counts, "peak": peak, "failures": failures}))
+    print(json.dumps({"format": args.format, **counts, "peak": peak_bytes(), "failures": failures}))
     return int(bool(failures))
 
 

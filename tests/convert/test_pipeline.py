@@ -263,14 +263,14 @@ def test_values_beyond_a_type_are_refused(run, tmp_path):
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import mlx_delta
 from mlx_delta.convert.__main__ import main
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tests.convert.memory import peak_bytes
+before = peak_bytes()
 assert main(sys.argv[1:]) == 0
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scale = 1 if sys.platform == "darwin" else 1024
-print(json.dumps({"growth": (after - before) * scale, "peak": after * scale}))
+after = peak_bytes()
+print(json.dumps({"growth": after - before, "peak": after}))
 """
 
 
