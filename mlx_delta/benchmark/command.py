@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..blas import blas_status
 from ..chips import Chip, chip_name, find_chips, this_chip
+from ..cli import run_command
 from ..config import DeltaConfig
 from ..evaluate.command import choose_settings
 from ..evaluate.results import machine_entry, model_entry
@@ -97,25 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    # It warns of texts beyond the context, of which only the beginning is used.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone: nobody to tell
-    except (ValueError, OSError, MemoryError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
-            raise
-        # What MLX raises when the GPU can't hold any more.
-        print(f"error: out of memory ({error}); ask for shorter contexts.", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: run(args), smaller="ask for shorter contexts")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from ..cli import run_command
 from ..config import DeltaConfig
 from ..evaluate.text import BUNDLED_TEXT, read_text
 from ..loading import DEMO, find_model, load, read_config
@@ -96,28 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    # It warns of texts beyond the context, which are cut into windows here.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the model is as it was.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone: nobody to tell
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
-            raise
-        # What MLX raises when the GPU can't hold any more.
-        print(
-            f"error: out of memory ({error}); use a smaller --length or a smaller model.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return run_command(
+        lambda: run(args),
+        smaller="use a smaller --length or a smaller model",
+        interrupted="Interrupted; the model is as it was.",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 from typing import Any
 
+from ..cli import run_command
 from ..config import DeltaConfig
 from ..loading import DEMO, find_model, load, read_config
 from ..models import get_model_classes
@@ -90,30 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    # It warns of texts beyond the context, which are cut into windows.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        again = "; run the same command again to go on" if args.output else ""
-        print(f"\nInterrupted{again}.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone: nobody to tell
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
-            raise
-        # What MLX raises when the GPU can't hold any more.
-        print(
-            f"error: out of memory ({error}); use a smaller --length, fewer --settings at a time, "
-            "or a smaller model.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    again = "; run the same command again to go on" if args.output else ""
+    return run_command(
+        lambda: run(args),
+        smaller="use a smaller --length, fewer --settings at a time, or a smaller model",
+        interrupted=f"Interrupted{again}.",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

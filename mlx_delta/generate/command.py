@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import importlib
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..blas import blas_status
+from ..cli import run_command
 from ..config import KEY_BITS, VALUE_BITS, DeltaConfig
 from ..loading import DEMO, MODEL_SETTING, find_model, load, read_config
 from ..models.common import read_delta
@@ -97,29 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    # It warns of prompts beyond the context, which get an error of our own.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone: nobody to tell
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
-            raise
-        # What MLX raises when the GPU can't hold any more.
-        print(
-            f"error: out of memory ({error}); use a shorter prompt, a smaller --prefill-step-size "
-            "or a smaller model.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    smaller = "use a shorter prompt, a smaller --prefill-step-size or a smaller model"
+    return run_command(lambda: run(args), smaller)
 
 
 def run(args: argparse.Namespace) -> None:

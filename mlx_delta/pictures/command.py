@@ -6,10 +6,10 @@ import argparse
 import datetime
 import difflib
 import importlib.util
-import logging
 import sys
 from pathlib import Path
 
+from ..cli import run_command
 from ..loading import DEMO
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
@@ -117,19 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"error: pictures need matplotlib, which is not installed: {EXTRA}", file=sys.stderr)
         return 1
-    # It warns of texts beyond the context, of which only the beginning is used.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone: nobody to tell
-    except (ValueError, OSError, MemoryError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: run(args), smaller="use fewer --tokens or --settings")
 
 
 def run(args: argparse.Namespace) -> None:
