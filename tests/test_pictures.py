@@ -119,6 +119,20 @@ def test_a_lost_memory_stands_at_the_edge_with_its_number(results: Path):
     assert "window-only 0.01 ↓" in said and "rotating 1024 0.5 ↓" in said and "dense 0 ↓" in said
 
 
+def test_a_sweep_joins_single_thresholds_and_leaves_out_those_per_layer(tmp_path: Path):
+    scores = {
+        "delta:threshold=1.2": (0.96, 0.68, 90),
+        "delta:threshold=0.8": (0.98, 0.5, 90),
+        "delta:threshold=1/2.5": (0.99, 0.7, 90),
+        "delta:threshold=0.9,key_bits=4": (0.95, 0.6, 50),
+    }
+    runs = [run_entry("recall", name, *values) for name, values in scores.items()]
+    runs = read_runs([write_results(tmp_path / "r.json", runs)])
+    figure = drawn(lambda page: tradeoff.draw_tradeoff(runs, page))
+    sweeps = [x for x in figure.axes[0].lines if not x.get_gid() and x.get_alpha() == 0.45]
+    assert [x.get_xydata().tolist() for x in sweeps] == [[[0.5, 0.98], [0.68, 0.96]]]
+
+
 @pytest.mark.parametrize("scores", [[0.99, 0.991, 0.989], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
 def test_noise_is_not_magnified(tmp_path: Path, scores: list[float]):
     entries = [
