@@ -100,9 +100,13 @@ def test_affine_directories_give_the_same_logits(tmp_path, case):
     again, _ = load(path, None)
     assert [layer.one_scale for _, layer in again.ternary_layers()] == [True] * 14
     assert mx.array_equal(again(IDS), model(IDS))
-    # Unread, the scales may differ: the general path.
-    lazy, _ = load(path, None, lazy=True)
-    close(lazy(IDS)[0], np.array(model(IDS)[0]))
+    # Unread, the scales may differ: the general path. Its sums are rounded in another order, which
+    # int8 activations would magnify where one lies on the border between two integers.
+    plain: dict[str, Any] = {"model_config": {"activation_bits": None}}
+    again, _ = load(path, None, **plain)
+    lazy, _ = load(path, None, lazy=True, **plain)
+    assert not any(layer.one_scale for _, layer in lazy.ternary_layers())
+    close(lazy(IDS)[0], np.array(again(IDS)[0]))
 
 
 def test_scales_may_differ_between_groups():
