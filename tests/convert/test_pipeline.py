@@ -274,9 +274,10 @@ print(json.dumps({"growth": after - before, "peak": after}))
 """
 
 
-@pytest.mark.parametrize("target", ["F16", "F32"])
-def test_memory_does_not_grow_with_the_model(target, tmp_path):
-    # 200 MB, half of it in one tensor: a converter that held a tensor would need 100 MB or more.
+@pytest.mark.parametrize(("target", "growth"), [("F16", 100e6), ("F32", 250e6)])
+def test_memory_does_not_grow_with_the_model(target, growth, tmp_path):
+    # 200 MB, half of it in one tensor: a converter that held it would take 100 MB more, and as
+    # float32 300 MB, than the 55 and up to 180 MB that are seen whatever the size of the model.
     config = made.LLAMA | {
         "hidden_size": 1024,
         "intermediate_size": 2048,
@@ -305,4 +306,4 @@ def test_memory_does_not_grow_with_the_model(target, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["growth"] < 150e6, found
+    assert found["growth"] < growth, found
