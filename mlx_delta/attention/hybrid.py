@@ -1,6 +1,7 @@
 """Hybrid delta attention over a cache: full keys near each query, held keys further away.
 
-Without a kernel of our own, each sub-chunk of queries is one fused call of
+Without a GPU, attention goes by blocks (:mod:`mlx_delta.attention.prefill`). With one, and without
+a kernel of our own, each sub-chunk of queries is one fused call of
 ``mx.fast.scaled_dot_product_attention`` over ``[held keys ; full keys]`` with a mask that picks
 every key once for every query. No score matrix is built here, and no query looks at more than
 the keys before its sub-chunk's end, plus one sub-chunk and window seen twice.
@@ -15,6 +16,8 @@ from mlx_delta.cache.single import HeldKeys, HybridKeys
 from mlx_delta.ops import launch
 from mlx_delta.ops.dispatch import decode_mask, has_decode_kernel
 from mlx_delta.ops.pack import PackedBlocks
+
+from .prefill import has_hybrid_blocks, hybrid_blocks
 
 # Queries per fused call. Larger: fewer calls; smaller: less of the square above the diagonal, and
 # fewer columns seen twice. On two CPU cores 128 was fastest of 128, 256, 512 and 1,024.
@@ -50,6 +53,8 @@ def delta_attention(
         blocks, stored = view.keys.blocks, view.stored_values
         if blocks is not None and has_decode_kernel(queries, blocks, stored.head_dim, mask):
             return _decode(queries, view, view.keys, blocks, scale, mask)
+    if has_hybrid_blocks(queries, view):
+        return hybrid_blocks(queries, view, scale, mask)
     if _one_boundary(view, steps):
         # Every query of a row sees the same blocks as held: the buffer is right as it stands.
         return mx.fast.scaled_dot_product_attention(
