@@ -18,7 +18,7 @@ def dense_attention(
     values: mx.array,
     cache: Any,
     scale: float,
-    mask: mx.array | str | None,
+    mask: Any,
 ) -> mx.array:
     """Append keys and values to a cache of mlx-lm's, if there is one, and attend to all of it.
 

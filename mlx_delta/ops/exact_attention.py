@@ -95,7 +95,7 @@ def exact_attention(
     for first, end in query_blocks(start, steps, far):
         part = queries[:, :, :, first - start : end - start]
         if outputs:
-            part = mx.depends([part], [outputs[-1]])[0]
+            (part,) = mx.depends([part], [outputs[-1]])
         part = part.reshape(B, n_kv, group * (end - first), D)
         softmax = OnlineSoftmax()
         for source, left, right in _strips(first, last or end, part, far, keys):

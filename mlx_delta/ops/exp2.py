@@ -22,7 +22,6 @@ _LEAST = -126.0  # the least exponent of normal float32 numbers
 _LN2 = 0.6931471805599453
 
 
-@mx.custom_function
 def exp2_below(scores: mx.array, top: mx.array) -> mx.array:
     """``2 ** (scores - top)``, for scores that are nowhere above ``top``.
 
@@ -33,12 +32,18 @@ def exp2_below(scores: mx.array, top: mx.array) -> mx.array:
         scores: float32.
         top: float32, broadcasts to ``scores``.
     """
+    result: mx.array = _exp2_below(scores, top)  # type: ignore[assignment]
+    return result
+
+
+@mx.custom_function
+def _exp2_below(scores: mx.array, top: mx.array) -> mx.array:
     power, shifted = _loops()
     mantissa, rounded = power(scores, top)
     return shifted(mantissa.view(mx.int32), rounded.view(mx.int32)).view(mx.float32)
 
 
-@exp2_below.vjp
+@_exp2_below.vjp
 def _vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:
