@@ -103,9 +103,9 @@ def exact_attention(
             if mask is not None:
                 rows = slice(first - start, end - start) if mask.shape[-2] > 1 else slice(None)
                 seen = mask[..., rows, left:right] if mask.shape[-1] > 1 else mask[..., rows, :]
-                scores = _hide(scores, seen, group)
+                scores = hide(scores, seen, group)
             elif right > first:
-                scores = _hide(scores, _causal(first, end, left, right), group)
+                scores = hide(scores, _causal(first, end, left, right), group)
             softmax.add(scores, values[:, :, left:right])
         output = softmax.result().reshape(B, n_kv, group, end - first, -1)
         outputs.append(output)
@@ -187,7 +187,7 @@ def _grouped(mask: mx.array, n_kv: int) -> mx.array:
     return mask.reshape(mask.shape[0], *heads, *mask.shape[2:])
 
 
-def _hide(scores: mx.array, seen: mx.array, group: int) -> mx.array:
+def hide(scores: mx.array, seen: mx.array, group: int) -> mx.array:
     """Scores [B, Hkv, group * L, N] under a mask that broadcasts to [B, Hkv, group, L, N]."""
     shape: Sequence[int] = scores.shape
     scores = scores.reshape(*shape[:2], group, -1, shape[-1])

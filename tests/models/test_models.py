@@ -75,7 +75,7 @@ def test_delta_off_is_mlx_lm_on_long_prompts(changes, cuts):
     for steps in cuts:
         part = ids[:, start : start + steps]
         output, expected = model(part, cache=ours), twin(part, cache=theirs)
-        np.testing.assert_allclose(output, expected, atol=5e-5)
+        np.testing.assert_allclose(output, expected, atol=5e-4)
         start += steps
 
 
