@@ -100,8 +100,10 @@ def read_delta(job: Job, source: Source) -> dict[str, Any] | None:
     from mlx_delta.config import DeltaConfig
 
     delta = job.delta
+    if job.shim and source.arch.windows:
+        raise ConvertError("--mlx-lm-shim is for llama and bitnet models; leave it out.")
     if delta == "source":
-        delta = source.config.get("delta", DeltaConfig().to_dict())
+        delta = source.config.get("delta", default_delta(source))
     if delta is None:
         return None
     try:
@@ -110,6 +112,18 @@ def read_delta(job: Job, source: Source) -> dict[str, Any] | None:
     except (ValueError, TypeError, AttributeError) as error:
         raise ConvertError(f"the setting of the delta is wrong: {error}") from None
     return config.to_dict()
+
+
+def default_delta(source: Source) -> dict[str, Any] | None:
+    """The library's setting, or ``None`` where it has no model that holds this one's keys."""
+    from mlx_delta.config import DeltaConfig
+    from mlx_delta.models import get_model_classes
+
+    try:
+        get_model_classes({**source.config, "delta": None})
+    except ValueError:
+        return None
+    return DeltaConfig().to_dict()
 
 
 def describe(source: Source, plan: Plan, fit: Fit) -> str:

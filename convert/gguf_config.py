@@ -143,7 +143,9 @@ def read_config(
     if name == "gemma3":
         config |= _gemma_config(get, config)
     ids = special_ids(metadata, embedding.shape[0])
-    config |= {f"{token}_token_id": ids[token] for token in ("bos", "eos") if ids[token] is not None}
+    config |= {
+        f"{token}_token_id": ids[token] for token in ("bos", "eos") if ids[token] is not None
+    }
     arch = read_architecture(config, where)
     if get("rope.dimension_count", arch.head_dim) != arch.head_dim:
         raise ConvertError(

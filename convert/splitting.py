@@ -107,7 +107,7 @@ def _table() -> dict[str, Rule]:
     llama3 = Rule((LLAMA3,), ignore_merges=True, add_bos=True)
     deepseek3 = Rule((UP_TO_3, KANA, DEEPSEEK3 + r"[\r\n]*" + SPACES))
     bailing = Rule((
-        rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}"
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     ))  # fmt: skip
     groups: dict[str, Rule] = {
@@ -130,7 +130,7 @@ def _table() -> dict[str, Rule]:
         "deepseek-llm": Rule((
             r"[\r\n]", rf"\s?[{DEEPSEEK_LETTERS}]+",
             "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-            r"\s+$", CJK, DIGITS,
+            r"\s+$", CJK, DIGIT,
         )),
         "deepseek-coder": Rule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, DIGIT)),
         "deepseek-v3 hunyuan-dense hy_v4 joyai-llm": deepseek3,
