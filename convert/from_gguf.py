@@ -14,26 +14,29 @@ from .errors import ConvertError
 from .from_safetensors import to_mlx
 from .gguf_blocks import AFFINE, TERNARY, affine_rows, float_rows, i2s_codes, ternary_rows
 from .gguf_config import ROPE_FACTORS, read_architecture_name, read_config, rename
+from .gguf_files import split_advice
 from .gguf_header import GGUFTensor, read_header
-from .gguf_tokenizer import read_gguf_tokenizer
+from .gguf_tokenizer import generation_files, read_gguf_tokenizer
 from .weights import Affine, Source, Ternary, Weight, check_finite, check_tensors
 
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def read_gguf(file: Path, i2s_layout: str = "x86") -> Source:
+def read_gguf(file: Path, i2s_layout: str = "x86", tokenizer: bool = True) -> Source:
     """Read a GGUF file as far as its header.
 
     Args:
         file: The file.
         i2s_layout: ``x86`` or ``arm``, for I2_S tensors.
+        tokenizer: Whether its tokenizer is wanted; to build one can take seconds.
 
     Raises:
         ConvertError: It is broken or not supported.
     """
     metadata, tensors = read_header(file)
     if metadata.get("split.count") not in (None, 0, 1):
-        raise ConvertError(f"{file} is one of several parts; merge them with llama-gguf-split.")
+        parts = split_advice([file]) or "one of several parts; merge them with llama-gguf-split"
+        raise ConvertError(f"{file} is {parts}.")
     factors = tensors.pop(ROPE_FACTORS, None)
     kind = read_architecture_name(metadata, str(file))
     named: dict[str, GGUFTensor] = {}
@@ -69,6 +72,9 @@ def read_gguf(file: Path, i2s_layout: str = "x86") -> Source:
             f"I2_S read in the {i2s_layout} layout; files made on ARM differ and carry no mark: "
             "compare the result's text, or convert the safetensors version"
         )
+    if not tokenizer:
+        source.files = generation_files(metadata, arch.vocab)
+        return source
     source.files, note = read_gguf_tokenizer(metadata, arch.vocab, str(file))
     if note:
         source.notes.append(note)

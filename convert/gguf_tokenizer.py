@@ -63,16 +63,27 @@ def read_gguf_tokenizer(
             tokenizer = spm_tokenizer(vocabulary, bool(get("add_space_prefix", True)))
         else:
             return {}, f"its tokenizer is of the kind {model[:40]!r}"
-    except ConvertError as error:
-        return {}, f"its tokenizer can't be rebuilt: {error}"
-    except Exception as error:  # tokenizers raises bare Exceptions
-        return {}, f"its tokenizer can't be rebuilt: {error}"
+    except Exception as error:  # ConvertErrors, and the bare Exceptions of tokenizers
+        return {}, str(error)
     files = tokenizer_files(tokenizer, vocabulary, template if isinstance(template, str) else None)
-    ends = end_ids(ids, pieces, types)
-    if ends:
-        values = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-        files["generation_config.json"] = dump_json(values)
-    return files, note
+    return files | generation_files(metadata, vocab), note
+
+
+def generation_files(metadata: dict[str, Any], vocab: int) -> dict[str, bytes]:
+    """generation_config.json with the ids that end a generation.
+
+    Args:
+        metadata: Of the file.
+        vocab: Rows of the embedding; ids beyond it are left out.
+    """
+    pieces, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    known = _strings(pieces) and _numbers(types)
+    ends = end_ids(special_ids(metadata, vocab), pieces if known else [], types if known else [])
+    ends = [i for i in ends if i < vocab]
+    if not ends:
+        return {}
+    values = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return {"generation_config.json": dump_json(values)}
 
 
 def special_ids(metadata: dict[str, Any], count: int) -> dict[str, int | None]:
@@ -91,7 +102,7 @@ def special_ids(metadata: dict[str, Any], count: int) -> dict[str, int | None]:
     return found
 
 
-def end_ids(ids: dict[str, int | None], pieces: list[str], types: list[int]) -> list[int]:
+def end_ids(ids: dict[str, int | None], pieces: Any, types: Any) -> list[int]:
     """The ids at which llama.cpp stops: end of text, of a turn, of a message."""
     named = [ids[name] for name in ("eos", "eot", "eom")]
     by_text = [

@@ -87,7 +87,11 @@ def spm_tokenizer(
         add_prefix: Whether a text gets a space in front.
         strip: Whether spaces at the ends are removed and runs of them made one.
     """
-    ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
+    # A user's own pieces are found in the text before anything else, so with its spaces.
+    ids = {
+        piece.replace("▁", " ") if kind == PieceType.USER_DEFINED else piece: i
+        for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+    }
     unknown = next(
         (
             p
@@ -124,16 +128,22 @@ def spm_tokenizer(
 
 
 def _merges(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every split of every piece into two others, best score first."""
+    """Every split of every ordinary piece into two others, best score first."""
     ranked = []
+    known = ids.get
     for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True)):
-        if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) or len(piece) < 2:
+        if kind != PieceType.NORMAL or len(piece) < 2:
             continue
-        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        known = [(ids[left], ids[right]) for left, right in splits if left in ids and right in ids]
-        ranked += [(-vocabulary.scores[i], *sorted_pair) for sorted_pair in sorted(known)]
+        score = -vocabulary.scores[i]
+        pairs = [
+            (left, right)
+            for k in range(1, len(piece))
+            if (left := known(piece[:k])) is not None and (right := known(piece[k:])) is not None
+        ]
+        ranked += [(score, left, right) for left, right in sorted(pairs)]
     ranked.sort(key=lambda entry: entry[0])
-    return [(vocabulary.pieces[left], vocabulary.pieces[right]) for _, left, right in ranked]
+    pieces = vocabulary.pieces
+    return [(pieces[left], pieces[right]) for _, left, right in ranked]
 
 
 def bpe_tokenizer(vocabulary: Vocabulary, merges: list[str], rule: Rule) -> Tokenizer:

@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
     mx.set_cache_limit(CACHE_BYTES)  # a GPU's freed buffers
     job = json.loads(arguments[0])
     reading = SourceOptions(**job["reading"])
-    print(json.dumps(verify(open_source(job["source"], reading), Path(job["folder"]))))
+    source = open_source(job["source"], reading, tokenizer=False)
+    print(json.dumps(verify(source, Path(job["folder"]))))
     return 0
 
 
