@@ -174,12 +174,17 @@ def cut(tokenizer: Tiktoken | Merges | Json) -> dict:
     import unicodedata
 
     texts = [*TEXTS, *(unicodedata.normalize("NFC", text) for text in TEXTS)]
-    spelled = [spell(text.encode()) for text in texts]
+    parts = {
+        text[start:end]
+        for text in (spell(text.encode()) for text in texts)
+        for start in range(len(text))
+        for end in range(start + 1, len(text) + 1)
+    }
     bytes_ = set(LETTERS.values())
     kept = [
         token
         for token, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])
-        if token in bytes_ or any(token in text for text in spelled)
+        if token in bytes_ or token in parts
     ]
     ids = {tokenizer.vocab[token]: i for i, token in enumerate(kept)}
     known = set(kept)

@@ -28,6 +28,11 @@ def make_sources(folder: Path) -> None:
     made.write_gguf(folder / "model-Q4_0.gguf", WIDE, "Q4_0", embedding="Q8_0")
     made.write_gguf(folder / "model-Q4_K_M.gguf", WIDE, "Q4_K", embedding="Q6_K")
     made.write_gguf(folder / "ggml-model-i2_s.gguf", WIDE_BITNET, "I2_S", arch="bitnet-b1.58")
+    gemma = made.GEMMA | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    metadata = made.gguf_metadata(gemma, "gemma3") | {"gemma3.attention.sliding_window": 16}
+    made.write_gguf(folder / "gemma-3-270m-Q4_K_M.gguf", gemma | {"num_hidden_layers": 6}, "Q4_K",
+                    arch="gemma3", embedding="Q8_0",
+                    metadata=metadata | {"gemma3.block_count": 6})  # fmt: skip
     made.write_llama(folder / "old-llama", made.LLAMA, tokenizer=False)
     (folder / "old-llama" / "tokenizer.model").write_bytes(train(folder / "old-llama"))
     main([str(folder / "Llama-3.2-1B-Instruct"), "-o", str(folder / "Llama-4bit"), "--no-verify",
@@ -90,7 +95,7 @@ def broken(folder: Path) -> None:
         ("gptq", "is already quantized ('gptq')"),
         (
             "qwen",
-            "has model_type 'qwen2'; converters exist for llama, mistral, bitnet, gemma3_text",
+            "has model_type 'qwen2'; converters exist for llama, mistral, bitnet, gemma3",
         ),
         ("relu", "has hidden_act 'relu'"),
         ("none", "has no tokenizer.json and no tokenizer.model; .* --tokenizer-from"),
