@@ -246,7 +246,7 @@ class _HeldKeys(_BaseCache):
         keys, *others = self._keys.arrays()
         header = {
             "version": STATE_VERSION,
-            "config": self.config.to_dict(),
+            "config": self.config.to_dict(whole=True),
             "lengths": self._lengths,
             "encoded": self._encoded,
             "model": self._model,
