@@ -80,6 +80,8 @@ class _HeldKeys(_BaseCache):
     """
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
+    # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
+    attend: Any = None
 
     # Kv heads, and dimensions of a key and a value; None before the first update.
     _model: tuple[int, ...] | None = None
