@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta.ternary import LEAST_MEAN, ternarize
+from mlx_delta.ternary.codes import LEAST_MEAN, ternarize
 
 from .architecture import read_architecture
 from .errors import ConvertError

@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta.ternary import pack_rows, pack_words
+from mlx_delta.ternary.codes import pack_rows, pack_words
 
 from .errors import ConvertError
 from .files import dump_json, format_bytes, read_json, sha256, write_file

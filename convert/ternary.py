@@ -1,4 +1,4 @@
-"""Ternary weights read a few rows at a time; whole ones are ``mlx_delta.ternary``'s.
+"""Ternary weights read a few rows at a time; whole ones are ``mlx_delta.ternary.codes``'s.
 
 A code is value + 1, so 0, 1 or 2; code 3 has no meaning and marks a broken or foreign file.
 """

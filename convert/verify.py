@@ -190,7 +190,7 @@ def unpack_layer(layer: Any) -> None:
 
 def set_activation_bits(module: Any, *bits: int | None) -> bool:
     """Set them, if given, on all ternary layers; whether there are any that round."""
-    from mlx_delta.ternary_linear import TernaryLinear
+    from mlx_delta.ternary.linear import TernaryLinear
 
     found = False
     for _, layer in module.named_modules():

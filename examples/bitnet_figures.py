@@ -20,10 +20,11 @@ from mlx_lm.models import bitnet as stock_bitnet
 from mlx_lm.models import llama as stock_llama
 from mlx_lm.models.cache import KVCache
 
-from mlx_delta import DeltaConfig, ternary
-from mlx_delta.blas import blas_status
+from mlx_delta import DeltaConfig
+from mlx_delta.measure.traffic import weight_bytes
 from mlx_delta.models import bitnet
-from mlx_delta.traffic import weight_bytes
+from mlx_delta.system.blas import blas_status
+from mlx_delta.ternary import codes as ternary
 
 MICROSOFT_2B = {
     "model_type": "bitnet",

@@ -18,8 +18,8 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from mlx_delta import load
-from mlx_delta.evaluate.text import BUNDLED_TEXT, read_text
 from mlx_delta.loading import find_model, has_gpu
+from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 
 
 def speed_table(args: argparse.Namespace) -> None:

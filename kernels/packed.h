@@ -6,7 +6,7 @@
 //   payload  a run of words with the values of token 0, then those that changed, token by token
 //            and channel by channel; 32 / Bits to a word (2, 4, 8, 10, 16), lowest bits first.
 //   grid     S [2][D], for codes: low and step of each channel. A code is low + code * step.
-// mlx_delta/packed_reference.py specifies it; S is half or bfloat16_t.
+// mlx_delta/method/storage.py specifies it; S is half or bfloat16_t.
 
 // The largest finite value: codes are clamped to it, since `step` is rounded up.
 inline float largest_finite(half) { return 65504.0f; }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .blas import preload_blas
+from .system.blas import preload_blas
 
 preload_blas()  # before anything imports MLX
 
@@ -12,12 +12,12 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 import mlx_lm.models.cache as _mlx_lm_cache  # noqa: E402
 
-from .batch_cache import BatchDeltaKVCache  # noqa: E402
-from .cache import DeltaKVCache  # noqa: E402
+from .cache.batch import BatchDeltaKVCache  # noqa: E402
+from .cache.single import DeltaKVCache  # noqa: E402
 from .config import DeltaConfig  # noqa: E402
 from .generate import batch_generate, generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
-from .sparsity import Sparsity, measure_sparsity  # noqa: E402
+from .measure.sparsity import Sparsity, measure_sparsity  # noqa: E402
 
 __version__ = "0.1.0"
 

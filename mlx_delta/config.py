@@ -185,13 +185,14 @@ class DeltaConfig:
                 raise ValueError(f"[DeltaConfig] level must be a number but got {level!r}.")
             if not (math.isfinite(level) and level >= 0):
                 raise ValueError(f"[DeltaConfig] level must be >= 0 but got {level}.")
-        if isinstance(self.sensitivities, Mapping):  # as JSON
-            read = Sensitivities.from_dict(self.sensitivities)
-            object.__setattr__(self, "sensitivities", read)
-        if not isinstance(self.sensitivities, (Sensitivities, str, type(None))):
+        given: Any = self.sensitivities
+        if isinstance(given, Mapping):  # as JSON
+            given = Sensitivities.from_dict(given)
+            object.__setattr__(self, "sensitivities", given)
+        if given is not None and not isinstance(given, (Sensitivities, str)):
             raise ValueError(
                 "[DeltaConfig] sensitivities must be Sensitivities or the name of a file but got "
-                f"{self.sensitivities!r}."
+                f"{given!r}."
             )
         if not self.keyframes or self.run_value != "mean" or self.block_fraction is not None:
             raise ValueError(
@@ -328,9 +329,8 @@ class DeltaConfig:
                 f"[DeltaConfig] threshold has {len(self.threshold)} values but the model has "
                 f"{n_layers} layers."
             )
-        threshold = self.threshold[layer]
-        threshold = (threshold,) if isinstance(threshold, tuple) else threshold
-        return dataclasses.replace(self, threshold=threshold)
+        found = self.threshold[layer]
+        return dataclasses.replace(self, threshold=(found,) if isinstance(found, tuple) else found)
 
     @property
     def _loaded(self) -> Sensitivities:
@@ -398,8 +398,8 @@ class DeltaConfig:
         if isinstance(self.sensitivities, Sensitivities):
             named = None if whole else self.sensitivities.file
             values["sensitivities"] = named or self.sensitivities.to_dict()
-        optional = ("block_fraction", "key_bits", "value_bits", "level", "sensitivities")
-        optional += ("threshold",)
+        optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
+        optional.append("sensitivities")
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod

@@ -14,7 +14,7 @@ from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.common import read_delta
-from .ternary_model import loading_overrides
+from .ternary.model import loading_overrides
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEMO = "demo"

@@ -187,9 +187,7 @@ class Sensitivities:
         """Write them as safetensors; the curve goes into the metadata."""
         import mlx.core as mx
 
-        arrays = {
-            f"layers.{i}": mx.array(x) for i, x in enumerate(self.layers) if x is not None
-        }
+        arrays = {f"layers.{i}": mx.array(x) for i, x in enumerate(self.layers) if x is not None}
         metadata = {
             "format": FORMAT,
             "layers": str(len(self.layers)),
@@ -213,7 +211,8 @@ class Sensitivities:
                 "or make it anew with `python -m mlx_delta.calibrate`."
             )
         try:
-            arrays, metadata = mx.load(str(file), return_metadata=True)
+            loaded: Any = mx.load(str(file), return_metadata=True)
+            arrays, metadata = loaded
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
             layers = [arrays.get(f"layers.{i}") for i in range(int(metadata["layers"]))]

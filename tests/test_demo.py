@@ -10,9 +10,9 @@ import pytest
 
 from mlx_delta import load
 from mlx_delta.evaluate.recall import RecallOptions, RecallTask, measure_sample, summarize_recall
-from mlx_delta.evaluate.text import BUNDLED_TEXT, read_text
 from mlx_delta.generate.command import main
-from mlx_delta.settings import parse_settings
+from mlx_delta.measure.settings import parse_settings
+from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = ["demo", "demo-bitnet"]

@@ -14,8 +14,15 @@ from mlx_lm.utils import load_model as stock_load_model
 from mlx_delta import DeltaConfig, load
 from mlx_delta.loading import BUNDLED, find_model, has_gpu
 from mlx_delta.models import bitnet, llama
-
-from .tiny import LLAMA, SMALL, llama_model, tokens, write_bitnet, write_checkpoint, write_llama
+from tests.tiny import (
+    LLAMA,
+    SMALL,
+    llama_model,
+    tokens,
+    write_bitnet,
+    write_checkpoint,
+    write_llama,
+)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 )
 
 # Where the package holds data: models, and what evaluations are made of.
-DATA = ("mlx_delta/bundled/", "mlx_delta/evaluate/")
+DATA = ("mlx_delta/bundled/", "mlx_delta/evaluate/", "mlx_delta/measure/")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="the tests do not run from a checkout"

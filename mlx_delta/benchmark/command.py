@@ -14,16 +14,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..blas import blas_status
-from ..chips import Chip, chip_name, find_chips, this_chip
-from ..cli import run_command
-from ..config import DeltaConfig
-from ..evaluate.command import choose_settings
-from ..evaluate.results import machine_entry, model_entry
-from ..evaluate.table import Table
-from ..evaluate.text import BUNDLED_TEXT, context_length, encode_text, first_tokens, read_text
-from ..loading import DEMO, load
-from ..settings import PREFILL_STEP, Setting
+from mlx_delta.config import DeltaConfig
+from mlx_delta.evaluate.command import choose_settings
+from mlx_delta.evaluate.results import machine_entry, model_entry
+from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.settings import PREFILL_STEP, Setting
+from mlx_delta.measure.table import Table
+from mlx_delta.measure.text import (
+    BUNDLED_TEXT,
+    context_length,
+    encode_text,
+    first_tokens,
+    read_text,
+)
+from mlx_delta.system.blas import blas_status
+from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
+from mlx_delta.system.cli import run_command
+
 from .roofline import ceilings
 from .table import (
     roofline_notes,

@@ -14,9 +14,10 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..chips import REACHED, Chip, physical_memory
-from ..settings import PREFILL_STEP, Setting
-from ..traffic import decode_traffic, weight_bytes
+from mlx_delta.measure.settings import PREFILL_STEP, Setting
+from mlx_delta.measure.traffic import decode_traffic, weight_bytes
+from mlx_delta.system.chips import REACHED, Chip, physical_memory
+
 from .timing import check_context, memory_needed, prefill
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..chips import REACHED, Chip
-from ..evaluate.table import Table
+from mlx_delta.measure.table import Table
+from mlx_delta.system.chips import REACHED, Chip
+
 from .roofline import Ceiling
 from .timing import Row, Spread
 

@@ -19,10 +19,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..chips import physical_memory
-from ..loading import has_gpu
-from ..settings import PREFILL_STEP, Setting, cache_nbytes
-from ..traffic import Traffic, decode_operations, decode_traffic
+from mlx_delta.loading import has_gpu
+from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
+from mlx_delta.measure.traffic import Traffic, decode_operations, decode_traffic
+from mlx_delta.system.chips import physical_memory
 
 # ``import mlx_lm.generate`` would give the function of that name.
 _mlx_lm = importlib.import_module("mlx_lm.generate")

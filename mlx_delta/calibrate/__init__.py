@@ -19,8 +19,9 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from ..config import DeltaConfig, ThresholdMode
-from ..evaluate.text import context_length, encode_text, first_tokens
+from mlx_delta.config import DeltaConfig, ThresholdMode
+from mlx_delta.measure.text import context_length, encode_text, first_tokens
+
 from .family import Family, Per, beyond
 from .loss import mean_loss, sparsest_within
 from .record import Recording, highest_sparsity, record

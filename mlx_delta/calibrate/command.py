@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cli import run_command
-from ..config import DeltaConfig
-from ..evaluate.text import BUNDLED_TEXT, read_text
-from ..loading import DEMO, find_model, load, read_config
-from ..models import get_model_classes
-from ..models.common import read_delta
+from mlx_delta.config import DeltaConfig
+from mlx_delta.loading import DEMO, find_model, load, read_config
+from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.models import get_model_classes
+from mlx_delta.models.common import read_delta
+from mlx_delta.system.cli import run_command
+
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate
 from .family import Per
 from .sensitivity import GRID

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import DeltaConfig
+from mlx_delta.config import DeltaConfig
+
 from .record import Recording
 from .sensitivity import USUAL, Sensitivity
 from .solve import Curve, cheapest_thresholds, mean_curve

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import DeltaConfig
-from ..settings import Setting
+from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.settings import Setting
 
 CHUNK = 512  # tokens at a time: the logits of a whole window may be too many to keep
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.single import DeltaKVCache
 from mlx_delta.config import DeltaConfig
 
 
@@ -31,9 +31,7 @@ class KeyProbe(DeltaKVCache):
         self.shift: mx.array | None = None
         self.see = see
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Causal attention over one text, [1, Hq, L, D]."""
         if self.see is not None:
             self.see(queries, keys)
@@ -48,7 +46,8 @@ class KeyProbe(DeltaKVCache):
         own = own.reshape(1, keys.shape[1], groups, length, -1)
         scores = own @ keys[:, :, None].astype(mx.float32).swapaxes(-1, -2)
         far = mx.logical_and(causal, mx.logical_not(near))
-        scores = _with_shift(scores, self.shift, own, far)
+        apply: Any = _with_shift
+        scores = apply(scores, self.shift, own, far)
         weights = mx.softmax(mx.where(causal, scores, -mx.inf), axis=-1)
         output = weights @ values[:, :, None].astype(mx.float32)
         return output.reshape(1, n_heads, length, -1).astype(queries.dtype)
@@ -63,9 +62,7 @@ def near_and_causal(length: int, config: DeltaConfig) -> tuple[mx.array, mx.arra
 
 
 @mx.custom_function
-def _with_shift(
-    scores: mx.array, shift: mx.array, queries: mx.array, far: mx.array
-) -> mx.array:
+def _with_shift(scores: mx.array, shift: mx.array, queries: mx.array, far: mx.array) -> mx.array:
     """Scores [1, Hkv, groups, L, L] of queries with keys, shifted by ``shift`` where far.
 
     The shift is 0, so the scores stay as they are; only its gradient is of interest.
@@ -178,9 +175,7 @@ def _key_shapes(
 
 
 @contextmanager
-def _checkpointed(
-    model: nn.Module, caches: Sequence[Any], layers: Sequence[int]
-) -> Iterator[None]:
+def _checkpointed(model: nn.Module, caches: Sequence[Any], layers: Sequence[int]) -> Iterator[None]:
     """The model with its layers computed anew on the way back, which saves their memory."""
     classes = [type(layer) for layer in model.layers]
 
@@ -190,7 +185,8 @@ def _checkpointed(
                 probe.shift = shift
                 return own.__call__(layer, x, *others, **named)  # type: ignore[operator]
 
-            return mx.checkpoint(again)(x, probe.shift)
+            shift: Any = probe.shift
+            return mx.checkpoint(again)(x, shift)
 
         return run
 

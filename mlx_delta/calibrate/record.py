@@ -16,12 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import DeltaConfig
-from ..hold import hold_blocks
-from ..models.common import project
-from ..packing import block_grid, decode_values, encode_values, to_storage
-from ..settings import Setting
-from ..sparsity import causal_pairs, queries_of_blocks
+from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.settings import Setting
+from mlx_delta.measure.sparsity import causal_pairs, queries_of_blocks
+from mlx_delta.models.common import project
+from mlx_delta.ops.hold import hold_blocks
+from mlx_delta.ops.pack import block_grid, decode_values, encode_values, to_storage
 
 # In units of the spread of the keys: dense where sparsity changes fast; at 8 nearly all is held.
 GRID = (0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0) + (

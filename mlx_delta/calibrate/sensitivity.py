@@ -17,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import DeltaConfig
-from ..settings import Setting
+from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.settings import Setting
+
 from .record import Recording
 
 # In the units of the recording's grid, whose points they are; at 8 nearly all is held.

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..config import DeltaConfig
+from mlx_delta.config import DeltaConfig
 
 ENTRY = "delta"
 _SPACE = re.compile(r"[ \t\r\n]*")

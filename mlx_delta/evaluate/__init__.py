@@ -6,6 +6,8 @@ the command line (``python -m mlx_delta.evaluate``) is beside them.
 
 from __future__ import annotations
 
+from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+
 from .language import (
     LanguageOptions,
     make_windows,
@@ -14,7 +16,6 @@ from .language import (
     summarize_perplexity,
 )
 from .recall import RecallOptions, RecallTask, measure_sample, summarize_recall
-from .text import BUNDLED_TEXT, read_text
 
 __all__ = [
     "BUNDLED_TEXT",

@@ -6,18 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..cli import run_command
-from ..config import DeltaConfig
-from ..loading import DEMO, find_model, load, read_config
-from ..models import get_model_classes
-from ..models.common import read_delta
-from ..settings import Setting, parse_settings
+from mlx_delta.config import DeltaConfig
+from mlx_delta.loading import DEMO, find_model, load, read_config
+from mlx_delta.measure.settings import Setting, parse_settings
+from mlx_delta.measure.table import render
+from mlx_delta.measure.text import BUNDLED_TEXT
+from mlx_delta.models import get_model_classes
+from mlx_delta.models.common import read_delta
+from mlx_delta.system.cli import run_command
+
 from .language import LanguageOptions
 from .recall import TEMPLATES, RecallOptions
 from .results import Results, model_entry, read_results
-from .table import render
 from .tasks import TASKS, Session, Text, check_tasks
-from .text import BUNDLED_TEXT
 
 SETTINGS = ("dense", "delta", "window-only", "kv8", "kv4")
 

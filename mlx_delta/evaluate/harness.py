@@ -20,7 +20,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..settings import Setting
+from mlx_delta.measure.settings import Setting
+
 from .harness_squad import question_scores, squad_v2
 
 SQUAD = "squadv2"

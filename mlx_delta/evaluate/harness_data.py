@@ -26,7 +26,8 @@ import jinja2.meta
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
-from ..settings import _nearest
+from mlx_delta.measure.settings import nearest
+
 from .harness_files import Splits, find_files
 
 # A key of a task file at the start of its line: what follows it, or the list in the lines below.
@@ -100,7 +101,7 @@ def load_tasks(
     elif name in collections:
         defaults = True
     else:
-        near = _nearest(name, task_names(data_dir))
+        near = nearest(name, task_names(data_dir))
         raise ValueError(f"[evaluate] lm-evaluation-harness has no task {name!r}{near}.")
     manager = copy.copy(_manager(data_dir, defaults))
     manager._factory = _Factory(metadata, data_dir, num_shots)

@@ -18,7 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from ..settings import Setting
+from mlx_delta.measure.settings import Setting
+
 from .harness_rows import Cost, Score, can_batch, generate_texts, score_texts
 
 

@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from ..cache import DeltaKVCache
-from ..settings import PREFILL_STEP, Setting, cache_nbytes
-from ..sparsity import measure_sparsity
+from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
+from mlx_delta.measure.sparsity import measure_sparsity
 
 BUFFER_STEP = 256  # tokens by which mlx-lm's buffers and ours grow
 

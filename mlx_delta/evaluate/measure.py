@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..settings import cache_nbytes
-from ..sparsity import measure_sparsity
+from mlx_delta.measure.settings import cache_nbytes
+from mlx_delta.measure.sparsity import measure_sparsity
 
 SPARSITIES = ("prefill_sparsity", "decode_sparsity", "overall_sparsity")
 

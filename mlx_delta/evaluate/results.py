@@ -14,8 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..loading import find_model, has_gpu
-from ..settings import Setting
+from mlx_delta.loading import find_model, has_gpu
+from mlx_delta.measure.settings import Setting
+
 from .language import summarize_kld, summarize_perplexity
 from .recall import summarize_recall
 
@@ -103,7 +104,7 @@ class Results:
     def __init__(self, model: dict[str, str], file: str | Path | None, restart: bool = False):
         self.path = None if file is None else Path(file).expanduser()
         self._saved = 0.0
-        from .. import __version__
+        from mlx_delta import __version__
 
         self.data: dict[str, Any] = {
             "version": VERSION,

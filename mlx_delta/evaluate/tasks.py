@@ -12,11 +12,12 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..settings import Setting, _nearest
+from mlx_delta.measure.settings import Setting, nearest
+from mlx_delta.measure.text import context_length, read_text
+
 from .language import LanguageOptions, make_windows, measure_window
 from .recall import RecallOptions, RecallTask, measure_sample
 from .results import Results
-from .text import context_length, read_text
 
 TASKS = ("recall", "perplexity", "kld")
 
@@ -38,7 +39,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            f"[evaluate] unknown task {others[0]!r}{_nearest(others[0], TASKS)}; known are "
+            f"[evaluate] unknown task {others[0]!r}{nearest(others[0], TASKS)}; known are "
             f"{', '.join(TASKS)}, and those of lm-evaluation-harness once it is installed: {EXTRA}."
         )
     from .harness import harness_tasks
@@ -47,7 +48,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
     for name in others:
         if name not in known:
             raise ValueError(
-                f"[evaluate] unknown task {name!r}{_nearest(name, known)}; known are "
+                f"[evaluate] unknown task {name!r}{nearest(name, known)}; known are "
                 f"{', '.join(TASKS)}, and those of lm-evaluation-harness."
             )
 

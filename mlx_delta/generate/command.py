@@ -21,12 +21,14 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from ..blas import blas_status
-from ..cli import run_command
-from ..config import KEY_BITS, VALUE_BITS, DeltaConfig
-from ..loading import DEMO, MODEL_SETTING, find_model, load, read_config
-from ..models.common import read_delta
-from . import check_options, check_prompt, encode_prompt, make_caches, prompt_cache, stream_generate
+from mlx_delta.cache import prompt_file as prompt_cache
+from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
+from mlx_delta.loading import DEMO, MODEL_SETTING, find_model, load, read_config
+from mlx_delta.models.common import read_delta
+from mlx_delta.system.blas import blas_status
+from mlx_delta.system.cli import run_command
+
+from . import check_options, check_prompt, encode_prompt, make_caches, stream_generate
 from .report import Report
 
 DEFAULT_PROMPT = "Once upon a time"

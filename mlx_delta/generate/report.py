@@ -7,9 +7,9 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from ..cache import _HeldKeys
-from ..config import DeltaConfig
-from ..sparsity import Sparsity, measure_sparsity
+from mlx_delta.cache.single import HeldKeys
+from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Report:
             sparsity=measure_sparsity(caches, cached_tokens + response.prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
             dense_cache_bytes=sum(
-                c.dense_nbytes if isinstance(c, _HeldKeys) else c.nbytes for c in caches
+                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches
             ),
         )
 

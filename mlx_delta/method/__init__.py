@@ -1,1 +1,1 @@
-"""The specification, in plain NumPy steps."""
+"""What is computed, in plain NumPy: the specification that everything faster must agree with."""

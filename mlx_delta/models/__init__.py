@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mlx_lm.utils import MODEL_REMAPPING
 
-from ..ternary_model import is_ternary_llama
+from mlx_delta.ternary.model import is_ternary_llama
+
 from . import bitnet, bitnet_llama, llama
 
 MODELS = {"llama": llama, "bitnet": bitnet}

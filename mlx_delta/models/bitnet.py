@@ -1,7 +1,7 @@
 """BitNet b1.58 with hybrid delta attention: mlx-lm's model, with linears and attention replaced.
 
 mlx-lm's ternary layers run on Metal only, and leave out the activation quantization that BitNet
-is trained with; ours are :mod:`mlx_delta.ternary_linear`.
+is trained with; ours are :mod:`mlx_delta.ternary.linear`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import mlx.core as mx
 from mlx_lm.models import bitnet
 from mlx_lm.models.cache import KVCache
 
-from ..cache import _HeldKeys
-from ..ternary_model import TernaryArgs, TernaryModel
+from mlx_delta.cache.single import HeldKeys
+from mlx_delta.ternary.model import TernaryArgs, TernaryModel
+
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 
 
@@ -40,7 +41,7 @@ class Attention(bitnet.Attention):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
-        if not isinstance(cache, _HeldKeys):
+        if not isinstance(cache, HeldKeys):
             return super().__call__(x, mask, cache)
         return self.o_proj(self.attn_sub_norm(attend(self, x, mask, cache)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ternary_model import TernaryArgs, TernaryModel
+from mlx_delta.ternary.model import TernaryArgs, TernaryModel
+
 from . import llama
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attention import delta_attention
-from ..cache import DeltaKVCache, _HeldKeys
-from ..config import DeltaConfig
+from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.cache.single import DeltaKVCache, HeldKeys
+from mlx_delta.config import DeltaConfig
 
 
 def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | None:
@@ -52,7 +52,7 @@ def project(layer: nn.Module, x: mx.array, offset: Any) -> tuple[mx.array, mx.ar
     return layer.rope(queries, offset=offset), layer.rope(keys, offset=offset), values
 
 
-def attend(layer: nn.Module, x: mx.array, mask: Any, cache: _HeldKeys) -> mx.array:
+def attend(layer: nn.Module, x: mx.array, mask: Any, cache: HeldKeys) -> mx.array:
     """Project x [B, L, hidden], attend with the delta; [B, L, Hq * D], heads joined."""
     B, L, _ = x.shape
     queries, keys, values = project(layer, x, cache.offset)

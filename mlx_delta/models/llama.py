@@ -13,7 +13,8 @@ import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
-from ..cache import _HeldKeys
+from mlx_delta.cache.single import HeldKeys
+
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 
 
@@ -39,7 +40,7 @@ class Attention(llama.Attention):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
-        if not isinstance(cache, _HeldKeys):
+        if not isinstance(cache, HeldKeys):
             return super().__call__(x, mask, cache)
         return self.o_proj(attend(self, x, mask, cache))
 

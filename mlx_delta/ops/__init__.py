@@ -1,1 +1,4 @@
-"""The method on arrays: MLX operations, and the choice between them and kernels."""
+"""Each step on plain arrays: its MLX form and its kernel's launcher side by side.
+
+Nothing here knows of caches. Whether a kernel runs is said in one place, ``backend``.
+"""

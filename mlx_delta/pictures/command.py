@@ -9,8 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from ..cli import run_command
-from ..loading import DEMO
+from mlx_delta.loading import DEMO
+from mlx_delta.system.cli import run_command
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
 KINDS = ("tradeoff", "heads", "keys", "roofline")

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..reference import block_threshold
+from mlx_delta.method.attention import block_threshold
+
 from .record import HeadRecord
 from .theme import WIDTH, Theme, caption, headline, new_figure
 

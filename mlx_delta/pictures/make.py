@@ -8,16 +8,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..benchmark.command import CONTEXTS, SETTINGS, prompt_ids
-from ..benchmark.roofline import ceilings
-from ..benchmark.table import roofline_values
-from ..chips import find_chips
-from ..config import DeltaConfig
-from ..evaluate.command import choose_settings
-from ..evaluate.text import BUNDLED_TEXT, context_length, encode_piece, encode_text, read_text
-from ..loading import DEMO, load
-from ..settings import PREFILL_STEP, Setting
-from ..sparsity import measure_sparsity
+from mlx_delta.benchmark.command import CONTEXTS, SETTINGS, prompt_ids
+from mlx_delta.benchmark.roofline import ceilings
+from mlx_delta.benchmark.table import roofline_values
+from mlx_delta.config import DeltaConfig
+from mlx_delta.evaluate.command import choose_settings
+from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.settings import PREFILL_STEP, Setting
+from mlx_delta.measure.sparsity import measure_sparsity
+from mlx_delta.measure.text import (
+    BUNDLED_TEXT,
+    context_length,
+    encode_piece,
+    encode_text,
+    read_text,
+)
+from mlx_delta.system.chips import find_chips
+
 from . import names
 from .heads import HeadMap, draw_heads
 from .keys import draw_keys

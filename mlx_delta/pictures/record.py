@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..cache import _HeldKeys
-from ..config import DeltaConfig
-from ..reference import delta_keys, exact_pairs, hold, starts_anew
-from ..settings import Setting
-from ..sparsity import measure_sparsity
+from mlx_delta.cache.single import HeldKeys
+from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.settings import Setting
+from mlx_delta.measure.sparsity import measure_sparsity
+from mlx_delta.method.attention import delta_keys, exact_pairs, hold, starts_anew
 
 MOST_TOKENS = 4096  # more than a picture has room for
 
@@ -92,7 +92,7 @@ def record_head(
     if not 0 <= layer < len(caches):
         raise ValueError(f"[record_head] layer must be 0 to {len(caches) - 1} but got {layer}.")
     cache = caches[layer]
-    if not isinstance(cache, _HeldKeys):
+    if not isinstance(cache, HeldKeys):
         raise ValueError(f"[record_head] layer {layer} has a sliding window and holds no keys.")
     if not 1 <= len(tokens) <= MOST_TOKENS:
         raise ValueError(
@@ -112,7 +112,7 @@ def record_head(
     held = hold(keys[head], config)
     scale = float(model.layers[layer].self_attn.scale)
     own = queries[head * group : (head + 1) * group]
-    rank = sum(isinstance(c, _HeldKeys) for c in caches[:layer])
+    rank = sum(isinstance(c, HeldKeys) for c in caches[:layer])
     return HeadRecord(
         layer=layer,
         head=head,

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluate.results import read_results
-from ..settings import _nearest
+from mlx_delta.evaluate.results import read_results
+from mlx_delta.measure.settings import nearest
+
 from . import names
 
 SPARSITIES = ("prefill", "decode", "overall")
@@ -25,7 +26,7 @@ class Run:
         fingerprint: What tells models of one name apart.
         task: The task's name.
         setting: The setting as it was written.
-        kind: The setting's kind, one of :data:`mlx_delta.settings.KINDS`.
+        kind: The setting's kind, one of :data:`mlx_delta.measure.settings.KINDS`.
         delta: The setting of the delta, as in a config.json; empty without one.
         date: YYYY-MM-DD.
         metric: What the score is.
@@ -99,7 +100,7 @@ def choose(runs: Sequence[Run], attribute: str, names: Sequence[str] | None) -> 
     for name in names:
         if name not in known:
             raise ValueError(
-                f"[choose] the results have no {attribute} {name!r}{_nearest(name, known)}; they "
+                f"[choose] the results have no {attribute} {name!r}{nearest(name, known)}; they "
                 f"have {', '.join(known)}."
             )
     return [run for name in names for run in runs if getattr(run, attribute) == name]

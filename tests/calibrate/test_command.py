@@ -8,15 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import mlx_delta
 from mlx_delta import calibrate as package
 from mlx_delta import load, measure_sparsity
 from mlx_delta.calibrate import sensitivity
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.loss import mean_loss
-from mlx_delta.evaluate.text import BUNDLED_TEXT
-
-from ..tiny import LLAMA, SMALL, llama_model, tokens, write_llama
+from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from tests.tiny import LLAMA, SMALL, llama_model, tokens, write_llama
 
 SHORT = ["--length", "200", "--windows", "2"]
 GRID = (0.6, 1.4, 8.0)
@@ -57,7 +55,7 @@ def test_load_picks_up_what_was_written(path, capsys):
     assert new == old
 
     model, tokenizer = load(path)
-    ids = tokenizer.encode(mlx_delta.evaluate.text.read_text(BUNDLED_TEXT))[5000:5200]
+    ids = tokenizer.encode(read_text(BUNDLED_TEXT))[5000:5200]
     caches = model.make_cache()
     mx.eval(model(mx.array([ids]), cache=caches))
     assert measure_sparsity(caches, 200).prefill == pytest.approx(0.45, abs=0.02)

@@ -13,8 +13,8 @@ from mlx_delta import DeltaConfig, load, measure_sparsity
 from mlx_delta import calibrate as package
 from mlx_delta.calibrate import calibrate, sensitivity
 from mlx_delta.evaluate.language import measure_window
-from mlx_delta.evaluate.text import BUNDLED_TEXT, encode_text, read_text
-from mlx_delta.settings import Setting
+from mlx_delta.measure.settings import Setting
+from mlx_delta.measure.text import BUNDLED_TEXT, encode_text, read_text
 
 LENGTH = 1024
 

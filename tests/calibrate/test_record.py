@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, measure_sparsity, reference
+from mlx_delta import DeltaConfig, measure_sparsity
 from mlx_delta.calibrate.record import GRID, highest_sparsity, measure_layer, record, spread
+from mlx_delta.method import attention as reference
 from mlx_delta.models.llama import Attention
-
-from ..test_attention import DIM, SCALE, inputs
-from ..tiny import SMALL, bitnet_model, llama_model, tokens
+from tests.attention.test_hybrid import DIM, SCALE, inputs
+from tests.tiny import SMALL, bitnet_model, llama_model, tokens
 
 PAPER = DeltaConfig.paper().resolve(120)
 SETTINGS = {

@@ -21,8 +21,7 @@ from mlx_delta.calibrate.sensitivity import (
     measure_sensitivity,
     passes,
 )
-
-from ..tiny import SMALL, bitnet_model, llama_model, tokens
+from tests.tiny import SMALL, bitnet_model, llama_model, tokens
 
 # The bundled BitNet model, one layer held at a time: sparsity and KL divergence in nats.
 HELD_AT = np.array([0.7, 0.9, 1.1, 1.4, 1.8, 2.4])

@@ -13,7 +13,7 @@ from mlx_delta.convert.errors import ConvertError
 from mlx_delta.convert.gguf_blocks import affine_rows, i2s_codes, ternary_rows
 from mlx_delta.convert.plan import Options
 from mlx_delta.convert.weights import dequantize_affine, dequantize_ternary
-from mlx_delta.ternary import pack_words
+from mlx_delta.ternary.codes import pack_words
 
 from . import checkpoints as made
 from .conftest import FLOAT, dequantized, load_weights

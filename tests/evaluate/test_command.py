@@ -14,8 +14,7 @@ import pytest
 
 from mlx_delta.evaluate import BUNDLED_TEXT, read_text, tasks
 from mlx_delta.evaluate.command import main
-
-from ..tiny import LLAMA, write_llama
+from tests.tiny import LLAMA, write_llama
 
 RECALL = "--tasks recall --length 256 --distances 100 150 --answers 2 --facts 3".split()
 LANGUAGE = "--tasks perplexity kld --length 128 --windows 3".split()

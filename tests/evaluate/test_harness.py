@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_tokenizer
 
 from mlx_delta.loading import find_model
-from mlx_delta.settings import Setting, parse_setting
+from mlx_delta.measure.settings import Setting, parse_setting
 from tests.evaluate.harness_data import squad, winogrande, write_jsonl, write_tasks
 from tests.tiny import SMALL, llama_model
 

@@ -19,9 +19,9 @@ from mlx_delta.evaluate import (
     summarize_kld,
     summarize_perplexity,
 )
-from mlx_delta.settings import parse_setting, parse_settings
+from mlx_delta.measure.settings import parse_setting, parse_settings
+from tests.tiny import SMALL, llama_model
 
-from ..tiny import SMALL, llama_model
 from . import tokenizers
 
 TEXT = read_text(BUNDLED_TEXT)

@@ -25,7 +25,7 @@ from mlx_delta.evaluate import (
 from mlx_delta.evaluate.command import main
 from mlx_delta.evaluate.recall import FACTS
 from mlx_delta.evaluate.results import read_results
-from mlx_delta.settings import parse_setting
+from mlx_delta.measure.settings import parse_setting
 
 from . import tokenizers
 

@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, launch
-from mlx_delta import packed_reference as ref
-from mlx_delta.hold import block_thresholds
+from mlx_delta import DeltaConfig
+from mlx_delta.method import storage as ref
+from mlx_delta.ops import launch
+from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import KernelSource, MetalBench
 

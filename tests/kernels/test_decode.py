@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, DeltaKVCache, launch, packing
-from mlx_delta import packed_reference as ref
-from mlx_delta.attention import delta_attention
-from mlx_delta.hold import block_thresholds
+from mlx_delta import DeltaConfig, DeltaKVCache
+from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.method import storage as ref
+from mlx_delta.ops import launch
+from mlx_delta.ops import pack as packing
+from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier

@@ -6,10 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, launch, packing
-from mlx_delta import packed_reference as ref
+from mlx_delta import DeltaConfig
 from mlx_delta.config import KEY_BITS
-from mlx_delta.packing import EncodedBlocks, PackedBlocks
+from mlx_delta.method import storage as ref
+from mlx_delta.ops import launch
+from mlx_delta.ops import pack as packing
+from mlx_delta.ops.pack import EncodedBlocks, PackedBlocks
 
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier

@@ -1,0 +1,1 @@
+"""Hybrid delta attention over a cache, and the choice between kernel and operations."""

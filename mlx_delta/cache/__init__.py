@@ -1,0 +1,1 @@
+"""Held keys and their values: stores, the caches that mlx-lm works with, and files of them."""

@@ -1,0 +1,158 @@
+"""The batch twin of :class:`mlx_delta.DeltaKVCache`: rows of different lengths."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_delta.config import DeltaConfig
+
+from .single import DeltaKVCache, HeldKeys
+from .values import ValueStore
+
+
+class BatchDeltaKVCache(HeldKeys):
+    """Cache of one layer for a batch whose rows have different lengths.
+
+    mlx-lm pads prompts left or right. Here every row's token ``t`` lies at index ``t``: tokens
+    before position 0 (left padding) are not stored, and those after a row's end (right padding)
+    are overwritten by the tokens that follow. So blocks begin at the same positions as in a
+    cache of one text, and encode to the same held keys.
+
+    Args:
+        left_padding: Padding tokens in front of each row's text.
+        config: The setting of this layer; the default one when not given.
+    """
+
+    # While right padding is being fed: how much, and where each row's text ends.
+    _right_padding: list[int] | None = None
+    _text_ends: list[int] | None = None
+
+    def __init__(self, left_padding: list[int], config: DeltaConfig | None = None):
+        super().__init__(config)
+        self._lengths = [-int(padding) for padding in left_padding]
+        self._encoded = [0] * len(self._lengths)
+        self._make_stores()
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of each row's next token, [B]; negative within left padding."""
+        return mx.array(self._lengths)
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        """Announce the padding of the tokens that are about to come.
+
+        Raises:
+            ValueError: Left padding for rows that already hold tokens.
+        """
+        if left_padding is not None:
+            if not self.empty():
+                raise ValueError(
+                    "[BatchDeltaKVCache.prepare] left_padding can only be added to an empty cache."
+                )
+            self._lengths = [
+                length - int(padding)
+                for length, padding in zip(self._lengths, left_padding, strict=True)
+            ]
+        if right_padding is not None and max(right_padding) > 0:
+            self._right_padding = [int(padding) for padding in right_padding]
+            if lengths is not None:
+                pairs = zip(self._lengths, lengths, strict=True)
+                self._text_ends = [start + int(n) for start, n in pairs]
+
+    def finalize(self) -> None:
+        """Take the announced right padding off again."""
+        if self._right_padding is not None:
+            pairs = zip(self._lengths, self._right_padding, strict=True)
+            self._lengths = [length - padding for length, padding in pairs]
+        self._right_padding = self._text_ends = None
+
+    def _ends(self, steps: int) -> list[int]:
+        ends = super()._ends(steps)
+        if self._right_padding is None:
+            return ends
+        if self._text_ends is None:
+            # No lengths were announced: the padding belongs to this one call.
+            return [end - pad for end, pad in zip(ends, self._right_padding, strict=True)]
+        return [min(end, text) for end, text in zip(ends, self._text_ends, strict=True)]
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """The causal mask [B, 1, N, S] for the next ``N`` tokens; S counts this cache's indices."""
+        query = mx.array(self._lengths)[:, None] + mx.arange(N)[None]
+        key = mx.arange(max(self._lengths) + N)
+        # Padding in front of a text sees key 0, for want of any: no row of the softmax is empty.
+        mask = key <= mx.maximum(query, 0)[..., None]
+        if window_size is not None:
+            mask = mask & (query[..., None] < key + window_size)
+        return mask[:, None]
+
+    def filter(self, batch_indices: list[int] | mx.array) -> None:
+        """Keep these rows only, in this order."""
+        kept = [int(index) for index in batch_indices]
+        self._keys.take(kept)
+        self._values.take(mx.array(kept, mx.int32))
+        self._lengths = [self._lengths[row] for row in kept]
+        self._encoded = [self._encoded[row] for row in kept]
+
+    def extend(self, other: BatchDeltaKVCache) -> None:
+        """Append the rows of another batch cache."""
+        _check_same_setting("BatchDeltaKVCache.extend", [self, other])
+        self._append_rows([self, other])
+
+    @classmethod
+    def merge(cls, caches: list[DeltaKVCache]) -> BatchDeltaKVCache:
+        """A batch cache with one row for each of these caches of a single text."""
+        _check_same_setting("DeltaKVCache.merge", caches)
+        merged = cls([], caches[0].config)
+        merged._append_rows(caches)
+        return merged
+
+    def extract(self, idx: int) -> DeltaKVCache:
+        """One row as a cache of its own."""
+        cache = DeltaKVCache(self.config)
+        cache._lengths = [max(0, self._lengths[idx])]
+        cache._encoded = [self._encoded[idx]]
+        length = max(1, cache.offset)
+        cache._keys = self._keys.row(idx, length)
+        cache._values = self._values.row(idx, length)
+        cache._model, cache._item_size = self._model, self._item_size
+        return cache
+
+    def _append_rows(self, caches: list) -> None:
+        """Become the rows of all these caches, padded at the end to one length."""
+        filled = [cache for cache in caches if not cache.empty()]
+        for cache in filled:
+            _check_same_model(cache, filled[0])
+        if filled:
+            self._model, self._item_size = filled[0]._model, filled[0]._item_size
+        counts = [len(cache._lengths) for cache in caches]
+        self._keys = type(caches[0]._keys).join([cache._keys for cache in caches], counts)
+        self._values = ValueStore.join([cache._values for cache in caches], counts)
+        for name in ("_lengths", "_encoded"):
+            setattr(self, name, [x for cache in caches for x in getattr(cache, name)])
+
+
+def _check_same_model(cache: HeldKeys, other: HeldKeys) -> None:
+    """Rows of one batch are of one model."""
+    if cache._model != other._model:
+        raise ValueError(
+            "[BatchDeltaKVCache] caches of different models can't share a batch: kv heads and head "
+            f"dimensions are {cache._model} and {other._model}."
+        )
+
+
+def _check_same_setting(where: str, caches: list) -> None:
+    """Rows of one batch share block boundaries and thresholds."""
+    settings = {cache.config for cache in caches}
+    if len(settings) > 1:
+        raise ValueError(
+            f"[{where}] all caches must have the same setting but got "
+            f"{' and '.join(str(setting) for setting in sorted(settings, key=str)[:2])}."
+        )

@@ -1,0 +1,229 @@
+"""Ways to keep keys and values, by the names that the command lines give them.
+
+``evaluate``, ``benchmark`` and ``calibrate`` compare settings on one loaded model: a setting is
+only a way to make caches, so the weights are shared and the settings can take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache.window_only import WindowOnlyCache
+from mlx_delta.config import DeltaConfig
+
+KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only")
+
+PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
+ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to keep keys and values.
+
+    Attributes:
+        name: As it was written; names tables and results.
+        kind: One of ``KINDS``.
+        delta: For ``delta``, ``paper`` and ``window-only``.
+        kv_bits: For ``kv8`` and ``kv4``: mlx-lm's quantized cache.
+        max_size: For ``rotating``: tokens kept.
+    """
+
+    name: str
+    kind: str
+    delta: DeltaConfig | None = None
+    kv_bits: int | None = None
+    max_size: int | None = None
+
+    def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
+        """New caches for a model, one per layer; ``prompt_tokens`` as for its ``make_cache``.
+
+        Sliding-window layers get mlx-lm's own cache, whatever the setting.
+        """
+        delta = self.delta
+        if delta is not None and prompt_tokens is not None:
+            delta = delta.resolve(prompt_tokens)
+        layers = model.layers
+        return [self._layer_cache(layers, i, delta, model) for i in range(len(layers))]
+
+    def _layer_cache(
+        self, layers: Sequence[Any], index: int, delta: DeltaConfig | None, model: nn.Module
+    ) -> Any:
+        if getattr(layers[index], "use_sliding", False):
+            return RotatingKVCache(max_size=model.model.sliding_window)
+        if delta is not None:
+            cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
+            return cache(delta.for_layer(index, len(layers)))
+        if self.max_size is not None:
+            return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
+        return KVCache()
+
+    def forward(self, model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> mx.array:
+        """Logits [L, vocabulary] of the next ``tokens``; evaluated, and the caches updated.
+
+        As in mlx-lm's generation, a quantized cache is dense within the first call and quantized
+        after it. What any query sees does not depend on how a text is cut into later calls.
+        """
+        logits = [
+            self._step(model, list(part), caches) for part in self._parts(list(tokens), caches)
+        ]
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    def prefill(
+        self, model: nn.Module, tokens: Sequence[int], caches: list[Any], step: int = PREFILL_STEP
+    ) -> mx.array:
+        """Feed a prompt in chunks, its last token by itself; logits [vocabulary] after it.
+
+        As in mlx-lm's generation, which never computes the logits of the tokens before.
+
+        Raises:
+            ValueError: The prompt is empty.
+        """
+        if not tokens:
+            raise ValueError("[prefill] the prompt is empty; give at least one token.")
+        for start in range(0, len(tokens) - 1, step):
+            part = list(tokens[start : min(start + step, len(tokens) - 1)])
+            model(mx.array(part)[None], cache=caches)
+            self._settle(caches)
+        return self.forward(model, tokens[-1:], caches)[-1]
+
+    def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
+        if self.max_size is not None and caches[0].offset > 0:
+            # Several queries at once would not see the first tokens that a rotating cache keeps.
+            return ([token] for token in tokens)
+        return iter([tokens])
+
+    def _step(self, model: nn.Module, tokens: list[int], caches: list[Any]) -> mx.array:
+        logits = model(mx.array(tokens)[None], cache=caches)[0]
+        mx.eval(logits)
+        self._settle(caches)
+        return logits
+
+    def _settle(self, caches: list[Any]) -> None:
+        """Compute what the caches hold, quantized if it is to be."""
+        if self.kv_bits is not None:
+            _quantize(caches, 0, 64, self.kv_bits)
+        mx.eval([cache.state for cache in caches])
+
+
+# ``import mlx_lm.generate`` would give the function of that name.
+_quantize = importlib.import_module("mlx_lm.generate").maybe_quantize_kv_cache
+
+
+def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> list[Setting]:
+    """Settings from their names on the command line.
+
+    ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``rotating:1024`` (mlx-lm's
+    ``--max-kv-size``), ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
+    :class:`DeltaConfig`; thresholds of layers are joined by slashes), ``paper:threshold=0.6`` (the
+    paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
+
+    Args:
+        names: The names.
+        default: What ``delta`` changes; the model's own setting.
+
+    Raises:
+        ValueError: A name or an option is unknown, with the nearest ones; or a value is wrong.
+    """
+    settings = [parse_setting(name, default) for name in names]
+    for i, setting in enumerate(settings):
+        if setting.name in names[:i]:
+            raise ValueError(f"[parse_settings] {setting.name!r} is given twice; drop one.")
+    return settings
+
+
+def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
+    """One setting from its name; see :func:`parse_settings`."""
+    kind, colon, rest = name.partition(":")
+    if kind not in KINDS:
+        raise ValueError(
+            f"[parse_settings] unknown setting {kind!r}{nearest(kind, KINDS)}; known are "
+            f"{', '.join(KINDS)}."
+        )
+    if colon and not rest:
+        raise ValueError(f"[parse_settings] {name!r} has nothing after its colon.")
+    if kind in ("dense", "kv8", "kv4"):
+        if rest:
+            raise ValueError(f"[parse_settings] {kind!r} takes no options but got {rest!r}.")
+        return Setting(name, kind, kv_bits=int(kind[2:]) if kind != "dense" else None)
+    if kind == "rotating":
+        if not rest.isdecimal() or int(rest) <= ROTATING_KEEP:
+            raise ValueError(
+                f"[parse_settings] {name!r}: give the tokens to keep, more than {ROTATING_KEEP}, "
+                "as in rotating:1024."
+            )
+        return Setting(name, kind, max_size=int(rest))
+    base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
+    try:
+        return Setting(name, kind, delta=dataclasses.replace(base, **_options(rest)))
+    except ValueError as error:
+        raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
+
+
+def _options(text: str) -> dict[str, Any]:
+    """``key=value,key=value`` as fields of a DeltaConfig."""
+    fields = [field.name for field in dataclasses.fields(DeltaConfig)]
+    options: dict[str, Any] = {}
+    for part in text.split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if key not in fields:
+            raise ValueError(
+                f"unknown option {key!r}{nearest(key, fields)}; known are {', '.join(fields)}."
+            )
+        if not equals or not value:
+            raise ValueError(f"{key} lacks a value, as in {key}=1.")
+        options[key] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    """A number, a word, or numbers joined by slashes."""
+    if "/" in text:
+        return tuple(_value(part) for part in text.split("/"))
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint at what was meant."""
+    near = difflib.get_close_matches(word, known, n=2, cutoff=0.4)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def cache_nbytes(caches: Sequence[Any]) -> int:
+    """Bytes that caches have allocated, floats counted at 16 bits each.
+
+    Models run in float32 where there is no GPU, and their dense caches with them; counted like
+    this, a cache takes the same bytes on every machine.
+    """
+    return sum(_nbytes(cache) for cache in caches)
+
+
+def _nbytes(item: Any) -> int:
+    if isinstance(item, mx.array):
+        floats = mx.issubdtype(item.dtype, mx.floating)
+        return item.size * min(item.itemsize, 2) if floats else item.nbytes
+    if isinstance(item, WindowOnlyCache):
+        return item.kept_nbytes(_nbytes(vars(item)))
+    if isinstance(item, dict):
+        return sum(_nbytes(value) for value in item.values())
+    if isinstance(item, (list, tuple)):
+        return sum(_nbytes(value) for value in item)
+    return _nbytes(vars(item)) if hasattr(item, "__dict__") else 0

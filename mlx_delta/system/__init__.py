@@ -1,0 +1,1 @@
+"""The machine: BLAS, chips, and what the command lines share."""

@@ -1,0 +1,1 @@
+"""Ternary weights (BitNet b1.58): their codes, the layer, and reading them from checkpoints."""

@@ -1,0 +1,411 @@
+"""DeltaKVCache: whatever is done to a cache, the text goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import (
+    KVCache,
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    load_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
+
+from mlx_delta import DeltaConfig, DeltaKVCache, measure_sparsity
+from mlx_delta.cache.batch import BatchDeltaKVCache
+from mlx_delta.method import attention as reference
+from tests.attention.test_hybrid import attend, inputs
+from tests.tiny import SMALL, smooth_keys
+
+LENGTH = 150
+TEXT = inputs(LENGTH)
+CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first")
+PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
+CODED = dataclasses.replace(SMALL, key_bits=4)
+each_setting = pytest.mark.parametrize(
+    "config", [SMALL, CHAIN, PACKED, CODED], ids=["blocks", "chain", "packed", "coded"]
+)
+
+
+def whole(config: DeltaConfig) -> np.ndarray:
+    """Outputs of the text, fed at once."""
+    return attend(DeltaKVCache(config), TEXT, [LENGTH])
+
+
+def part(start: int, end: int) -> tuple[np.ndarray, ...]:
+    """Tokens of the text."""
+    return tuple(x[:, :, start:end] for x in TEXT)
+
+
+def assert_goes_on(cache: DeltaKVCache, start: int, config: DeltaConfig) -> None:
+    """The rest of the text comes out as it does from a cache that saw it all at once."""
+    rest = attend(cache, part(start, LENGTH), [1, LENGTH - start - 1])
+    np.testing.assert_allclose(rest, whole(config)[:, :, start:], atol=2e-6)
+
+
+@each_setting
+@given(cuts=st.lists(st.integers(1, 60), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=25)
+def test_the_encoding_does_not_depend_on_the_chunks(config, cuts):
+    end = min(LENGTH, sum(cuts))
+    one, many = DeltaKVCache(config), DeltaKVCache(config)
+    attend(one, part(0, end), [end])
+    start = 0
+    for steps in cuts:
+        steps = min(steps, end - start)
+        if steps:
+            attend(many, part(start, start + steps), [steps])
+            start += steps
+    for a, b in zip(one.keys_and_values(), many.keys_and_values(), strict=True):
+        assert mx.array_equal(a, b)
+    assert measure_sparsity([one], end).overall == measure_sparsity([many], end).overall
+
+
+@each_setting
+@pytest.mark.parametrize("fed", [1, 64, 90])
+def test_saved_and_loaded(config, fed, tmp_path):
+    cache = DeltaKVCache(config)
+    attend(cache, part(0, fed), [fed])
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache], {"note": "x"})
+    (loaded,), metadata = load_prompt_cache(str(tmp_path / "cache.safetensors"), True)
+    assert isinstance(loaded, DeltaKVCache)
+    assert (loaded.config, loaded.offset, metadata) == (config, fed, {"note": "x"})
+    assert_goes_on(loaded, fed, config)
+
+
+def test_an_empty_cache_is_saved_and_loaded(tmp_path):
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [DeltaKVCache(SMALL)])
+    (loaded,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert loaded.empty() and loaded.nbytes == 0
+    assert_goes_on(loaded, 0, SMALL)
+
+
+@each_setting
+def test_a_copy_is_independent(config):
+    cache = DeltaKVCache(config)
+    attend(cache, part(0, 90), [90])
+    twin = copy.deepcopy(cache)
+    attend(cache, tuple(-x for x in part(90, 120)), [30])
+    assert_goes_on(twin, 90, config)
+
+
+@each_setting
+@pytest.mark.parametrize("fed", [20, 64, 65, 100])
+@pytest.mark.parametrize("back", [0, 1, 7, 8], ids=lambda n: f"back {n}")
+def test_rewinding_by_up_to_a_block_is_exact(config, fed, back):
+    """As in speculative decoding: wrong tokens come in, and are taken back."""
+    cache = DeltaKVCache(config)
+    attend(cache, part(0, fed - back), [fed - back])
+    if back:
+        attend(cache, tuple(-x for x in part(fed - back, fed)), [back])
+    assert trim_prompt_cache([cache], back) == back
+    assert cache.offset == fed - back
+    assert_goes_on(cache, fed - back, config)
+
+
+def test_rewinding_further_leaves_held_keys_in_place_of_full_ones():
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 120), [120])
+    assert can_trim_prompt_cache([cache])
+    assert cache.trim(60) == 60
+    keys, values = cache.keys_and_values()
+    held = np.stack([reference.hold(head, SMALL) for head in TEXT[1][0, :, :120]])
+    np.testing.assert_array_equal(keys[0], held[:, :60])
+    np.testing.assert_array_equal(values, TEXT[2][:, :, :60])
+    output = attend(cache, part(60, LENGTH), [LENGTH - 60])
+    assert np.abs(output - whole(SMALL)[:, :, 60:]).max() < 0.5, "close, if not exact"
+
+
+@each_setting
+@pytest.mark.parametrize("again", ["at once", "in steps", "saved"])
+def test_held_keys_that_stood_in_for_full_ones_are_not_held_again(config, again, tmp_path):
+    """Means of means would drift, and so would thresholds relative to what is held already."""
+    cache = DeltaKVCache(config)
+    attend(cache, part(0, 120), [120])
+    held, _ = cache.keys_and_values()
+    zeros = np.array(cache.zeros)
+    for back in (60, 40, 60):
+        cache.trim(back)
+        if again == "saved":
+            save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+            (cache,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+        cuts = [1] * 20 + [back - 20] if again == "in steps" else [back]
+        attend(cache, part(120 - back, 120), cuts)
+        keys, _ = cache.keys_and_values()
+        assert mx.array_equal(keys[:, :, :56], held[:, :, :56]), "7 blocks of 8 in 60 tokens"
+        np.testing.assert_array_equal(cache.zeros[:, :, :7], zeros[:, :, :7])
+
+
+def test_rewinding_more_than_there_is_empties_the_cache():
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 20), [20])
+    assert (cache.trim(99), cache.offset, cache.trim(1)) == (20, 0, 0)
+    assert_goes_on(cache, 0, SMALL)
+
+
+def test_the_members_that_mlx_lm_asks_for():
+    cache = DeltaKVCache(SMALL)
+    assert cache.empty() and cache.size() == 0 and cache.nbytes == 0
+    assert bool(cache), "a falsy cache would be passed over"
+    for absent in ("bits", "group_size", "to_quantized"):
+        assert not hasattr(cache, absent), f"{absent}: mlx-lm would take it for its own kind"
+    attend(cache, part(0, 20), [20])
+    assert not cache.empty() and cache.size() == cache.offset == 20
+    assert cache.make_mask(1) is None and cache.make_mask(5) == "causal"
+    stock = KVCache()
+    stock.update_and_fetch(*(mx.array(x) for x in part(0, 20)[1:]))
+    for window in (None, 7):
+        ours = cache.make_mask(5, return_array=True, window_size=window)
+        theirs = stock.make_mask(5, return_array=True, window_size=window)
+        assert mx.array_equal(ours, theirs)
+
+
+def test_bytes_are_those_allocated():
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 20), [20])
+    stock = KVCache()
+    stock.update_and_fetch(*(mx.array(x) for x in part(0, 20)[1:]))
+    buffers = [x for x in cache.state if isinstance(x, mx.array)]
+    assert cache.nbytes == sum(x.nbytes for x in buffers)
+    assert cache.dense_nbytes == stock.nbytes
+
+
+def test_the_lru_prompt_cache_serves_a_prefix():
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 90), [90])
+    store = LRUPromptCache()
+    store.insert_cache("model", list(range(90)), [cache])
+    (fetched,), rest = store.fetch_nearest_cache("model", [*range(90), 7])
+    assert rest == [7] and fetched.offset == 90
+    assert_goes_on(fetched, 90, SMALL)
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_rows_of_equal_length_share_one_cache(length):
+    rows = inputs(length, rows=3)
+    together = attend(DeltaKVCache(SMALL), rows, [length])
+    for row in range(3):
+        alone = attend(DeltaKVCache(SMALL), tuple(x[row : row + 1] for x in rows), [length])
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-6)
+
+
+def test_the_papers_window_is_fixed_when_the_prompt_is_seen():
+    cache = DeltaKVCache(DeltaConfig.paper())
+    attend(cache, part(0, 60), [60])
+    assert cache.config.block_size == 3
+    attend(cache, part(60, 150), [90])
+    assert cache.config.block_size == 3
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda s: ["x", *s[1:]], "not a saved state"),
+        (lambda s: s[:3], "not a saved state"),
+        (lambda s: [_edit(s[0], version=99), *s[1:]], "version 99"),
+        (lambda s: [_edit(s[0], lengths=[9999]), *s[1:]], "counts 9999 tokens"),
+        (lambda s: [_edit(s[0], encoded=[40]), *s[1:]], "40 encoded blocks"),
+        (lambda s: [_edit(s[0], held=[8]), *s[1:]], "8 held ones of 90 tokens"),
+        (lambda s: [_edit(s[0], held=[12]), *s[1:]], "12 held ones of 90 tokens"),
+        (lambda s: [_edit(s[0], held=[]), *s[1:]], "held blocks for other rows"),
+        (lambda s: [s[0], s[1], s[2][..., :9, :], *s[3:]], "values have shape"),
+        (lambda s: [s[0], s[1], None, *s[3:]], "lacks one of its buffers"),
+    ],
+    ids=[
+        *("no header", "truncated", "version", "length", "encoded"),
+        *("held too few", "held too many", "held rows", "shape", "missing buffer"),
+    ],
+)
+def test_a_damaged_state_is_refused(break_it, message):
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 90), [90])
+    with pytest.raises(ValueError, match=message):
+        DeltaKVCache.from_state(break_it(cache.state))
+
+
+def _edit(header: str, **changes) -> str:
+    return json.dumps({**json.loads(header), **changes})
+
+
+def test_a_state_saved_before_runs_were_means_goes_on(tmp_path):
+    """Without what was not in it: the setting's default, and as many blocks held as encoded."""
+    cache = DeltaKVCache(SMALL)
+    attend(cache, part(0, 90), [90])
+    header, *buffers = cache.state
+    old = json.loads(header)
+    del old["config"]["run_value"], old["held"]
+    restored = DeltaKVCache.from_state([json.dumps(old), *buffers])
+    assert restored.config == SMALL
+    assert_goes_on(restored, 90, SMALL)
+
+
+# The batch twin.
+
+
+def feed_batch(cache: BatchDeltaKVCache, texts, steps: int, right: list[int] | None = None):
+    """Feed the next ``steps`` tokens of each text [1, H, N, D], each from its own position."""
+    starts = cache.offset.tolist()
+    rows = []
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        end = start + steps - (right[row] if right else 0)
+        piece = [x[:, :, max(0, start) : end] for x in text]
+        left = max(0, -start)
+        after = steps - left - piece[0].shape[2]
+        pads = [(0, 0), (0, 0), (left, after), (0, 0)]
+        rows.append([np.pad(x, pads, constant_values=5.0) for x in piece])
+    stacked = [np.concatenate(x) for x in zip(*rows, strict=True)]
+    mask = cache.make_mask(steps)
+    return attend(cache, stacked, [steps], mask)
+
+
+TEXTS = [inputs(230 + i) for i in range(3)]  # the longest fed below: 100 tokens and 4 times 30
+
+
+def expect_rows(output, texts, starts, ends, config):
+    """Rows of a batch give what each text gives alone."""
+    for row, (text, start, end) in enumerate(zip(texts, starts, ends, strict=True)):
+        alone = attend(DeltaKVCache(config), tuple(x[:, :, :end] for x in text), [end])
+        steps = end - max(0, start)
+        first = max(0, -start)
+        np.testing.assert_allclose(
+            output[row][:, first : first + steps], alone[0][:, max(0, start) :], atol=3e-6
+        )
+
+
+@each_setting
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=3, max_size=3),
+    more=st.lists(st.sampled_from([1, 1, 1, 9, 30]), max_size=4),
+    side=st.sampled_from(["left", "right"]),
+)
+@settings(deadline=None, max_examples=25)
+def test_a_padded_batch_is_its_rows(config, lengths, more, side):
+    longest = max(lengths)
+    padding = [longest - n for n in lengths]
+    if side == "left":
+        cache = BatchDeltaKVCache(padding, config)
+        starts = [-p for p in padding]
+        output = feed_batch(cache, TEXTS, longest)
+        expect_rows(output, TEXTS, starts, lengths, config)
+    else:
+        cache = BatchDeltaKVCache([0, 0, 0], config)
+        cache.prepare(lengths=lengths, right_padding=padding)
+        output = feed_batch(cache, TEXTS, longest, padding)
+        cache.finalize()
+        expect_rows(output, TEXTS, [0, 0, 0], lengths, config)
+    assert cache.offset.tolist() == lengths
+    for steps in more:
+        starts = cache.offset.tolist()
+        output = feed_batch(cache, TEXTS, steps)
+        expect_rows(output, TEXTS, starts, [s + steps for s in starts], config)
+    for row in range(3):
+        row_cache = cache.extract(row)
+        end = row_cache.offset
+        alone = DeltaKVCache(config)
+        attend(alone, tuple(x[:, :, :end] for x in TEXTS[row]), [end])
+        for a, b in zip(row_cache.keys_and_values(), alone.keys_and_values(), strict=True):
+            assert mx.array_equal(a, b), "the same encoding as alone"
+        assert row_cache._encoded == alone._encoded
+
+
+def merged(lengths: list[int], config: DeltaConfig = SMALL) -> BatchDeltaKVCache:
+    """Caches of single texts, fed and merged."""
+    caches = []
+    for text, length in zip(TEXTS, lengths, strict=True):
+        cache = DeltaKVCache(config)
+        if length:
+            attend(cache, tuple(x[:, :, :length] for x in text), [length])
+        caches.append(cache)
+    return caches[0].merge(caches)
+
+
+@each_setting
+@pytest.mark.parametrize("lengths", [[30, 5, 77], [64, 0, 1], [0, 0, 0]], ids=str)
+def test_merged_caches_go_on(config, lengths):
+    cache = merged(lengths, config)
+    assert cache.offset.tolist() == lengths and cache.size() == max(lengths)
+    for steps in (1, 1, 20, 1):
+        starts = cache.offset.tolist()
+        output = feed_batch(cache, TEXTS, steps)
+        expect_rows(output, TEXTS, starts, [s + steps for s in starts], config)
+
+
+@given(
+    keep=st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True),
+    as_array=st.booleans(),
+)
+@settings(deadline=None, max_examples=10)
+def test_filtered_and_extended_rows_go_on(keep, as_array):
+    cache = merged([30, 5, 77])
+    cache.filter(mx.array(keep) if as_array else keep)
+    other = merged([3, 90, 64])
+    cache.extend(other)
+    texts = [TEXTS[i] for i in keep] + TEXTS
+    assert cache.offset.tolist() == [[30, 5, 77][i] for i in keep] + [3, 90, 64]
+    for steps in (1, 12, 1):
+        starts = cache.offset.tolist()
+        output = feed_batch(cache, texts, steps)
+        expect_rows(output, texts, starts, [s + steps for s in starts], SMALL)
+
+
+def test_extending_an_empty_batch():
+    cache = BatchDeltaKVCache([0, 0], SMALL)
+    cache.extend(merged([3, 90, 64]))
+    assert cache.offset.tolist() == [0, 0, 3, 90, 64]
+    texts = TEXTS[:2] + TEXTS
+    output = feed_batch(cache, texts, 20)
+    expect_rows(output, texts, [0, 0, 3, 90, 64], [20, 20, 23, 110, 84], SMALL)
+
+
+@pytest.mark.parametrize("back", [1, 5, 8])
+def test_a_rewound_batch_goes_on(back):
+    cache = merged([30, 16, 77])
+    output = feed_batch(cache, TEXTS, 8)
+    assert cache.trim(back) == back
+    starts = cache.offset.tolist()
+    output = feed_batch(cache, TEXTS, 30)
+    expect_rows(output, TEXTS, starts, [s + 30 for s in starts], SMALL)
+
+
+def test_a_batch_state_is_saved_and_loaded(tmp_path):
+    cache = merged([30, 5, 77])
+    save_prompt_cache(str(tmp_path / "batch.safetensors"), [cache])
+    (loaded,) = load_prompt_cache(str(tmp_path / "batch.safetensors"))
+    assert isinstance(loaded, BatchDeltaKVCache)
+    output = feed_batch(loaded, TEXTS, 9)
+    expect_rows(output, TEXTS, [30, 5, 77], [39, 14, 86], SMALL)
+
+
+def test_caches_of_different_settings_do_not_merge():
+    with pytest.raises(ValueError, match=r"\[DeltaKVCache.merge\] all caches must have the same"):
+        DeltaKVCache.merge([DeltaKVCache(SMALL), DeltaKVCache(CHAIN)])
+
+
+def test_left_padding_comes_before_the_first_token():
+    cache = merged([3, 4, 5])
+    with pytest.raises(ValueError, match="left_padding can only be added to an empty cache"):
+        cache.prepare(left_padding=[1, 0, 0])
+
+
+def test_each_row_has_its_own_sparsity():
+    keys = smooth_keys((1, 2, 140, 16))
+    text = (inputs(140)[0], keys, keys)
+    cache = BatchDeltaKVCache([0, 0, 0], SMALL)
+    cache.prepare(lengths=[140, 60, 10], right_padding=[0, 80, 130])
+    feed_batch(cache, [text] * 3, 140, [0, 80, 130])
+    cache.finalize()
+    for row, length in enumerate([140, 60, 10]):
+        measured = measure_sparsity([cache], length, row).prefill
+        wanted = np.mean(
+            [reference.sparsity(keys[0, h, :length], SMALL, 0, length) for h in (0, 1)]
+        )
+        assert measured == pytest.approx(wanted)

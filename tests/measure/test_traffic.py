@@ -1,0 +1,194 @@
+"""Bytes and multiply-accumulates of a decoded token, against counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.cache import QuantizedKVCache
+
+from mlx_delta import DeltaConfig, load, measure_sparsity
+from mlx_delta.measure.settings import parse_setting
+from mlx_delta.measure.traffic import (
+    count_operations,
+    decode_operations,
+    decode_traffic,
+    projection_macs,
+    weight_bytes,
+)
+from tests.tiny import SMALL, bitnet_model, llama_model, tokens
+
+# tests/tiny.py's Llama: 3 layers, hidden 32, 4 heads of 16 and 2 kv heads, MLP of 48.
+ATTENTION = 32 * 64 + 2 * 32 * 32 + 64 * 32
+LAYER = ATTENTION + 3 * 32 * 48
+HEAD = 4096 * 32
+
+
+def filled(model, name: str, length: int, delta: DeltaConfig = SMALL, decoded: int = 1):
+    """Caches of a setting with ``length`` random tokens, the last ones decoded one by one."""
+    setting = parse_setting(name, delta)
+    caches = setting.make_caches(model, length)
+    ids = tokens(length)[0].tolist()
+    if length > decoded:
+        setting.prefill(model, ids[: length - decoded], caches)
+    for token in ids[length - decoded :]:
+        setting.forward(model, [token], caches)
+    return caches
+
+
+# Weights.
+
+
+def test_a_tied_head_is_read_once_and_multiplied():
+    model = llama_model()
+    assert projection_macs(model) == 3 * LAYER + HEAD
+    # float32 here, counted at 16 bits; 7 norms of 32.
+    assert weight_bytes(model) == 2 * (3 * LAYER + HEAD + 7 * 32)
+
+
+def test_of_an_untied_embedding_one_row_is_read():
+    model = llama_model(tie_word_embeddings=False)
+    assert projection_macs(model) == 3 * LAYER + HEAD
+    assert weight_bytes(model) == 2 * (3 * LAYER + HEAD + 7 * 32 + 32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_weights_count_as_stored(tied):
+    model = llama_model(intermediate_size=64, tie_word_embeddings=tied)
+    nn.quantize(model, group_size=32, bits=4)
+    model.set_dtype(mx.float32)
+    products = 3 * (ATTENTION + 3 * 32 * 64) + HEAD
+    assert projection_macs(model) == products
+    codes, scales = products // 2, 2 * 2 * products // 32
+    row = 0 if tied else 32 // 2 + 2 * 2
+    assert weight_bytes(model) == codes + scales + 2 * 7 * 32 + row
+
+
+def test_weights_keep_their_type_where_there_is_a_gpu(monkeypatch):
+    model = llama_model()
+    monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.gpu))
+    assert weight_bytes(model) == 4 * (3 * LAYER + HEAD + 7 * 32)
+
+
+def test_ternary_layers_read_two_bits_a_weight_and_one_scale():
+    model = bitnet_model()
+    # 3 layers: q and o 32 x 32, k and v 16 x 32, three of 32 x 64; sub-norms of 32 and 64.
+    ternary = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    norms = 3 * (32 + 32 + 32 + 64) + 32
+    assert projection_macs(model) == ternary + HEAD
+    assert weight_bytes(model) == ternary // 4 + 3 * 7 * 2 + 2 * (HEAD + norms)
+    # Through MLX's product: a scale and a bias to every group of 32 or 64.
+    more = weight_bytes(model, ternary_kernel=False) - weight_bytes(model)
+    groups = 3 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
+    assert more == 2 * 2 * groups - 3 * 7 * 2
+
+
+# Caches.
+
+
+@pytest.mark.parametrize("length", [1, 31, 100])
+@pytest.mark.parametrize(
+    ("name", "per_token", "most"),
+    [
+        ("dense", 2 * 64 * 2, None),
+        ("delta", 2 * 64 * 2, None),
+        ("paper", 2 * 64 * 2, None),
+        ("kv8", 2 * (64 + 4), None),  # codes, and a scale and bias to 64 of them
+        ("kv4", 2 * (32 + 4), None),
+        ("rotating:48", 2 * 64 * 2, 48),
+        ("delta:value_bits=4", 64 * 2 + 32 + 4, None),
+    ],
+)
+def test_bytes_and_products_of_a_cache(name, per_token, most, length):
+    model = llama_model(head_dim=64)
+    traffic = decode_traffic(model, filled(model, name, length))
+    seen = min(length, most or length)
+    assert traffic.cache_bytes == 3 * 2 * per_token * seen  # layers, kv heads
+    assert traffic.attention_macs == 3 * 4 * (64 + 64) * seen
+    assert traffic.bytes == traffic.cache_bytes + traffic.weight_bytes
+
+
+def test_quantized_caches_are_mlx_lms():
+    model = llama_model(head_dim=64)
+    assert all(type(cache) is QuantizedKVCache for cache in filled(model, "kv8", 20))
+
+
+def test_window_only_reads_what_is_seen():
+    model = llama_model()
+    # Position 99 is in block 12; blocks 0 to 9 are far, of which 3 sinks are seen.
+    traffic = decode_traffic(model, filled(model, "window-only", 100))
+    assert traffic.attention_macs == 3 * 4 * 32 * (20 + 3)
+    assert traffic.cache_bytes == 3 * 2 * 2 * 16 * 2 * (20 + 3)
+    assert traffic.skippable_macs == 0
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
+@pytest.mark.parametrize(("length", "decoded"), [(100, 1), (97, 12), (20, 3)])
+def test_packed_keys_read_masks_changed_values_grids_and_what_is_near(bits, length, decoded):
+    model = llama_model()
+    delta = replace(SMALL, key_bits=bits, value_bits=16)
+    caches = filled(model, "delta", length, delta, decoded)
+    expected = 0
+    for cache in caches:
+        far = max(0, (length - 1) // 8 - 2)
+        # Two kv heads with head_dim 16, so a mask row is one word.
+        masks = np.array(cache._keys._masks)[0, :, :far]
+        ones = np.vectorize(lambda word: bin(word).count("1"), otypes=[int])(masks)
+        changed = ones.sum(axis=(2, 3)) + 16  # and the keyframe
+        words = sum(-(-count // (32 // bits)) for count in changed.reshape(-1))
+        grids = 0 if bits == 16 else 2 * 2 * 16 * 2 * far
+        sinks = 0 if bits == 16 or not far else 2 * 3 * 16 * 2
+        near = 2 * 16 * 2 * (length - 8 * far)
+        expected += masks.size * 4 + 4 * words + grids + sinks + 4 * 2 * far + near
+        expected += 2 * 16 * 2 * length  # values
+    assert decode_traffic(model, caches).cache_bytes == expected
+
+
+@pytest.mark.parametrize("name", ["delta", "delta:key_bits=4", "paper:threshold=1.0"])
+def test_skippable_products_are_the_sparsity_of_the_last_query(name):
+    model = llama_model()
+    traffic = decode_traffic(model, caches := filled(model, name, 90))
+    sparsity = measure_sparsity(caches, prompt_tokens=89).decode
+    assert sparsity > 0.05
+    assert traffic.skippable_macs == round(sparsity * 90 * 16 * 4 * 3)
+    assert traffic.macs == 3 * LAYER + HEAD + 3 * 4 * 32 * 90 - traffic.skippable_macs
+    assert traffic.to_dict()["macs"] == traffic.macs
+
+
+def test_the_demo_model_by_hand():
+    model, _ = load("demo")
+    traffic = decode_traffic(model, filled(model, "kv4", 70))
+    # 4 layers: hidden 320, 8 heads of 64 and 2 kv heads, MLP of 768; 4,096 tied tokens.
+    layer = 320 * 512 + 2 * 320 * 128 + 512 * 320 + 3 * 320 * 768
+    products = 4 * layer + 4096 * 320
+    assert traffic.projection_macs == products == 5_898_240
+    assert traffic.weight_bytes == 2 * (products + 9 * 320) == 11_802_240
+    assert traffic.attention_macs == 4 * 8 * 128 * 70
+    assert traffic.cache_bytes == 4 * 2 * 2 * 36 * 70
+
+
+# Operations.
+
+
+def test_operations_are_counted_without_views_and_what_is_evaluated():
+    x = mx.arange(6) + 1
+    mx.eval(x)
+    y = (x * 2).reshape(2, 3).transpose(1, 0)
+    assert count_operations(y) == 1
+    assert count_operations(y.sum() + 1) == 3
+    assert count_operations(x) == 0
+
+
+def test_operations_of_a_token_do_not_depend_on_where_it_stands_in_a_block():
+    model = llama_model()
+    delta = replace(SMALL, key_bits=4)
+    counts = {
+        decode_operations(model, filled(model, "delta", length, delta)) for length in range(94, 103)
+    }
+    assert len(counts) == 1
+    dense = decode_operations(model, caches := filled(model, "dense", 60))
+    assert caches[0].offset == 63
+    assert dense == decode_operations(model, filled(model, "dense", 61)) < min(counts)
