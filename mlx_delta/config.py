@@ -320,7 +320,7 @@ class DeltaConfig:
             ValueError: There are thresholds for another number of layers.
         """
         if self.sensitivities is not None:
-            own = self._loaded.for_layer(layer, n_layers)
+            own = self.loaded_sensitivities.for_layer(layer, n_layers)
             return dataclasses.replace(self, sensitivities=own)
         if not isinstance(self.threshold, tuple):
             return self
@@ -333,7 +333,7 @@ class DeltaConfig:
         return dataclasses.replace(self, threshold=(found,) if isinstance(found, tuple) else found)
 
     @property
-    def _loaded(self) -> Sensitivities:
+    def loaded_sensitivities(self) -> Sensitivities:
         """The sensitivities themselves.
 
         Raises:
@@ -354,14 +354,14 @@ class DeltaConfig:
         """
         if self.sensitivities is None:
             return np.ones((n_heads, head_dim), np.float32)
-        return self._loaded.of_layer(n_heads, head_dim)
+        return self.loaded_sensitivities.of_layer(n_heads, head_dim)
 
     def for_head(self, head: int) -> DeltaConfig:
         """The setting of one kv head; of a setting of one layer."""
         if self.cuts_runs:
             if self.sensitivities is None:
                 return self
-            return dataclasses.replace(self, sensitivities=self._loaded.for_head(head))
+            return dataclasses.replace(self, sensitivities=self.loaded_sensitivities.for_head(head))
         threshold = self.layer_threshold
         own = threshold[head] if isinstance(threshold, tuple) else threshold
         return dataclasses.replace(self, threshold=own)

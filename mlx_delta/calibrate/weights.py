@@ -139,7 +139,9 @@ def correct_layers(
         own = setting.for_layer(layer, n_layers)
         measured = text.compare(setting, only=layer).divergence
         keys = watched.keys[i]
-        whole = keys.shape[1] // config.block_size * config.block_size
+        # Of the text that is compared, which may be shorter, up to where no query sees it as far.
+        whole = (len(text.window) - 1) // config.block_size - config.window_blocks
+        whole *= config.block_size
         held, _ = hold_blocks(keys[None, :, :whole], own)
         error = np.array(mx.square(held[0] - keys[:, :whole]))
         predicted = float((predicting[i][:, :whole] * error).sum())

@@ -165,7 +165,7 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         return Setting(name, kind, max_size=int(rest))
     base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
     try:
-        return Setting(name, kind, delta=dataclasses.replace(base, **_options(rest)))
+        return Setting(name, kind, delta=base.changed(**_options(rest)))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
 
