@@ -22,7 +22,7 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 RUN_MODES = ("optimal", "greedy")  # of which a level sets how much is held
 # Of models that were not calibrated.
 DEFAULT_LEVEL = 0.05
-LONGEST_BLOCK = 128  # that runs are cut in: the work for a token grows with it
+LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
@@ -353,7 +353,8 @@ class DeltaConfig:
             ValueError: The sensitivities are of a layer of another shape, or not loaded.
         """
         if self.sensitivities is None:
-            return np.ones((n_heads, head_dim), np.float32)
+            # As if queries had a mean square of 1, and their scores were divided by sqrt(D).
+            return np.full((n_heads, head_dim), 1 / head_dim, np.float32)
         return self.loaded_sensitivities.of_layer(n_heads, head_dim)
 
     def for_head(self, head: int) -> DeltaConfig:

@@ -14,6 +14,7 @@ from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.common import read_delta
+from .models.queries import query_sensitivities
 from .sensitivities import Sensitivities
 from .ternary.model import loading_overrides
 
@@ -98,6 +99,8 @@ def load(
         mx.eval(model.parameters())
     tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    if delta is not None and delta.cuts_runs and delta.sensitivities is None and not lazy:
+        model.args.delta = delta.changed(sensitivities=query_sensitivities(model, tokenizer, delta))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 

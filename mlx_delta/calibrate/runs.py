@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.attention.probe import held_layers
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.text import context_length
 from mlx_delta.ops.hold import hold_blocks
@@ -19,7 +20,7 @@ from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.ternary.model import TernaryModel
 
 from .divergence import Comparison, DenseText
-from .weights import Watched, Way, correct_layers, held_layers, measure_weights, watch
+from .weights import Watched, Way, correct_layers, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
 Mode = Literal["optimal", "greedy"]

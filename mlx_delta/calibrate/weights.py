@@ -16,12 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_delta.attention.probe import held_layers, watch_keys
 from mlx_delta.config import DeltaConfig
+from mlx_delta.models.queries import QuerySquares, shared_by_pairs
 from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.sensitivities import Sensitivities
 
 from .divergence import DenseText
-from .probe import key_gradients, watch_keys
+from .gradients import key_gradients
 
 Way = Literal["gradients", "queries"]
 
@@ -36,7 +38,7 @@ class Watched:
     Attributes:
         layers: Which layers hold keys; the first axis of what follows.
         keys: For each float32 [Hkv, L, D], after RoPE.
-        queries: For each float32 [Hkv, D]: mean squares over the text and the queries of a head.
+        queries: For each float32 [Hkv, D], see :class:`mlx_delta.models.queries.QuerySquares`.
     """
 
     layers: tuple[int, ...]
@@ -48,31 +50,15 @@ def watch(model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Watch
     """Run the model over a window and keep its keys and what its queries look at."""
     layers = held_layers(model)
     keys: dict[int, mx.array] = {}
-    squares: dict[int, mx.array] = {}
+    squares = QuerySquares()
 
-    def see(layer: int, queries: mx.array, own: mx.array) -> None:
-        _, heads, length, head_dim = own.shape
-        groups = mx.square(queries[0].astype(mx.float32)).reshape(heads, -1, length, head_dim)
-        keys[layer], squares[layer] = own[0].astype(mx.float32), groups.mean(axis=(1, 2))
+    def see(layer: int, queries: mx.array, own: mx.array, scale: float) -> None:
+        squares.add(layer, queries, own, scale)
+        keys[layer] = own[0].astype(mx.float32)
 
     watch_keys(model, window, config, layers, see)
-    mx.eval(keys, squares)
-    queries = [np.array(squares[i]) for i in layers]
-    return Watched(layers, [keys[i] for i in layers], queries)
-
-
-def held_layers(model: nn.Module) -> tuple[int, ...]:
-    """Layers that hold keys: all but those that only see a sliding window."""
-    return tuple(
-        i for i, layer in enumerate(model.layers) if not getattr(layer, "use_sliding", False)
-    )
-
-
-def shared_by_pairs(weights: np.ndarray) -> np.ndarray:
-    """Means of the two channels [.., D] that RoPE turns into each other, d and d + D / 2."""
-    half = weights.shape[-1] // 2
-    mean = (weights[..., :half] + weights[..., half : 2 * half]) / 2
-    return np.concatenate([mean, mean, weights[..., 2 * half :]], axis=-1)
+    mx.eval(keys)
+    return Watched(layers, [keys[i] for i in layers], [squares.of_layer(i) for i in layers])
 
 
 def measure_weights(
@@ -98,7 +84,7 @@ def measure_weights(
         window's keys, [Hkv, L, D]: squared gradients, or the weights over again.
     """
     if way == "queries":
-        weights = [_floored(shared_by_pairs(x)) for x in watched.queries]
+        weights = [_floored(x) for x in watched.queries]
         return weights, [w[:, None] for w in weights]
     squares = [np.array(x) for x in key_gradients(model, window, config, watched.layers, seed)]
     # Keys that some query sees as far.

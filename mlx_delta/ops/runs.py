@@ -1,8 +1,8 @@
 """Cutting blocks into runs, all blocks, kv heads and channels at once.
 
-Agrees with :mod:`mlx_delta.method.runs`. The same steps run in MLX's arrays on a GPU and in
-NumPy's without one: there a step is a few thousand numbers, for which MLX's CPU operations take
-several times as long.
+Agrees with :mod:`mlx_delta.method.runs`. With Metal a kernel does it. Else the same steps run in
+MLX's arrays on a GPU and in NumPy's without one: there a step is a few thousand numbers, for which
+MLX's CPU operations take several times as long.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.runs import LEAST_TOKEN, LEAST_WEIGHT, MOST_TOKEN
+
+from .runs_kernel import cut_runs, has_runs_kernel
 
 # Channels at a time in NumPy: more only take memory, 256 bytes each.
 LANES = 8192
@@ -74,8 +76,11 @@ def cut_blocks(
     if xp is np:
         steps = np.ascontiguousarray(steps)
     with np.errstate(all="ignore"):  # NaN and infinities have their own rule
-        tokens = _token_weights(xp, keys, weights).T[..., None]  # [n, M, 1]
+        tokens = _token_weights(xp, keys, weights)
         costs = np.float32(level) / xp.sqrt(xp.maximum(weights, LEAST_WEIGHT))
+        if xp is mx and level > 0 and has_runs_kernel(keys.shape[1]):
+            return cut_runs(keys, tokens, costs, sinks, optimal)
+        tokens = tokens.T[..., None]  # [n, M, 1]
         if optimal and level > 0:
             starts = _optimal_starts(xp, steps, tokens, costs)
         elif optimal:

@@ -37,7 +37,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(*flags: object) -> int:
-    return main([*SHORT, *map(str, flags)])
+    """With thresholds, unless the flags say otherwise."""
+    mode = [] if "--mode" in flags else ["--mode", "relative"]
+    return main([*SHORT, *mode, *map(str, flags)])
 
 
 def test_load_picks_up_what_was_written(path, capsys):
