@@ -185,7 +185,9 @@ def calibrate(
             f"[calibrate] cost is {cost!r} but one threshold for all layers leaves nothing to "
             "share out; drop --cost or --uniform."
         )
-    if mode is not None:
+    if base.cuts_runs:
+        base = base.changed(threshold_mode=mode or "relative", threshold=1.0)
+    elif mode is not None:
         base = dataclasses.replace(base, threshold_mode=mode)
     length = check_length(length, context_length(model), base)
     check_wish(sparsity, loss, base, length)

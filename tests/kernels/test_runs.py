@@ -34,7 +34,8 @@ def _check(keys: np.ndarray, optimal: bool, sinks: np.ndarray, level: float = LE
         got = np.array(starts[m])
         finite = np.isfinite(keys[m]).all(axis=0)
         np.testing.assert_array_equal(got[:, ~finite], wanted[:, ~finite])
-        assert (got[:, finite] == wanted[:, finite]).mean() > 0.97  # products may be fused
+        # Products may be fused, which moves a value across its threshold now and then.
+        assert (got[:, finite] == wanted[:, finite]).mean() > (0.97 if optimal else 0.995)
         costs_of = [
             runs.runs_cost(keys[m][:, finite], x[:, finite], weights[m][finite], tokens[m], level)
             for x in (got, wanted)
@@ -120,6 +121,7 @@ def test_mutations(bench: MetalBench, mutation):
         with mock.patch.object(runs_kernel, "runs_kernel", lambda: bound):
             for optimal in (True, False):
                 _check(_keys((2, 16, 40)), optimal, np.array([3, 0]))
+            _check(_keys((1, 32, 32)), False, np.array([0]), level=3.0)
             _check(_keys((1, 16, 32), "inf"), True, np.array([0]))
             _check(_keys((1, 16, 32), "nan"), False, np.array([0]))
 
