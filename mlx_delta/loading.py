@@ -127,11 +127,7 @@ def with_sensitivities(path: Path, delta: DeltaConfig) -> DeltaConfig:
     name = delta.sensitivities
     if not isinstance(name, str):
         return delta
-    if not name or Path(name).name != name:
-        raise ValueError(
-            f"[load] sensitivities must name a file beside config.json but are {name!r}."
-        )
-    return delta.changed(sensitivities=Sensitivities.read(path / name))
+    return delta.changed(sensitivities=Sensitivities.find(path, name))
 
 
 def has_gpu() -> bool:
@@ -155,7 +151,7 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         return path
     if path.exists():
         raise FileNotFoundError(f"[load] model {name!r} is a file; give the directory it is in.")
-    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()))
+    bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"[load] there is no model directory {name!r}; give an existing path, a hub name "

@@ -17,6 +17,8 @@ import numpy as np
 
 FILE_NAME = "delta_sensitivities.safetensors"
 FORMAT = "mlx_delta sensitivities 1"
+# Of models that are known by name; a file beside a model comes first.
+BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
 
 
 class Sensitivities:
@@ -194,6 +196,21 @@ class Sensitivities:
             "curve": json.dumps([[float(f"{x:.5g}") for x in row] for row in self.curve]),
         }
         mx.save_safetensors(str(file), arrays, metadata)
+
+    @classmethod
+    def find(cls, folder: Path, name: str) -> Sensitivities:
+        """Read the file of this name beside a model, or the one that comes with this library.
+
+        Raises:
+            FileNotFoundError: There is neither.
+            ValueError: It is none of sensitivities, or broken.
+        """
+        if not name or Path(name).name != name:
+            raise ValueError(
+                f"[load] sensitivities must name a file beside config.json but are {name!r}."
+            )
+        beside, bundled = folder / name, BUNDLED / name
+        return cls.read(bundled if bundled.is_file() and not beside.is_file() else beside)
 
     @classmethod
     def read(cls, file: Path) -> Sensitivities:

@@ -48,7 +48,7 @@ class KeyProbe(DeltaKVCache):
         own = own.reshape(1, keys.shape[1], groups, length, -1)
         scores = own @ keys[:, :, None].astype(mx.float32).swapaxes(-1, -2)
         far = mx.logical_and(causal, mx.logical_not(near))
-        apply: Any = _with_shift
+        apply: Any = shifted_scores
         scores = apply(scores, self.shift, own, far)
         weights = mx.softmax(mx.where(causal, scores, -mx.inf), axis=-1)
         output = weights @ values[:, :, None].astype(mx.float32)
@@ -64,7 +64,7 @@ def near_and_causal(length: int, config: DeltaConfig) -> tuple[mx.array, mx.arra
 
 
 @mx.custom_function
-def _with_shift(scores: mx.array, shift: mx.array, queries: mx.array, far: mx.array) -> mx.array:
+def shifted_scores(scores: mx.array, shift: mx.array, queries: mx.array, far: mx.array) -> mx.array:
     """Scores [1, Hkv, groups, L, L] of queries with keys, shifted by ``shift`` where far.
 
     The shift is 0, so the scores stay as they are; only its gradient is of interest.
@@ -72,8 +72,8 @@ def _with_shift(scores: mx.array, shift: mx.array, queries: mx.array, far: mx.ar
     return scores
 
 
-@_with_shift.vjp
-def _with_shift_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+@shifted_scores.vjp
+def _shifted_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
     _, _, queries, far = primals
     seen = mx.where(far, cotangent, 0)
     shift = (seen.swapaxes(-1, -2) @ queries).sum(axis=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +92,13 @@ def calibrate_text(
     base = model.args.delta
     if (sparsity is None) == (kl is None):
         raise ValueError("[calibrate] give either a wanted sparsity or a wanted KL divergence.")
+    if sparsity is not None and not 0 <= sparsity <= max(SHARES):
+        raise ValueError(
+            f"[calibrate] the share of zeros must be between 0 and {max(SHARES)} but got "
+            f"{sparsity}."
+        )
+    if kl is not None and not (math.isfinite(kl) and kl >= 0):
+        raise ValueError(f"[calibrate] KL, in nats per token, must be >= 0 but got {kl}.")
     context = context_length(model)
     length = check_length(length or min(LENGTH, context or LENGTH), context, base)
     windows = cut_windows(tokenizer, text, length, 2)

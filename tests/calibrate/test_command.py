@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_in_one_line(path, tmp_path, capsys, flags, messag
     places = {"SHORT": tmp_path / "short.txt", "MODEL": path, "MODEL/x": path / "x"}
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
     flags = [str(places.get(flag, flag)) for flag in flags]
-    assert main([*SHORT, "--model", str(path), *flags]) == 1
+    assert run("--model", path, *flags) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and message in error
     assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
