@@ -20,8 +20,8 @@ Thresholds = float | tuple[float | tuple[float, ...], ...]
 
 MODES = ("optimal", "greedy", "relative", "absolute")
 RUN_MODES = ("optimal", "greedy")  # of which a level sets how much is held
-# Of models that were not calibrated.
-DEFAULT_LEVEL = 0.05
+# Of models that were not calibrated: in units of squared scores, so it suits all models alike.
+DEFAULT_LEVEL = 0.03
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 
 KEY_BITS = (16, 8, 4, 3, 2)
