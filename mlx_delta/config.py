@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting
 from .sensitivities import Sensitivities
+
+__all__ = [
+    "KEY_BITS",
+    "MODES",
+    "RUN_MODES",
+    "VALUE_BITS",
+    "DeltaConfig",
+    "RunValue",
+    "ThresholdMode",
+]
 
 ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
-MODES = ("optimal", "greedy", "relative", "absolute")
 RUN_MODES = ("optimal", "greedy")  # of which a level sets how much is held
 # Of models that were not calibrated: in units of squared scores, so it suits all models alike.
 DEFAULT_LEVEL = 0.03
-LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
-
-KEY_BITS = (16, 8, 4, 3, 2)
-VALUE_BITS = (16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -93,138 +97,21 @@ class DeltaConfig:
     sensitivities: Sensitivities | str | None = None
 
     def __post_init__(self) -> None:
-        """Validate every field once, so that the code that uses them can trust them."""
+        """Fill in what follows from the rest, and validate every field once."""
         if self.threshold_mode is None:
             given = _needs_threshold(
                 self.threshold, self.keyframes, self.run_value, self.block_fraction
             )
-            mode = "relative" if given else "optimal"
-            object.__setattr__(self, "threshold_mode", mode)
-        if self.threshold_mode not in MODES:
-            raise ValueError(
-                f"[DeltaConfig] threshold_mode must be one of {', '.join(map(repr, MODES))} but "
-                f"got {self.threshold_mode!r}."
-            )
-        for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {value!r}.")
-            if value < least:
-                raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {value}.")
-        if self.window % self.block_size:
-            raise ValueError(
-                f"[DeltaConfig] window must be a multiple of block_size ({self.block_size}) but "
-                f"got {self.window}."
-            )
-        if not isinstance(self.keyframes, bool):
-            raise ValueError(
-                f"[DeltaConfig] keyframes must be true or false but got {self.keyframes!r}."
-            )
-        self._check_run_value()
-        if self.cuts_runs:
-            self._check_runs()
-        else:
-            self._check_threshold()
-        if self.block_fraction is not None:
-            fraction = self.block_fraction
-            if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-                raise ValueError(
-                    f"[DeltaConfig] block_fraction must be in (0, 1] but got {fraction!r}."
-                )
-            if self.window:
-                raise ValueError(
-                    f"[DeltaConfig] block_fraction needs window=0 but got window={self.window}."
-                )
-        self._check_storage()
-
-    def _check_run_value(self) -> None:
-        """Validate what runs are held as."""
-        if self.run_value not in ("mean", "first"):
-            raise ValueError(
-                f"[DeltaConfig] run_value must be 'mean' or 'first' but got {self.run_value!r}."
-            )
-        if self.run_value == "mean" and not self.keyframes:
-            raise ValueError(
-                "[DeltaConfig] keyframes=False needs run_value='first' but got run_value='mean': "
-                "the mean of a run that goes on in the next block is not known yet."
-            )
-
-    def _check_threshold(self) -> None:
-        """Validate what the modes with a threshold take."""
-        for name in ("level", "sensitivities"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"[DeltaConfig] {name} needs threshold_mode 'optimal' or 'greedy' but got "
-                    f"{self.threshold_mode!r}."
-                )
-        if self.threshold is None:
+            object.__setattr__(self, "threshold_mode", "relative" if given else "optimal")
+        if self.threshold is None and self.threshold_mode in ("relative", "absolute"):
             object.__setattr__(self, "threshold", 1.0)
         # JSON gives lists; tuples keep the configuration hashable.
         object.__setattr__(self, "threshold", _nested(self.threshold, tuple))
-        layers = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        heads = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
-        if not all([layers, *heads]):
-            raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
-        for value in itertools.chain(*heads):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {value}.")
-
-    def _check_runs(self) -> None:
-        """Validate what the modes that cut runs take."""
-        mode = self.threshold_mode
-        if self.threshold is not None:
-            raise ValueError(
-                f"[DeltaConfig] threshold_mode={mode!r} takes a level instead of a threshold but "
-                f"got threshold={self.threshold!r}."
-            )
-        level = self.level
-        if level is not None:
-            if isinstance(level, bool) or not isinstance(level, (int, float)):
-                raise ValueError(f"[DeltaConfig] level must be a number but got {level!r}.")
-            if not (math.isfinite(level) and level >= 0):
-                raise ValueError(f"[DeltaConfig] level must be >= 0 but got {level}.")
-        given: Any = self.sensitivities
-        if isinstance(given, Mapping):  # as JSON
-            given = Sensitivities.from_dict(given)
-            object.__setattr__(self, "sensitivities", given)
-        if given is not None and not isinstance(given, (Sensitivities, str)):
-            raise ValueError(
-                "[DeltaConfig] sensitivities must be Sensitivities or the name of a file but got "
-                f"{given!r}."
-            )
-        if not self.keyframes or self.run_value != "mean" or self.block_fraction is not None:
-            raise ValueError(
-                f"[DeltaConfig] threshold_mode={mode!r} needs keyframes=True, run_value='mean' and "
-                "no block_fraction: runs are cut within a block that is known. Give "
-                "threshold_mode='relative' or 'absolute'."
-            )
-        if self.block_size > LONGEST_BLOCK:
-            raise ValueError(
-                f"[DeltaConfig] threshold_mode={mode!r} needs a block_size of at most "
-                f"{LONGEST_BLOCK} but got {self.block_size}."
-            )
-
-    def _check_storage(self) -> None:
-        """Validate how keys and values are stored."""
-        for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value not in widths):
-                known = ", ".join(map(str, widths))
-                raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {value!r}.")
-        if self.key_bits is None:
-            return
-        if not self.keyframes or self.block_fraction is not None:
-            raise ValueError(
-                f"[DeltaConfig] key_bits={self.key_bits} needs keyframes=True and a fixed "
-                "block_size: packed blocks are read independently of each other."
-            )
-        if self.block_size % 8 or self.block_size > 64:
-            raise ValueError(
-                f"[DeltaConfig] key_bits={self.key_bits} needs a block_size that is a multiple "
-                f"of 8, up to 64, but got {self.block_size}."
-            )
+        given_weights: Any = self.sensitivities
+        if isinstance(given_weights, Mapping):
+            read = Sensitivities.from_dict(given_weights)
+            object.__setattr__(self, "sensitivities", read)
+        check_setting(self)
 
     @classmethod
     def paper(cls, threshold: Thresholds = 0.6) -> DeltaConfig:
