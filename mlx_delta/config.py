@@ -77,7 +77,8 @@ class DeltaConfig:
             more is held. 0 holds nothing that has changed. ``None``: a safe default.
         sensitivities: For the same modes: how much the model's output minds errors of each
             layer's, kv head's and channel's keys. A name is that of a file beside the model, which
-            :func:`mlx_delta.load` reads. ``None``: all alike.
+            :func:`mlx_delta.load` reads. ``None``: :func:`mlx_delta.load` weighs
+            channels by the queries of a short sample (unless ``lazy``); all count alike elsewhere.
 
     Raises:
         ValueError: A value is out of range; the message names it.
