@@ -171,3 +171,42 @@ def test_a_model_that_was_not_calibrated_weighs_by_its_queries(tmp_path: Path):
     np.testing.assert_array_equal(found.layers[0][:, :8], found.layers[0][:, 8:])
     again, _ = load(path)
     assert again.args.delta == model.args.delta
+
+
+def test_a_file_beside_the_model_comes_before_a_bundled_one(tmp_path: Path):
+    bundled = Sensitivities.find(tmp_path, "demo-16k.safetensors")
+    assert [x.shape for x in bundled.layers] == [(2, 64)] * 6
+    assert 0 < bundled.level_for(zeros=0.7) < bundled.level_for(zeros=0.8)
+    _some().save(tmp_path / "demo-16k.safetensors")
+    assert Sensitivities.find(tmp_path, "demo-16k.safetensors") == _some()
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-bitnet"])
+def test_bundled_demos_are_calibrated_for_seventy_percent(name):
+    from mlx_delta.loading import find_model, read_config, read_setting
+
+    path = find_model(name)
+    setting = read_setting(path, read_config(path))
+    own = setting.loaded_sensitivities
+    assert setting.level == pytest.approx(own.level_for(zeros=0.7), rel=1e-3)
+    assert own.level_for(kl=0.002) > setting.level
+
+
+def test_conversion_takes_the_file_along(tmp_path: Path):
+    from mlx_delta.convert.__main__ import make_job, make_parser
+    from mlx_delta.convert.converting import prepare, read_delta
+    from mlx_delta.convert.errors import ConvertError
+    from tests.tiny import LLAMA, write_llama
+
+    path = write_llama(tmp_path / "model")
+    _some(3, 2, 16).save(path / "own.safetensors")
+    delta = {"level": 0.2, "sensitivities": "own.safetensors"}
+    (path / "config.json").write_text(json.dumps({**LLAMA, "delta": delta}))
+    job = make_job(make_parser().parse_args([str(path), "-o", str(tmp_path / "out")]))
+    source, *_ = prepare(job)
+    assert read_delta(job, source)["sensitivities"] == "own.safetensors"
+    assert source.files["own.safetensors"] == (path / "own.safetensors").read_bytes()
+    (path / "own.safetensors").unlink()
+    source, *_ = prepare(job)
+    with pytest.raises(ConvertError, match="'own.safetensors', is missing"):
+        read_delta(job, source)
