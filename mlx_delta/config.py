@@ -24,6 +24,7 @@ __all__ = [
 
 ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
+Prefill = Literal["exact", "tiles"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
@@ -79,6 +80,10 @@ class DeltaConfig:
             layer's, kv head's and channel's keys. A name is that of a file beside the model, which
             :func:`mlx_delta.load` reads. ``None``: :func:`mlx_delta.load` weighs
             channels by the queries of a short sample (unless ``lazy``); all count alike elsewhere.
+        prefill: ``"exact"``: a prompt's queries look at all keys. ``"tiles"``: only at blocks of
+            keys that are expected to matter to a block of queries (:mod:`mlx_delta.method.tiles`);
+            faster on long prompts, and not exact.
+        tiles: For ``prefill="tiles"``: the share of the expected attention that is computed.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -96,6 +101,8 @@ class DeltaConfig:
     value_bits: int | None = None
     level: float | None = None
     sensitivities: Sensitivities | str | None = None
+    prefill: Prefill = "exact"
+    tiles: float = 0.85
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and validate every field once."""
@@ -289,6 +296,8 @@ class DeltaConfig:
             values["sensitivities"] = named or self.sensitivities.to_dict()
         optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
         optional.append("sensitivities")
+        if self.prefill == "exact":  # as written by versions that knew no other
+            del values["prefill"], values["tiles"]
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod

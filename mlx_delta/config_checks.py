@@ -15,6 +15,7 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
+TILE_SIZES = (32, 64, 128)  # blocks whose tiles can be chosen
 
 
 def check_setting(config: DeltaConfig) -> None:
@@ -59,6 +60,7 @@ def check_setting(config: DeltaConfig) -> None:
                 f"[DeltaConfig] block_fraction needs window=0 but got window={config.window}."
             )
     _check_storage(config)
+    _check_prefill(config)
 
 
 def _check_run_value(config: DeltaConfig) -> None:
@@ -144,4 +146,22 @@ def _check_storage(config: DeltaConfig) -> None:
         raise ValueError(
             f"[DeltaConfig] key_bits={config.key_bits} needs a block_size that is a multiple "
             f"of 8, up to 64, but got {config.block_size}."
+        )
+
+
+def _check_prefill(config: DeltaConfig) -> None:
+    """Validate which part of a prompt's attention is computed."""
+    if config.prefill not in ("exact", "tiles"):
+        raise ValueError(
+            f"[DeltaConfig] prefill must be 'exact' or 'tiles' but got {config.prefill!r}."
+        )
+    share = config.tiles
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"[DeltaConfig] tiles must be in [0, 1] but got {share!r}.")
+    if config.prefill == "exact":
+        return
+    if config.block_fraction is not None or config.block_size not in TILE_SIZES:
+        raise ValueError(
+            f"[DeltaConfig] prefill='tiles' needs a block_size of {', '.join(map(str, TILE_SIZES))}"
+            f" but got block_size={config.block_size}, block_fraction={config.block_fraction}."
         )

@@ -17,7 +17,7 @@ from mlx_delta.ops import launch
 from mlx_delta.ops.dispatch import decode_mask, has_decode_kernel
 from mlx_delta.ops.pack import PackedBlocks
 
-from .prefill import has_hybrid_blocks, hybrid_blocks
+from .prefill import has_hybrid_blocks, hybrid_blocks, hybrid_tiles, tile_range
 
 # Queries per fused call. Larger: fewer calls; smaller: less of the square above the diagonal, and
 # fewer columns seen twice. On two CPU cores 128 was fastest of 128, 256, 512 and 1,024.
@@ -55,6 +55,9 @@ def delta_attention(
         blocks, stored = view.keys.blocks, view.stored_values
         if blocks is not None and has_decode_kernel(queries, blocks, stored.head_dim, mask):
             return _decode(queries, view, view.keys, blocks, scale, mask)
+    tiles = tile_range(view, steps, cache, mask)
+    if tiles is not None:
+        return hybrid_tiles(queries, view, scale, cache, tiles)
     if has_hybrid_blocks(queries, view):
         return hybrid_blocks(queries, view, scale, mask)
     if _one_boundary(view, steps):

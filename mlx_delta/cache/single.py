@@ -19,6 +19,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache
 
 from mlx_delta.config import DeltaConfig
+from mlx_delta.ops.tiles import TileCount
 
 from .dense_keys import DenseKeys, KeyView
 from .packed_keys import PackedKeys
@@ -84,12 +85,16 @@ class HeldKeys(_BaseCache):
     # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
     attend: Any = None
 
+    # Where a prompt ends, if that is known: tiles of its end are all computed.
+    prompt_length: int | None = None
+
     # Kv heads, and dimensions of a key and a value; None before the first update.
     _model: tuple[int, ...] | None = None
     _item_size = 0  # bytes of a number of the model's type
 
     def __init__(self, config: DeltaConfig | None = None):
         self.config = config or DeltaConfig()
+        self.tile_count = TileCount()  # of a prefill by tiles, over all that was attended to here
         self._lengths: list[int] = [0]
         self._encoded: list[int] = [0]
         self._make_stores()

@@ -106,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
     )
+    delta.add_argument(
+        "--tiles",
+        type=float,
+        metavar="SHARE",
+        help="Compute only so much of a long prompt's attention, such as 0.85.",
+    )
     delta.add_argument("--no-delta", action="store_true", help="Attend densely.")
     return parser
 
@@ -234,6 +240,8 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     names = ["threshold", "threshold_mode", "level", "window", "block_size", "sinks"]
     names += ["key_bits", "value_bits"]
     given = {n: v for n in names if (v := getattr(args, f"delta_{n}")) is not None}
+    if args.tiles is not None:
+        given |= {"prefill": "tiles", "tiles": args.tiles}
     if args.delta_paper:
         return dataclasses.replace(DeltaConfig.paper(), **given)
     wish = args.delta_sparsity is not None or args.delta_kl is not None

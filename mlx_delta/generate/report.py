@@ -9,7 +9,7 @@ from mlx_lm.generate import GenerationResponse
 
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
-from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
+from mlx_delta.measure.sparsity import Sparsity, measure_density, measure_sparsity
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Report:
     sparsity: Sparsity
     cache_bytes: int
     dense_cache_bytes: int
+    tile_density: float | None = None  # of a prefill by tiles
 
     @classmethod
     def of(
@@ -55,6 +56,7 @@ class Report:
             dense_cache_bytes=sum(
                 c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches
             ),
+            tile_density=measure_density(caches),
         )
 
     def lines(self, dense: Report | None = None) -> list[str]:
@@ -67,6 +69,7 @@ class Report:
             f"Peak memory: {self.peak_memory_gb:.3f} GB",
             f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
             f"(paper's formula: {s.paper:.3f})",
+            *([] if self.tile_density is None else [f"Tiles: {self.tile_density:.3f} computed"]),
             f"Cache: {self.cache_bytes / megabyte:.2f} MB "
             f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
         ]
@@ -107,6 +110,7 @@ class Report:
             "decode_sparsity": self.sparsity.decode,
             "overall_sparsity": self.sparsity.overall,
             "paper_sparsity": self.sparsity.paper,
+            "tile_density": self.tile_density,
             "cache_bytes": self.cache_bytes,
             "dense_cache_bytes": self.dense_cache_bytes,
             "peak_memory_gb": self.peak_memory_gb,

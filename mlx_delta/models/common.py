@@ -75,8 +75,11 @@ def make_delta_caches(
         layers: The model's layers.
         config: The model's setting.
         prompt_length: Length of the prompt, for settings that depend on it; without it they
-            take the length of the first chunk that comes.
+            take the length of the first chunk that comes, and tiles know of no end.
     """
     if prompt_length is not None:
         config = config.resolve(prompt_length)
-    return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+    caches = [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+    for cache in caches:
+        cache.prompt_length = prompt_length
+    return caches
