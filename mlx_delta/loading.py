@@ -14,6 +14,7 @@ from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.common import read_delta
+from .system.devices import has_gpu
 from .ternary.model import loading_overrides
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -96,11 +97,6 @@ def load(
     tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def has_gpu() -> bool:
-    """Whether MLX runs on a GPU here."""
-    return mx.default_device() == mx.Device(mx.gpu)
 
 
 def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:

@@ -15,35 +15,19 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.evaluate.command import choose_settings
-from mlx_delta.evaluate.results import machine_entry, model_entry
 from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.provenance import machine_entry, model_entry
+from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.table import Table
-from mlx_delta.measure.text import (
-    BUNDLED_TEXT,
-    context_length,
-    encode_text,
-    first_tokens,
-    read_text,
-)
+from mlx_delta.measure.text import BUNDLED_TEXT, context_length, prompt_ids, read_text
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
 from mlx_delta.system.cli import run_command
 
-from .roofline import ceilings
-from .table import (
-    roofline_notes,
-    roofline_tables,
-    roofline_values,
-    timing_notes,
-    timing_tables,
-    timing_values,
-)
+from .table import roofline_notes, roofline_tables, timing_notes, timing_tables, timing_values
 from .timing import Benchmark
-
-CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SETTINGS = ("dense", "delta", "delta:key_bits=4,value_bits=4", "kv8", "kv4", "rotating:1024")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -196,16 +180,6 @@ def choose_contexts(args: argparse.Namespace, model: nn.Module) -> list[int]:
     if args.roofline or limit is None:
         return list(CONTEXTS)
     return [context for context in CONTEXTS if context <= limit] or [limit]
-
-
-def prompt_ids(tokenizer: TokenizerWrapper, text: str, length: int) -> list[int]:
-    """The first tokens of a text, which begins again as often as needed."""
-    first = first_tokens(tokenizer)
-    # Fewer characters than that make up a token, so the rest of a book need not be encoded.
-    body = encode_text(tokenizer, text[: 16 * length])
-    if not body:
-        raise ValueError("the text has no tokens; give another --text.")
-    return (first + body * (length // len(body) + 1))[:length]
 
 
 def measure(

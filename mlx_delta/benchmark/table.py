@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_delta.measure.roofline import Ceiling
 from mlx_delta.measure.table import Table
 from mlx_delta.system.chips import REACHED, Chip
 
-from .roofline import Ceiling
 from .timing import Row, Spread
 
 
@@ -161,19 +161,3 @@ def roofline_notes(ceilings: Sequence[Ceiling], longest: int) -> list[str]:
     if any(ceiling.extrapolated for ceiling in ceilings):
         notes.append(f"Extrapolated: from caches filled to {longest} tokens.")
     return notes
-
-
-def roofline_values(ceilings: Sequence[Ceiling], chips: Sequence[Chip]) -> list[dict[str, Any]]:
-    """Decode ceilings as plain JSON values, in tokens per second by chip."""
-    return [
-        {
-            "setting": ceiling.setting,
-            "context": ceiling.context,
-            "extrapolated": ceiling.extrapolated,
-            "weight_bytes": ceiling.weight_bytes,
-            "cache_bytes": ceiling.cache_bytes,
-            "bytes": ceiling.bytes,
-            "ceilings": {chip.label: ceiling.tokens_per_second(chip) for chip in chips},
-        }
-        for ceiling in ceilings
-    ]

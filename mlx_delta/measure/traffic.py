@@ -22,7 +22,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_delta.cache.packed_keys import PackedKeys
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.cache.window_only import WindowOnlyCache
-from mlx_delta.loading import has_gpu
+from mlx_delta.system.devices import has_gpu
 from mlx_delta.ternary.linear import TernaryLinear
 
 # Operations of MLX's that only look at a buffer in another way: no kernel runs for them.

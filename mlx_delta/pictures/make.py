@@ -8,12 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_delta.benchmark.command import CONTEXTS, SETTINGS, prompt_ids
-from mlx_delta.benchmark.roofline import ceilings
-from mlx_delta.benchmark.table import roofline_values
 from mlx_delta.config import DeltaConfig
-from mlx_delta.evaluate.command import choose_settings
 from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.sparsity import measure_sparsity
 from mlx_delta.measure.text import (
@@ -21,6 +19,7 @@ from mlx_delta.measure.text import (
     context_length,
     encode_piece,
     encode_text,
+    prompt_ids,
     read_text,
 )
 from mlx_delta.system.chips import find_chips

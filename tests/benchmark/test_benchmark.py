@@ -14,12 +14,13 @@ from mlx_delta.benchmark import (
     Spread,
     ceilings,
     command,
-    roofline,
     timing,
 )
 from mlx_delta.benchmark.command import main
-from mlx_delta.benchmark.roofline import extrapolate
-from mlx_delta.benchmark.timing import memory_needed, round_order, time_once
+from mlx_delta.benchmark.timing import round_order, time_once
+from mlx_delta.measure import roofline
+from mlx_delta.measure.filling import memory_needed, prefill
+from mlx_delta.measure.roofline import extrapolate
 from mlx_delta.measure.settings import parse_settings
 from mlx_delta.measure.traffic import Traffic, decode_traffic
 from mlx_delta.system import chips
@@ -218,7 +219,7 @@ def test_bytes_are_those_of_filled_caches_and_go_on_alike(model, ids):
     for setting in settings:
         for context in (56, 184):
             caches = setting.make_caches(model, context)
-            timing.prefill(model, setting, ids[:context], caches)
+            prefill(model, setting, ids[:context], caches)
             real = decode_traffic(model, caches).cache_bytes
             near = 0.05 if setting.name.startswith("delta:") and context > 100 else 0
             got = by_name[setting.name, context].cache_bytes
