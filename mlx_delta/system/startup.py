@@ -43,21 +43,27 @@ def start(package: Path) -> None:
     """
     preload_blas()
     if not any(isinstance(finder, BesideFinder) for finder in sys.meta_path):
-        sys.meta_path.append(BesideFinder(package))
-        sys.meta_path.insert(0, CacheNamesFinder())
+        sys.meta_path[:0] = [BesideFinder(package), CacheNamesFinder()]
     if MLX_LM_CACHES in sys.modules:
         add_cache_names(sys.modules[MLX_LM_CACHES])
 
 
 class BesideFinder(MetaPathFinder):
-    """Finds ``kernels`` and ``convert`` in a checkout; asked last, after all other ways.
+    """Finds ``kernels`` and ``convert`` in a checkout, where they stand beside the package.
+
+    It is asked first: an editable install of another checkout would find that one's. Of a package
+    that holds both, as a wheel's does, it finds neither; beside it may stand any ``kernels``.
 
     Args:
         package: The directory of ``mlx_delta``.
     """
 
     def __init__(self, package: Path):
-        self.packages = {f"{package.name}.{name}": package.parent / name for name in BESIDE}
+        self.packages = {
+            f"{package.name}.{name}": package.parent / name
+            for name in BESIDE
+            if not (package / name).is_dir()
+        }
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
