@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from mlx_delta.system.cli import HelpFormatter, plain_output
+
 from .errors import ConvertError
 from .files import parse_json
 from .targets import TARGETS, parse_memory
@@ -29,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.convert",
+        formatter_class=HelpFormatter,
         description="Convert Llama and BitNet checkpoints (Hugging Face safetensors, GGUF, "
         "mlx-lm) for MLX on Macs, iPads and iPhones.",
         epilog=f"Presets of --target: {presets}. Also: python -m mlx_delta.convert check DIR.",
@@ -58,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device-memory", help="the device's memory, such as 8GB")
     add(
         "--delta",
-        help="setting of hybrid delta attention as JSON, or 'off' (default: the "
-        "source's, else the library's)",
+        help="setting of hybrid delta attention, such as key_bits=4,threshold=1.1, or as JSON, or "
+        "'off' (default: the source's, else the library's)",
     )
     add(
         "--mlx-lm-shim",
@@ -144,12 +147,19 @@ def _delta(text: str | None) -> Any:
     """The value of --delta.
 
     Raises:
-        ConvertError: It is not JSON.
+        ConvertError: It is neither a written setting nor a JSON object.
     """
     if text is None:
         return "source"
     if text == "off":
         return None
+    if "=" in text and not text.lstrip().startswith("{"):
+        from mlx_delta.config import written_fields
+
+        try:
+            return written_fields(text)
+        except ValueError as error:
+            raise ConvertError(f"--delta {text[:60]}: {error}") from error
     value = parse_json(text.encode(), "--delta")
     if not isinstance(value, dict):
         raise ConvertError(f"--delta must be a JSON object or 'off' but is {text[:60]!r}.")
@@ -176,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    plain_output()
     try:
         if arguments[:1] == ["check"] and len(arguments) > 1:
             return _check(arguments[1:])
@@ -185,16 +196,16 @@ def main(arguments: list[str] | None = None) -> int:
             return verify(arguments[1:])
         return _convert(arguments)
     except ConvertError as error:
-        print(f"mlx_delta.convert: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     except (OSError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         print(
-            f"mlx_delta.convert: {reason}; free some space or memory and run it again.",
+            f"error: {reason}; free some space or memory and run it again.",
             file=sys.stderr,
         )
     except KeyboardInterrupt:
         print(
-            "\nmlx_delta.convert: stopped. What is done stays in the .partial directory; run "
+            "\nInterrupted. What is done stays in the .partial directory; run "
             "the same command again to continue.",
             file=sys.stderr,
         )

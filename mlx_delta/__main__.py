@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
+
+from mlx_delta.wording import nearest
 
 # In the order in which one meets them. A command's package has its main in one of two modules.
 COMMANDS = {
@@ -48,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        known = ", ".join(COMMANDS)
-        print(f"error: unknown command {name!r}{hint}; known are {known}.", file=sys.stderr)
+        print(
+            f"error: unknown command {name!r}{nearest(name, COMMANDS)}; known are "
+            f"{', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 1
     module = importlib.import_module(MAINS.get(name, f"mlx_delta.{name}.command"))
     return int(module.main(rest))

@@ -22,9 +22,10 @@ from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_va
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.table import Table
 from mlx_delta.measure.text import BUNDLED_TEXT, context_length, prompt_ids, read_text
+from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.cli import HelpFormatter, run_command
 
 from .table import roofline_notes, roofline_tables, timing_notes, timing_tables, timing_values
 from .timing import Benchmark
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; those that mlx_lm.benchmark has too are named as there."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.benchmark",
+        formatter_class=HelpFormatter,
         description="Time ways to keep keys and values on one model, taking turns; or compute how "
         "fast chips could decode with them.",
     )
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
+    add_delta_argument(parser)
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument(
         "--contexts",
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_output(args.output)
     text = read_text(args.text)
-    delta, settings = choose_settings(args.model, args.settings)
+    delta, settings = choose_settings(args.model, args.settings, args.delta)
     if delta is None:
         raise ValueError(
             f"model {args.model} is neither a Llama nor a BitNet, whose bytes and products are "

@@ -15,7 +15,8 @@ from mlx_delta.loading import DEMO, find_model, load, read_config
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import read_delta
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
 
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate
 from .family import Per
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.calibrate",
+        formatter_class=HelpFormatter,
         description="Choose thresholds for a wanted sparsity or loss, and write them into a "
         "model's config.json. The sparsity of all thresholds takes one pass of the model over each "
         "window; what they cost, see --cost.",
@@ -87,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Write a calibrated copy of the model there, and leave the model as it is.",
     )
+    add_delta_argument(parser)
     add("--dry-run", action="store_true", help="Only report; write no setting.")
     add("--curve", type=Path, metavar="FILE.json", help="Write the curves there.")
     add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     path = find_model(args.model)
     entries = read_config(path)
     get_model_classes(entries)  # refuses a model without keys to hold
-    base = read_delta(entries.get(ENTRY)) or DeltaConfig()
+    base = DeltaConfig.parse(args.delta or "", read_delta(entries.get(ENTRY)))
     if args.output is not None and args.dry_run:
         raise ValueError("--output and --dry-run contradict each other; drop one.")
     if not args.dry_run:

@@ -11,7 +11,8 @@ from mlx_delta.measure.choice import choose_settings
 from mlx_delta.measure.provenance import model_entry
 from mlx_delta.measure.results_file import read_results
 from mlx_delta.measure.text import BUNDLED_TEXT
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
 
 from .language import LanguageOptions
 from .recall import TEMPLATES, RecallOptions
@@ -26,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the harness are named as in mlx_lm.evaluate."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.evaluate",
+        formatter_class=HelpFormatter,
         description="Measure what ways to keep keys and values save and cost on a model.",
     )
     add = parser.add_argument
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
+    add_delta_argument(parser)
     add("--seed", type=int, default=0, help="Seed of all that is random. Default: 0.")
     add("--output", type=Path, metavar="FILE.json", help="Keep results here, and go on from them.")
     add("--restart", action="store_true", help="Replace what --output holds.")
@@ -80,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Put requests into the model's chat template.",
+        help="Put requests into the model's chat template. Default: not.",
     )
     add("--max-seq-lengths", type=int, nargs="+", metavar="N", help="Tokens of RULER's texts.")
     return parser
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     check_tasks(args.tasks, args.data_dir)
     text = Text.read(args.text)
     harness = harness_options(args) if set(args.tasks) - set(TASKS) else None
-    delta, settings = choose_settings(args.model, args.settings)
+    delta, settings = choose_settings(args.model, args.settings, args.delta)
     results = Results(model_entry(args.model, args.adapter_path), args.output, args.restart)
     model, tokenizer = load(
         args.model,

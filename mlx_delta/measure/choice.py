@@ -10,17 +10,25 @@ from mlx_delta.models.common import read_delta
 from .settings import Setting, parse_settings
 
 
-def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, list[Setting]]:
+def choose_settings(
+    model: str, names: list[str], changes: str | None = None
+) -> tuple[DeltaConfig | None, list[Setting]]:
     """The delta to load a model with, and the settings of these names.
 
     A model is loaded with the delta's attention, which is dense on a dense cache; one of a kind
     that has none is loaded as it is, for settings that need none.
 
+    Args:
+        model: A directory, a hub name or a bundled model.
+        names: As :func:`parse_settings` takes them.
+        changes: What ``delta`` stands for differs in this from the model's own setting, as
+            :meth:`DeltaConfig.parse` reads it; ``None``: in nothing.
+
     Raises:
         ValueError: A setting is unknown, or the model can't have it.
     """
     config = read_config(find_model(model))
-    delta = read_delta(config.get("delta")) or DeltaConfig()
+    delta = DeltaConfig.parse(changes or "", read_delta(config.get("delta")))
     settings = parse_settings(names, delta)
     try:
         get_model_classes(config)

@@ -146,14 +146,15 @@ def _one_source(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Both are given.
     """
-    if args.results is not None and (args.model is not None or args.text is not None):
-        raise ValueError(f"{args.results} and --model or --text are both given; drop one.")
+    flags = [name for name in ("model", "text", "delta") if getattr(args, name) is not None]
+    if args.results is not None and flags:
+        raise ValueError(f"{args.results} and --{flags[0]} are both given; drop one.")
 
 
 def _load(args: argparse.Namespace, wanted: list[str]) -> tuple[Any, Any, list[Setting]]:
     """The model, its tokenizer, and settings on it."""
     name = args.model or DEMO
-    delta, settings = choose_settings(name, wanted)
+    delta, settings = choose_settings(name, wanted, args.delta)
     if delta is None:
         raise ValueError(f"model {name} holds no keys: it is neither a Llama nor a BitNet.")
     assert isinstance(delta, DeltaConfig)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_delta.measure.results_file import read_results
-from mlx_delta.measure.settings import nearest
+from mlx_delta.wording import nearest
 
 from . import names
 

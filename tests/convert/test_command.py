@@ -112,7 +112,7 @@ def test_an_error_is_one_line_that_says_what_to_do(line, expected, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert main([*shlex.split(line), "--no-verify"]) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith("mlx_delta.convert: ") and errors.count("\n") == 1
+    assert errors.startswith("error: ") and errors.count("\n") == 1
     assert re.search(expected.replace("(", r"\(").replace(")", r"\)"), errors), errors
     assert not list(tmp_path.glob("*.partial"))
 
