@@ -5,6 +5,6 @@ The command line (``python -m mlx_delta.benchmark``) is beside it; see ``--help`
 
 from mlx_delta.measure.roofline import Ceiling, ceilings
 
-from .timing import Benchmark, Row, Run, Spread
+from .timing import Benchmark, Row, Run, Spread, Tail
 
-__all__ = ["Benchmark", "Ceiling", "Row", "Run", "Spread", "ceilings"]
+__all__ = ["Benchmark", "Ceiling", "Row", "Run", "Spread", "Tail", "ceilings"]

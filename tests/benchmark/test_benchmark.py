@@ -12,11 +12,13 @@ from mlx_delta.benchmark import (
     Row,
     Run,
     Spread,
+    Tail,
     ceilings,
     command,
     timing,
 )
 from mlx_delta.benchmark.command import main
+from mlx_delta.benchmark.table import timing_tables
 from mlx_delta.benchmark.timing import round_order, time_once
 from mlx_delta.measure import roofline
 from mlx_delta.measure.filling import memory_needed, prefill
@@ -78,9 +80,16 @@ def test_spread_is_median_and_quartiles():
 def test_speeds_are_tokens_by_seconds():
     (setting,) = parse_settings(["dense"])
     traffic = Traffic(900_000, 100_000, 0, 0, 0)
-    row = Row(setting, 100, 11, [Run(0.5, 0.2, 7), Run(1.0, 0.1, 5), Run(2.0, 0.4, 6)], traffic)
+    row = Row(
+        setting,
+        100,
+        11,
+        [Run(0.5, (0.02,) * 10, 7), Run(1.0, (0.01,) * 10, 5), Run(2.0, (0.04,) * 10, 6)],
+        traffic,
+    )
     assert row.prefill_speed.median == 89 / 1.0  # until the first token
     assert row.decode_speed.median == pytest.approx(10 / 0.2)  # after it
+    assert row.token_seconds == Tail(0.02, 0.04, 0.04, 30)
     assert row.first_token.q3 == 1.5 and row.peak_bytes == 7
     # 50 tokens a second of a megabyte each are a twentieth of 1 GB/s.
     assert row.bandwidth_share(1.0) == pytest.approx(0.05)
@@ -91,7 +100,8 @@ def test_a_run_fills_the_context(model, ids, name):
     (setting,) = parse_settings([name], SMALL)
     run, caches = time_once(model, setting, ids[:90], 10, prefill_step=32)
     assert [cache.offset for cache in caches] == [100] * 3
-    assert run.first_token > 0 < run.decode and run.peak_bytes > 1e6
+    assert len(run.tokens) == 9 and min(run.tokens) > 0 < run.first_token
+    assert run.decode == sum(run.tokens) and run.peak_bytes > 1e6
     assert (type(caches[0]).__name__ == "QuantizedKVCache") == (name == "kv8")
 
 
@@ -110,7 +120,7 @@ def test_settings_take_turns_and_the_first_round_is_dropped(model, ids, monkeypa
         calls.append((len(prompt) + generated, setting.name))
         caches = setting.make_caches(model)
         setting.prefill(model, list(prompt), caches)
-        return Run(1.0, 1.0, len(calls)), caches
+        return Run(1.0, (1.0,), len(calls)), caches
 
     monkeypatch.setattr(timing, "time_once", recorded)
     settings = parse_settings(["dense", "delta", "kv8"], SMALL)
@@ -152,6 +162,26 @@ def test_misuse_in_code(model, ids, arguments, message):
     values = {"settings": parse_settings(["dense"]), "tokens": ids, "contexts": [128]}
     with pytest.raises(ValueError, match=message):
         Benchmark(model, **{**values, **arguments})
+
+
+def test_tokens_that_take_longer_are_told(model, ids):
+    assert Tail.of([1] * 98 + [6, 6]) == Tail(1, 1, 6, 100)
+    assert Tail.of([2, 4]).to_dict() == {"median": 3, "p95": 3.9, "max": 4, "n": 2}
+    settings = parse_settings(["delta", "delta:key_bits=4"], SMALL)
+    bench = Benchmark(model, settings, ids, [64], generated=SMALL.block_size, trials=1)
+    for row in bench.run():
+        # One of the tokens finishes a block of 8, and encodes it.
+        assert sorted(row.operations)[-1] > sorted(row.operations)[-2] == row.operations[0]
+        assert row.token_operations.greatest > 1.2 * row.token_operations.median
+        cells = dict(zip(*table_of(row), strict=True))
+        assert cells["ops/token"].endswith(f" / {max(row.operations)}")
+        assert cells["ms/token"].count(" / ") == 2
+
+
+def table_of(row: Row) -> tuple[list[str], list[str]]:
+    """Header and cells of a row's table."""
+    (table,) = timing_tables([row], None)
+    return table.header, table.rows[0]
 
 
 # Ceilings.
@@ -277,7 +307,9 @@ def test_a_table_for_each_context(run, tmp_path):
     assert first["generation_tps"]["min"] <= first["generation_tps"]["median"]
     assert first["traffic_per_token"]["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 48
     assert first["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 256  # mlx-lm grows by 256
-    assert first["operations_per_token"] > 50 < first["peak_memory_bytes"]
+    assert first["operations_per_token"]["median"] > 50 < first["peak_memory_bytes"]
+    assert first["token_seconds"]["median"] <= first["token_seconds"]["max"]
+    assert first["token_seconds"]["n"] == 2 * 3 and first["operations_per_token"]["n"] == 4
 
 
 def test_on_a_mac_the_share_of_bandwidth_is_told(run, monkeypatch):
