@@ -154,10 +154,11 @@ def _delta(text: str | None) -> Any:
     if text == "off":
         return None
     if "=" in text and not text.lstrip().startswith("{"):
-        from mlx_delta.config import written_fields
+        from mlx_delta.config import DeltaConfig
+        from mlx_delta.notation import read_fields
 
         try:
-            return written_fields(text)
+            return read_fields(text, DeltaConfig)
         except ValueError as error:
             raise ConvertError(f"--delta {text[:60]}: {error}") from error
     value = parse_json(text.encode(), "--delta")

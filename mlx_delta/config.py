@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .wording import nearest
+from .notation import read_fields, write_fields
 
 ThresholdMode = Literal["relative", "absolute"]
 RunValue = Literal["mean", "first"]
@@ -278,65 +278,13 @@ class DeltaConfig:
         Raises:
             ValueError: A field is unknown, with the nearest ones; or a value is wrong.
         """
-        return dataclasses.replace(base or cls(), **written_fields(text))
+        return dataclasses.replace(base or cls(), **read_fields(text, cls))
 
     def __str__(self) -> str:
         """What :meth:`parse` reads: the fields that differ from the default setting."""
         default = DeltaConfig()
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {k: v for k, v in values.items() if v != getattr(default, k)}
-        return ",".join(f"{name}={_written(value)}" for name, value in changed.items())
-
-
-def written_fields(text: str) -> dict[str, Any]:
-    """The fields in ``key_bits=4,threshold=1.1``; see :meth:`DeltaConfig.parse`.
-
-    Raises:
-        ValueError: A field is unknown, given twice, or lacks a value.
-    """
-    fields = [field.name for field in dataclasses.fields(DeltaConfig)]
-    values: dict[str, Any] = {}
-    for part in text.split(",") if text.strip() else []:
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if name not in fields:
-            raise ValueError(
-                f"[DeltaConfig] unknown option {name!r}{nearest(name, fields)}; known are "
-                f"{', '.join(fields)}."
-            )
-        if not equals or not value:
-            raise ValueError(f"[DeltaConfig] {name} lacks a value, as in {name}=1.")
-        if name in values:
-            raise ValueError(f"[DeltaConfig] {name} is given twice; drop one.")
-        values[name] = _parsed(value)
-    return values
-
-
-_JOINTS = ("/", ":")  # between layers' values, and between a layer's heads'
-_WORDS = {"true": True, "false": False, "none": None}
-
-
-def _parsed(text: str) -> Any:
-    """A number, a word, or numbers joined by slashes and colons; the opposite of _written."""
-    for joint in _JOINTS:
-        if joint in text:
-            parts = text.removesuffix(joint).split(joint) if text[0] != joint else [""]
-            return tuple(_parsed(part) if part else part for part in parts)
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _written(value: Any, depth: int = 0) -> str:
-    """A value as the command lines take it."""
-    if isinstance(value, tuple):
-        joint = _JOINTS[depth]
-        return joint.join(_written(v, depth + 1) for v in value) + joint * (len(value) == 1)
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        return write_fields({k: v for k, v in values.items() if v != getattr(default, k)})
 
 
 def _nested(value: Any, kind: type) -> Any:
