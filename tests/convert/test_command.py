@@ -102,6 +102,8 @@ def broken(folder: Path) -> None:
         ("good --max-context 0", "--max-context must be 1 or more"),
         ("good --delta '{'", "--delta is not valid JSON"),
         ("good --delta '{\"windows\": 1}'", "unknown setting 'windows'"),
+        ("good --delta widnow=64", "unknown option 'widnow' (did you mean window"),
+        ("good --delta window=1", "window must be a multiple of block_size"),
         ("good --delta '{\"window\": 1}'", "window must be a multiple of block_size"),
         ("good --ternary packed", "--ternary packed is for bitnet models"),
         ("good -o good", "holds the source; choose another -o"),
