@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.loading import find_model, read_config
+from mlx_delta.loading import find_model, read_config, read_setting
 from mlx_delta.models import get_model_classes
-from mlx_delta.models.common import read_delta
 
 from .settings import Setting, parse_settings
 
@@ -27,8 +26,9 @@ def choose_settings(
     Raises:
         ValueError: A setting is unknown, or the model can't have it.
     """
-    config = read_config(find_model(model))
-    delta = DeltaConfig.parse(changes or "", read_delta(config.get("delta")))
+    path = find_model(model)
+    config = read_config(path)
+    delta = DeltaConfig.parse(changes or "", read_setting(path, config))
     settings = parse_settings(names, delta)
     try:
         get_model_classes(config)

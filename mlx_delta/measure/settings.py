@@ -47,11 +47,15 @@ class Setting:
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
         """New caches for a model, one per layer; ``prompt_tokens`` as for its ``make_cache``.
 
-        Sliding-window layers get mlx-lm's own cache, whatever the setting.
+        Sliding-window layers get mlx-lm's own cache, whatever the setting. A setting that has no
+        sensitivities takes those that the model was loaded with.
         """
         delta = self.delta
         if delta is not None and prompt_tokens is not None:
             delta = delta.resolve(prompt_tokens)
+        own = getattr(getattr(model, "args", None), "delta", None)
+        if delta is not None and delta.cuts_runs and delta.sensitivities is None and own:
+            delta = delta.changed(sensitivities=own.sensitivities)
         layers = model.layers
         return [self._layer_cache(layers, i, delta, model) for i in range(len(layers))]
 
