@@ -98,6 +98,7 @@ def read_delta(job: Job, source: Source) -> dict[str, Any] | None:
         ConvertError: It is not a valid setting.
     """
     from mlx_delta.config import DeltaConfig
+    from mlx_delta.sensitivities import BUNDLED
 
     delta = job.delta
     if job.shim and source.arch.windows:
@@ -108,7 +109,12 @@ def read_delta(job: Job, source: Source) -> dict[str, Any] | None:
         return None
     try:
         config = DeltaConfig.from_dict(delta)  # type: ignore[arg-type]
-        config.for_layer(0, source.arch.layers)
+        named = config.sensitivities
+        if isinstance(named, str):
+            if named not in source.files and not (BUNDLED / named).is_file():
+                raise ValueError(f"the file of its sensitivities, {named[:60]!r}, is missing")
+        else:
+            config.for_layer(0, source.arch.layers)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConvertError(f"the setting of the delta is wrong: {error}") from None
     return config.to_dict()

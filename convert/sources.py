@@ -16,7 +16,10 @@ HUB_PATTERNS = [
     "model*.safetensors",
     "tokenizer.model",
     "*.jinja",
+    "delta_sensitivities.safetensors",
 ]
+
+MAX_SENSITIVITIES_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ def open_source(name: str, options: SourceOptions, tokenizer: bool = True) -> So
 
 
 def _read_files(source: Source, path: Path, options: SourceOptions) -> None:
-    """Add the tokenizer and the generation settings."""
+    """Add the tokenizer, the generation settings and the delta's sensitivities."""
+    delta = source.config.get("delta")
+    name = delta.get("sensitivities") if isinstance(delta, dict) else None
+    if isinstance(name, str) and Path(name).name == name and (path / name).is_file():
+        source.files[name] = read_bytes(path / name, MAX_SENSITIVITIES_BYTES)
     if options.tokenizer_from is not None:
         folder = locate_tokenizer(options.tokenizer_from)
     elif source.format != "gguf":
