@@ -16,7 +16,7 @@ from .single import HeldKeys
 
 def leaves(caches: Sequence[Any]) -> list[Any]:
     """The caches of a model, those within a list of caches one by one."""
-    found = []
+    found: list[Any] = []
     for cache in caches:
         found += leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
     return found
@@ -26,9 +26,9 @@ def cached_tokens(caches: Sequence[Any]) -> int:
     """Tokens that a model's caches have seen: more than they keep, where a window slides."""
     seen = [0]
     for cache in leaves(caches):
-        offset = getattr(cache, "offset", None)
-        if isinstance(offset, mx.array):
-            offset = max(offset.tolist()) if offset.ndim else offset.item()
+        offset: Any = getattr(cache, "offset", None)
+        if isinstance(offset, mx.array):  # of a batch: one for each row
+            offset = offset.max().item()
         seen.append(cache.size() if offset is None else int(offset))
     return max(seen)
 
@@ -108,10 +108,16 @@ def _check_rotating(name: str, cache: RotatingKVCache) -> None:
 
 def _check_held(name: str, cache: HeldKeys) -> None:
     """Whole numbers of tokens and blocks, of one text."""
+    counts: Any  # whatever the file holds
     for counts in (cache._lengths, cache._encoded):
         if not isinstance(counts, list) or len(counts) != 1:
             raise ValueError(f"{name} is of several texts")
         _check_count(name, "length", counts[0])
+    valid = cache._keys.header().get("spare_valid", [False])
+    if not isinstance(valid, list) or [type(x) for x in valid] != [bool]:
+        raise ValueError(f"{name} has spare_valid {str(valid)[:40]}")
+    for what in ("block_size", "window", "sinks"):
+        _check_count(name, what, getattr(cache.config, what))
     values = cache._values.buffers
     if values is not None and values[0].shape[0] != 1:
         raise ValueError(f"{name} is of several texts")

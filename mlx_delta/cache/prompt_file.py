@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,10 @@ def _to_disk(file: Path) -> None:
 def load(file: str | Path) -> tuple[list[Any], dict[str, str]]:
     """Read caches and metadata written by :func:`save`, or by ``mlx_lm.cache_prompt``.
 
-    A file without a checksum, as mlx-lm writes them, is read with a note on stderr.
+    Files that mlx-lm wrote have no checksum; damage to them may go unnoticed.
+
+    Returns:
+        The caches, and the metadata: with the checksum, if there is one.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -126,7 +128,7 @@ def load(file: str | Path) -> tuple[list[Any], dict[str, str]]:
         raise ValueError(f"[prompt_cache] {file} is not a prompt cache: its name lacks {SUFFIX}.")
     try:
         header = read_header(path)
-        sealed = check_seal(path, header, f"0.{CHECKSUM}")
+        check_seal(path, header, f"0.{CHECKSUM}")
         _check_structure(header)
         caches = _read(path)
         check_caches(caches)
@@ -137,14 +139,10 @@ def load(file: str | Path) -> tuple[list[Any], dict[str, str]]:
     ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"[prompt_cache] {file} is not a prompt cache: {reason}.") from error
-    if not sealed:
-        print(
-            f"note: {file} has no checksum, so damage to it would not be noticed.", file=sys.stderr
-        )
     metadata = {
         key.removeprefix("0."): value
         for key, value in header.metadata.items()
-        if key.startswith("0.") and key != f"0.{CHECKSUM}"
+        if key.startswith("0.")
     }
     return caches, metadata
 
@@ -164,7 +162,8 @@ def _check_structure(header: Header) -> None:
         raise ValueError("it lacks one of its caches")
     for key in classes:
         found = getattr(mlx_lm_cache, header.metadata[key], None)
-        if not isinstance(found, type) or not issubclass(found, mlx_lm_cache._BaseCache):
+        is_cache = isinstance(found, type) and issubclass(found, mlx_lm_cache._BaseCache)
+        if not is_cache or header.metadata[key].startswith("Batch"):
             raise ValueError(f"there is no kind of cache {header.metadata[key][:40]!r}")
     layers = {int(name.split(".")[0]) for name in header.names}
     if layers != set(range(len(classes))):
@@ -173,7 +172,7 @@ def _check_structure(header: Header) -> None:
 
 def _read(file: Path) -> list[Any]:
     """The caches of a file that was looked through."""
-    arrays = mx.load(str(file))
+    arrays: Any = mx.load(str(file))
     # A string is stored as one number per character.
     if any(x.ndim < 2 and x.size > _LONGEST_STRING for x in arrays.values()):
         raise ValueError("it holds a text that is too long")

@@ -108,17 +108,17 @@ def seal(file: Path, key: str) -> None:
         stream.write(digest.encode())
 
 
-def check_seal(file: Path, header: Header, key: str) -> bool:
-    """Whether a file has a checksum; compares it with the file.
+def check_seal(file: Path, header: Header, key: str) -> None:
+    """Compare a file with its checksum, if it has one.
 
     Raises:
         ValueError: Some bit of the file has changed.
     """
-    if key not in header.metadata:
-        return False
-    if _digest(file, header, _place(header, key)) != header.metadata[key]:
+    if (
+        key in header.metadata
+        and _digest(file, header, _place(header, key)) != header.metadata[key]
+    ):
         raise ValueError("it was changed or damaged since it was written (wrong checksum)")
-    return True
 
 
 def _place(header: Header, key: str) -> int:

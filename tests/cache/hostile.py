@@ -46,9 +46,7 @@ def strings_of(header: Header, data: bytes) -> dict[str, str]:
     """The strings among a file's arrays: the headers of held keys."""
     metadata = header["__metadata__"]
     names = [
-        metadata[f"2.{i}.0"]
-        for i in range(1, len(header))
-        if metadata.get(f"2.{i}.1") == "string"
+        metadata[f"2.{i}.0"] for i in range(1, len(header)) if metadata.get(f"2.{i}.1") == "string"
     ]
     found = {}
     for name in names:
@@ -102,7 +100,11 @@ def lying_headers(content: bytes) -> Iterator[tuple[str, bytes]]:
         "many dimensions": {"dtype": "F32", "shape": [1] * 3000, "data_offsets": [0, 4]},
         "offsets swapped": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
         "offsets negative": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]},
-        "offsets far away": {"dtype": "F32", "shape": [1], "data_offsets": [1 << 40, (1 << 40) + 4]},
+        "offsets far away": {
+            "dtype": "F32",
+            "shape": [1],
+            "data_offsets": [1 << 40, (1 << 40) + 4],
+        },
         "offsets of 10**30": {"dtype": "F32", "shape": [1], "data_offsets": [10**30, 10**30 + 4]},
         "one offset": {"dtype": "F32", "shape": [1], "data_offsets": [0]},
         "no object": 5,
