@@ -83,15 +83,17 @@ def _check_quantized(name: str, cache: QuantizedKVCache) -> None:
     _check_count(name, "group_size", cache.group_size, 32)
     if cache.bits not in (2, 4, 8) or cache.group_size not in (32, 64, 128):
         raise ValueError(f"{name} has {cache.bits} bits in groups of {cache.group_size}")
-    if cache.keys is None:
+    keys: Any = cache.keys
+    values: Any = cache.values
+    if keys is None or values is None:
         raise ValueError(f"{name} lacks keys or values")
-    _check_arrays(name, cache.keys, cache.values, cache.offset)
-    for parts in (cache.keys, cache.values):
+    _check_arrays(name, keys, values, cache.offset)
+    for parts in (keys, values):
         sizes = [x.shape[3] for x in parts]
         groups = sizes[0] * 32 // cache.bits // cache.group_size
         if len(parts) != 3 or sizes[1:] != [groups, groups] or not groups:
             raise ValueError(f"{name} has codes of shape {tuple(parts[0].shape)}")
-    _check_room(name, cache.offset, cache.keys[0].shape[2])
+    _check_room(name, cache.offset, keys[0].shape[2])
 
 
 def _check_rotating(name: str, cache: RotatingKVCache) -> None:
@@ -118,6 +120,7 @@ def _check_held(name: str, cache: HeldKeys) -> None:
         raise ValueError(f"{name} has spare_valid {str(valid)[:40]}")
     for what in ("block_size", "window", "sinks"):
         _check_count(name, what, getattr(cache.config, what))
+    mx.array(cache.config.layer_threshold, mx.float32)  # raises if it is too large
     values = cache._values.buffers
     if values is not None and values[0].shape[0] != 1:
         raise ValueError(f"{name} is of several texts")

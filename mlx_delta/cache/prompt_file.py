@@ -38,7 +38,7 @@ def check_writable(file: str | Path) -> Path:
         OSError: The path is a directory or a device, or can't be written, or has a name that
             mlx-lm would not read.
     """
-    if Path(file).suffix != SUFFIX:
+    if Path(file).suffix != SUFFIX and not os.path.isdir(file):
         raise OSError(
             f"[prompt_cache] the file's name must end in {SUFFIX} but got {str(file)!r}; under "
             "another one it could not be read back."

@@ -91,6 +91,12 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
             f"[{name}] max_kv_size={options['max_kv_size']} and kv_bits={options['kv_bits']} do "
             "not go together: mlx-lm can't quantize a cache that drops tokens; leave one out."
         )
+    head_dim, group = getattr(model.args, "head_dim", None), options.get("kv_group_size", 64)
+    if "kv_bits" in given and head_dim is not None and head_dim % group:
+        raise ValueError(
+            f"[{name}] kv_bits={options['kv_bits']} needs a kv_group_size that divides the "
+            f"model's head dimension of {head_dim} but got {group}."
+        )
     if "max_kv_size" in given and options.get("draft_model") is not None:
         raise ValueError(
             f"[{name}] max_kv_size={options['max_kv_size']} does not go together with a draft "

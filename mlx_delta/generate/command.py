@@ -178,12 +178,6 @@ def generation_options(
     ):
         if vocabulary is not None and value > vocabulary:
             raise ValueError(f"{flag} asks for more tokens than the model's {vocabulary}.")
-    head_dim = getattr(model.args, "head_dim", None)
-    if args.kv_bits is not None and head_dim is not None and head_dim % args.kv_group_size:
-        raise ValueError(
-            f"--kv-group-size {args.kv_group_size} does not divide the model's head dimension of "
-            f"{head_dim}."
-        )
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,

@@ -70,7 +70,7 @@ def choose_model(args: argparse.Namespace, caches: Any, metadata: dict[str, str]
         return DEMO if args.model is None else str(args.model)
     named = metadata.get("model")
     if args.model is not None:
-        if named is not None and not _same_model(args.model, named):
+        if named is not None and not same_model(args.model, named):
             raise ValueError(
                 f"--model {args.model} is not the model of the prompt cache ({named!r}); use "
                 "that model, or another cache."
@@ -91,7 +91,7 @@ def _bundled(name: str) -> bool:
     return Path(name).name == name and (BUNDLED / name).is_dir()
 
 
-def _same_model(name: str, other: str) -> bool:
+def same_model(name: str, other: str) -> bool:
     """Whether two names are of one model: equal, or paths of one directory."""
     if name == other:
         return True
