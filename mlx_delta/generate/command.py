@@ -22,15 +22,15 @@ from tqdm import tqdm
 from mlx_delta.cache import prompt_file
 from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.config import DeltaConfig
-from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config
-from mlx_delta.models.common import read_delta
+from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
 from . import make_caches, stream_generate
 from .checks import check_caches_fit, check_options, check_prompt, room_for_answer
 from .conversation import check_length, closing, encode, read_prompt, uses_template
-from .flags import build_parser, check_flags, given_delta
+from .flags import build_parser, check_flags, given_delta, given_wish
 from .memory import check_memory
 from .report import Report
 from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
@@ -135,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
         mx.random.seed(seed or 0)
         dense = produce(model, tokenizer, whole, dense_caches, options, header, show=False)
     if args.json:
-        print(json.dumps(report.to_dict(name, setting_of(caches), dense), ensure_ascii=False))
+        ran = setting_of(caches, model.args)
+        print(json.dumps(report.to_dict(name, ran, dense), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
         print("\n".join(report.lines(dense)))
@@ -147,13 +148,22 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    given = given_delta(args)
+    given, wish = given_delta(args), given_wish(args)
     if args.delta_paper:
-        return dataclasses.replace(DeltaConfig.paper(), **given)
-    if not given:
+        return DeltaConfig.paper().changed(**given)
+    if not given and wish is None:
         return MODEL_SETTING
-    own = read_delta(read_config(find_model(model)).get("delta")) or DeltaConfig()
-    return dataclasses.replace(own, **given)
+    path = find_model(model)
+    own = read_setting(path, read_config(path)) or DeltaConfig()
+    if wish is not None:
+        if not isinstance(own.sensitivities, Sensitivities):
+            raise ValueError(
+                f"{wish} needs a calibrated model, but {model!r} has no sensitivities; run "
+                f"`python -m mlx_delta.calibrate --model {model} --sparsity 0.65` first, or set "
+                "--delta-level."
+            )
+        given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
+    return own.changed(**given)
 
 
 def choose_seed(args: argparse.Namespace) -> int | None:

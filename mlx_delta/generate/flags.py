@@ -29,13 +29,17 @@ BOUNDS: dict[str, tuple[float, float]] = {
 CHOICES = {"kv_bits": (2, 4, 8), "kv_group_size": (32, 64, 128)}  # what mlx-lm's caches can store
 
 
+# Flags of the delta that are no fields of the setting.
+_NO_FIELDS = ("delta_paper", "delta_sparsity", "delta_kl")
+
+
 class DefaultsFormatter(argparse.HelpFormatter):
     """Adds the default to a flag's help, where there is one and the text doesn't name it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        silent = action.default in (None, False, (), argparse.SUPPRESS)
-        if silent or "default" in text.lower():
+        silent = action.default is None or action.default is False or action.default == ()
+        if silent or action.default == argparse.SUPPRESS or "default" in text.lower():
             return action.help
         return f"{text.rstrip('.')} (default: %(default)s)."
 
@@ -77,7 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="Generate a second time without the delta and show where the texts first differ.",
     )
     delta = parser.add_argument_group("hybrid delta attention")
-    delta.add_argument("--delta-threshold", type=float, help="Change up to which a key is held.")
+    wish = delta.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--delta-sparsity",
+        type=float,
+        help="Share of the keys' deltas outside the window to be zero, by the model's calibration.",
+    )
+    wish.add_argument(
+        "--delta-kl",
+        type=float,
+        help="Or: KL divergence from dense attention to stay below, in nats per token.",
+    )
+    wish.add_argument(
+        "--delta-level", type=float, help="Or: what a run of held values costs; 0 holds nothing."
+    )
+    wish.add_argument("--delta-threshold", type=float, help="Or: change up to which a key is held.")
     delta.add_argument(
         "--delta-threshold-mode",
         choices=("relative", "absolute"),
@@ -109,8 +127,15 @@ def given_delta(args: argparse.Namespace) -> dict[str, Any]:
     return {
         name.removeprefix("delta_"): value
         for name, value in vars(args).items()
-        if name.startswith("delta_") and name != "delta_paper" and value is not None
+        if name.startswith("delta_") and name not in _NO_FIELDS and value is not None
     }
+
+
+def given_wish(args: argparse.Namespace) -> str | None:
+    """The flag that asks for a level by what it does, if one is given."""
+    if args.delta_sparsity is not None:
+        return "--delta-sparsity"
+    return "--delta-kl" if args.delta_kl is not None else None
 
 
 def flag(name: str) -> str:
@@ -127,6 +152,10 @@ def check_flags(args: argparse.Namespace) -> None:
     _check_numbers(args)
     delta_flags = [flag(f"delta_{name}") for name in given_delta(args)]
     delta_flags += ["--delta-paper"] if args.delta_paper else []
+    wish = given_wish(args)
+    delta_flags += [] if wish is None else [wish]
+    if wish is not None and args.delta_paper:
+        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
     if args.no_delta and delta_flags:
         raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
     if args.no_delta and args.compare:
@@ -149,6 +178,11 @@ def check_flags(args: argparse.Namespace) -> None:
                     f"{flag(name)} comes too late with --prompt-cache-file: the cache holds the "
                     "beginning of the conversation; give it where the cache is made."
                 )
+        if wish is not None:
+            raise ValueError(
+                f"{wish} comes too late with --prompt-cache-file: its keys are held already; give "
+                "it where the cache is made."
+            )
         if args.trust_remote_code and args.model is None:
             raise ValueError(
                 "--trust-remote-code with --prompt-cache-file needs --model: a file must not "

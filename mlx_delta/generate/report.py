@@ -121,7 +121,7 @@ class Report:
         """The same as plain JSON values; ``delta`` is the setting that the caches ran with."""
         values = {
             "model": model,
-            "delta": None if delta is None else delta.to_dict(),
+            "delta": _setting(delta),
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
@@ -144,3 +144,13 @@ class Report:
             values["dense_text"] = dense.text
             values["first_difference"] = self.first_difference(dense)
         return values
+
+
+def _setting(delta: DeltaConfig | None) -> dict[str, Any] | None:
+    """The setting as JSON values, its sensitivities by name: there are thousands of numbers."""
+    if delta is None:
+        return None
+    values = delta.to_dict()
+    if isinstance(values.get("sensitivities"), dict):
+        values["sensitivities"] = repr(delta.sensitivities)
+    return values

@@ -26,6 +26,7 @@ from mlx_delta.cache.sealed_file import CHECKSUM
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import BUNDLED, DEMO
+from mlx_delta.sensitivities import Sensitivities
 
 from . import make_caches
 from .flags import flag, given_delta
@@ -101,19 +102,36 @@ def same_model(name: str, other: str) -> bool:
     return all(path.is_dir() for path in paths) and paths[0].samefile(paths[1])
 
 
-def setting_of(caches: Sequence[Any]) -> DeltaConfig | None:
+def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
     """The setting that caches work with; ``None`` if they hold no keys.
 
-    Thresholds of single layers become one list again; layers without held keys (sliding windows)
-    take the first layer's, which they do not use.
+    Thresholds and sensitivities of single layers become one list again; layers without held keys
+    (sliding windows) take the first layer's threshold, which they do not use.
+
+    Args:
+        caches: The caches of a model, one per layer.
+        args: The model's arguments: its sensitivities, if the caches have the same, come with
+            their curve and the name of their file.
     """
     configs = [c.config if isinstance(c, HeldKeys) else None for c in caches]
     first = next((config for config in configs if config is not None), None)
     if first is None:
         return None
-    own = [(config or first).layer_threshold for config in configs]
-    threshold = own[0] if len(set(own)) == 1 and not isinstance(own[0], tuple) else tuple(own)
-    return dataclasses.replace(first, threshold=threshold)
+    found = [(config or first).layer_threshold for config in configs]
+    same = len(set(found)) == 1 and not isinstance(found[0], tuple)
+    threshold = found[0] if same else tuple(found)
+    if first.threshold is not None:
+        return dataclasses.replace(first, threshold=threshold)
+    if not isinstance(first.sensitivities, Sensitivities):
+        return first
+    joined = Sensitivities(
+        [
+            config.loaded_sensitivities.layers[0] if config is not None else None
+            for config in configs
+        ]
+    )
+    own = getattr(getattr(args, "delta", None), "sensitivities", None)
+    return dataclasses.replace(first, sensitivities=own if own == joined else joined)
 
 
 def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:
@@ -132,7 +150,7 @@ def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:
         return
     wanted = dict(given)
     if args.delta_paper:
-        paper = dataclasses.asdict(DeltaConfig.paper())
+        paper = vars(DeltaConfig.paper())
         # The size of its blocks came from the prompt.
         free = ("block_size", "block_fraction", "key_bits", "value_bits")
         wanted = {**{k: v for k, v in paper.items() if k not in free}, **given}

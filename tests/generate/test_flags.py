@@ -27,6 +27,9 @@ WRONG = {
     "kv_bits": ["0", "7", "3", "-4"],
     "kv_group_size": ["0", "48", "-32"],
     "delta_threshold": ["nan", "-1", "inf"],
+    "delta_level": ["nan", "-1", "inf"],
+    "delta_sparsity": ["nan", "-1", "2"],
+    "delta_kl": ["nan", "-1"],
     "delta_window": ["-1", "65"],
     "delta_block_size": ["0", "-8"],
     "delta_sinks": ["-1"],
@@ -64,7 +67,7 @@ def test_wrong_numbers(command_line, path, name, value):
     flags = [f"{flag(name)}={value}", *NEEDS.get(name, [])]
     status, out, err = command_line("--model", path, "-p", "x", "-m", "2", *flags)
     assert status == 1 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
-    assert flag(name) in err or f" {name.removeprefix('delta_')} must be" in err
+    assert flag(name) in err or f" {name.removeprefix('delta_')} must be" in err, err
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in RIGHT.items() for v in vs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -20,11 +19,11 @@ from mlx_delta.generate.saved import same_model, setting_of
 from tests.generate.conftest import TEMPLATE, set_template
 from tests.tiny import LLAMA, llama_model, write_llama
 
-command = importlib.import_module("mlx_delta.generate.command")
-
-DOCUMENT = "It was a dark night, and the wind was in the trees. " * 8
-QUESTION = "Where was the wind?"
-DELTA = ["--delta-block-size", "8", "--delta-window", "16", "--delta-sinks", "3"]
+# Cut where tokens are cut too: before a space.
+DOCUMENT = "It was" + " a dark night, and the wind was in the trees. It was" * 8
+QUESTION = " in the trees?"
+DELTA = ["--delta-threshold", "1", "--delta-block-size", "8", "--delta-window", "16"]
+DELTA += ["--delta-sinks", "3"]
 
 
 @pytest.fixture
@@ -102,9 +101,10 @@ def test_what_surrounds_the_message_goes_on_too(run, chat_path, tmp_path, more):
 def test_a_saved_prompt_is_saved_again_with_more(run, chat_path, saved, tmp_path):
     more = tmp_path / "more.safetensors"
     model = ("--model", chat_path)
-    run(*model, "--prompt-cache-file", saved, "-p", DOCUMENT, "--save-prompt-cache", more)
+    middle = " " + DOCUMENT
+    run(*model, "--prompt-cache-file", saved, "-p", middle, "--save-prompt-cache", more)
     asked = run(*model, "--prompt-cache-file", more, "-p", QUESTION)
-    assert asked["text"] == run(*model, "-p", DOCUMENT * 2 + QUESTION, *DELTA)["text"]
+    assert asked["text"] == run(*model, "-p", DOCUMENT + middle + QUESTION, *DELTA)["text"]
 
 
 def test_what_was_begun_without_a_template_goes_on_without(run, chat_path, tmp_path):
@@ -162,7 +162,7 @@ def test_thresholds_of_layers_become_one_setting_again():
 # What a file may not do.
 
 
-def test_a_cache_does_not_switch_on_remote_code(run, refused, tmp_path):
+def test_a_cache_does_not_switch_on_remote_code(command_line, refused, tmp_path):
     path = write_llama(tmp_path / "model")
     marker = tmp_path / "ran"
     (path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass T: pass\n")
@@ -181,8 +181,8 @@ def test_a_cache_does_not_switch_on_remote_code(run, refused, tmp_path):
         "model_config": json.dumps({"model_file": "evil.py"}),
     }
     prompt_file.save(hostile, caches, metadata)
-    command.main(["--prompt-cache-file", str(hostile), "-p", "x", "-m", "1"])
-    assert not marker.exists()
+    status, _, err = command_line("--prompt-cache-file", hostile, "-p", "x", "-m", "1")
+    assert status == 1 and "trust_remote_code" in err and not marker.exists()
     flags = ("--prompt-cache-file", hostile, "-p", "x", "--trust-remote-code")
     assert "needs --model: a file must not choose whose code runs" in refused(*flags)
     assert not marker.exists()
@@ -288,14 +288,14 @@ def test_the_context_counts_what_is_cached(run, command_line, tmp_path):
         tmp_path / "sliding", num_hidden_layers=2, max_position_embeddings=40, **window
     )
     file = tmp_path / "x.safetensors"
-    night = "night " * 30
+    night = "night" + " night" * 29
     length = run("--model", path, "-p", night, "--save-prompt-cache", file)["prompt_tokens"]
     assert LLAMA["max_position_embeddings"] > 40 > length > 20
-    tail = "night " * (40 - length)
+    tail = " night" * (40 - length)
     values = run("--model", path, "-p", tail, "--prompt-cache-file", file)
     assert values["prompt_tokens"] + length == 40 and values["generation_tokens"] == 1
     assert "note: at most 1 token fits the model's context of 40" in values["notes"]
-    flags = ("--model", path, "-p", tail + "night", "--prompt-cache-file", file)
+    flags = ("--model", path, "-p", tail + " night", "--prompt-cache-file", file)
     status, _, err = command_line(*flags)
     assert status == 1 and "has 41 tokens but the model's context has 40" in err
 

@@ -47,7 +47,7 @@ def test_a_broken_template_is_one_line(command_line, with_template, name):
     template, message = BROKEN[name]
     path, start = with_template(template), time.perf_counter()
     status, out, err = command_line("--model", path, "-p", "hi", "-m", "2")
-    assert status == 1 and out == "" and time.perf_counter() - start < 10
+    assert status == 1 and out == "" and time.perf_counter() - start < 60
     assert err.startswith("error: the model's chat template ") and err.count("\n") == 1
     assert message in err and "--ignore-chat-template" in err
     status, _, err = command_line(
