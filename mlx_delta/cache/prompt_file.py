@@ -54,7 +54,8 @@ def check_writable(file: str | Path) -> Path:
     if mode is not None and not stat.S_ISREG(mode):
         raise OSError(f"[prompt_cache] {file} is a device or a pipe; give a file name.")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"[prompt_cache] there is no directory {target.parent}.")
+        parent = target.parent if Path(file).is_symlink() else Path(file).parent
+        raise FileNotFoundError(f"[prompt_cache] there is no directory {parent}.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"[prompt_cache] can't write in {target.parent}.")
     if mode is not None and not os.access(target, os.W_OK):

@@ -106,7 +106,7 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
     """The setting that caches work with; ``None`` if they hold no keys.
 
     Thresholds and sensitivities of single layers become one list again; layers without held keys
-    (sliding windows) take the first layer's threshold, which they do not use.
+    (sliding windows) take the first layer's, which they do not use.
 
     Args:
         caches: The caches of a model, one per layer.
@@ -124,12 +124,7 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
         return dataclasses.replace(first, threshold=threshold)
     if not isinstance(first.sensitivities, Sensitivities):
         return first
-    joined = Sensitivities(
-        [
-            config.loaded_sensitivities.layers[0] if config is not None else None
-            for config in configs
-        ]
-    )
+    joined = Sensitivities([(c or first).loaded_sensitivities.layers[0] for c in configs])
     own = getattr(getattr(args, "delta", None), "sensitivities", None)
     return dataclasses.replace(first, sensitivities=own if own == joined else joined)
 
