@@ -21,9 +21,10 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from mlx_delta import DeltaConfig, load
-from mlx_delta.loading import find_model, has_gpu
+from mlx_delta.loading import find_model
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.system.devices import has_gpu
 
 CHUNK = 2048  # of a prompt, as in mlx-lm
 

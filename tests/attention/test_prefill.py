@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.generate.command import main
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.method import attention as reference
 from mlx_delta.method.tiles import EXACT_END
@@ -122,3 +125,17 @@ def test_settings_that_are_refused(fields, message):
 def test_the_setting_is_written_only_where_it_is_not_the_default():
     assert not {"prefill", "tiles"} & set(DeltaConfig().to_dict())
     assert DeltaConfig.from_dict(TILES.to_dict()) == TILES
+
+
+def test_a_share_alone_asks_for_tiles():
+    assert DeltaConfig().changed(tiles=0.7) == DeltaConfig(prefill="tiles", tiles=0.7)
+
+
+def test_generation_by_tiles_reports_its_density(capsys):
+    prompt = " ".join(["the moor lay quiet, and nobody came."] * 80)
+    flags = ["--prompt", prompt, "--max-tokens", "2", "--json", "--tiles", "0.3"]
+    assert main([*flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["delta"]["prefill"] == "tiles" and report["delta"]["tiles"] == 0.3
+    assert report["prompt_tokens"] > EXACT_END + 5 * 64
+    assert 0 < report["tile_density"] < 1
