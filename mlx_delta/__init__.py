@@ -10,10 +10,8 @@ preload_blas()  # before anything imports MLX
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-import mlx_lm.models.cache as _mlx_lm_cache  # noqa: E402
-
-from .cache.batch import BatchDeltaKVCache  # noqa: E402
-from .cache.single import DeltaKVCache  # noqa: E402
+from .cache import BatchDeltaKVCache, DeltaKVCache  # noqa: E402
+from .cache.mlx_lm_names import register  # noqa: E402
 from .config import DeltaConfig  # noqa: E402
 from .generate import batch_generate, generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
@@ -21,10 +19,10 @@ from .measure.sparsity import Sparsity, measure_sparsity  # noqa: E402
 
 __version__ = "0.1.0"
 
-# mlx-lm's load_prompt_cache looks classes up by name in its own module.
-vars(_mlx_lm_cache).update(DeltaKVCache=DeltaKVCache, BatchDeltaKVCache=BatchDeltaKVCache)
+register()  # our caches, in mlx-lm
 
 __all__ = [
+    "BatchDeltaKVCache",
     "DeltaConfig",
     "DeltaKVCache",
     "Sparsity",

@@ -1,1 +1,8 @@
 """Held keys and their values: stores, the caches that mlx-lm works with, and files of them."""
+
+from .batch import BatchDeltaKVCache
+from .held import HeldKeys
+from .rewinding import length_of, rewind
+from .single import DeltaKVCache
+
+__all__ = ["BatchDeltaKVCache", "DeltaKVCache", "HeldKeys", "length_of", "rewind"]

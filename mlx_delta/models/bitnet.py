@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import bitnet
 from mlx_lm.models.cache import KVCache
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
 from mlx_delta.ternary.model import TernaryArgs, TernaryModel
 
 from .common import attend, make_delta_caches, normalize_rope, read_delta

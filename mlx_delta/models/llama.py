@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
 
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 

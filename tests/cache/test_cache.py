@@ -20,8 +20,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_delta import DeltaConfig, DeltaKVCache, measure_sparsity
-from mlx_delta.cache.batch import BatchDeltaKVCache
+from mlx_delta import BatchDeltaKVCache, DeltaConfig, DeltaKVCache, measure_sparsity
 from mlx_delta.method import attention as reference
 from tests.attention.test_hybrid import attend, inputs
 from tests.tiny import SMALL, smooth_keys
@@ -314,7 +313,7 @@ def test_a_padded_batch_is_its_rows(config, lengths, more, side):
         attend(alone, tuple(x[:, :, :end] for x in TEXTS[row]), [end])
         for a, b in zip(row_cache.keys_and_values(), alone.keys_and_values(), strict=True):
             assert mx.array_equal(a, b), "the same encoding as alone"
-        assert row_cache._encoded == alone._encoded
+        assert row_cache.encoded == alone.encoded
 
 
 def merged(lengths: list[int], config: DeltaConfig = SMALL) -> BatchDeltaKVCache:

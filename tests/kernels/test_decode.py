@@ -15,7 +15,7 @@ import pytest
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import launch
+from mlx_delta.ops import decode_kernel
 from mlx_delta.ops import pack as packing
 from mlx_delta.ops.hold import block_thresholds
 
@@ -159,7 +159,7 @@ def check(bench: MetalBench, case: Case, mask: bool = False, **options: Any) -> 
     built_in = cache.make_mask(case.steps) if mask else None
     with (
         on_bench(bench, **options),
-        mock.patch.object(launch, "decode", wraps=launch.decode) as spy,
+        mock.patch.object(decode_kernel, "decode", wraps=decode_kernel.decode) as spy,
     ):
         output = case.step(cache, built_in)
     assert spy.called, "the kernel was not used"
@@ -310,7 +310,7 @@ def test_a_text_on_the_bench_alone(bench: MetalBench, bits):
 
 def test_splits_do_not_matter(bench: MetalBench):
     for threadgroups in (1, 3, 1000):
-        with mock.patch.object(launch, "THREADGROUPS", threadgroups):
+        with mock.patch.object(decode_kernel, "THREADGROUPS", threadgroups):
             check(bench, Case(SMALL, (100,), 2, (2, 1)))
 
 
@@ -339,8 +339,8 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench, key_bits, value_bits,
     decode, reduce = counting("decode_kernel"), counting("reduce_kernel")
     with (
         on_bench(bench),
-        mock.patch.object(launch, "decode_kernel", lambda: decode),
-        mock.patch.object(launch, "reduce_kernel", lambda: reduce),
+        mock.patch.object(decode_kernel, "decode_kernel", lambda: decode),
+        mock.patch.object(decode_kernel, "reduce_kernel", lambda: reduce),
     ):
         output = case.step(cache)
     assert_close(output, case)
@@ -436,7 +436,7 @@ def decode_cases() -> None:
         # No more values than a keyframe's.
         (Case(config(4, **blocks_of_16, sinks=0), (40,), 1, (1, 1), 80, kind="constant"), None),
     ]
-    with mock.patch.object(launch, "THREADGROUPS", 8):
+    with mock.patch.object(decode_kernel, "THREADGROUPS", 8):
         for case, mask in cases:
             cache = case.cache()
             # What was fed and taken back must not be looked at.
