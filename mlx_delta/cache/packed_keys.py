@@ -16,12 +16,12 @@ import numpy as np
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.backend import encode_blocks, unpack
 from mlx_delta.ops.join import join_near
-from mlx_delta.ops.pack import storage_type, to_storage
+from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
 
 from .buffers import equal_rows
 from .near_keys import NearKeys
 from .packed_log import PackedLog
-from .packed_state import BUFFERS, HEAD_DIMS, check_lost, check_near, check_runs, check_shapes
+from .packed_state import BUFFERS, check_lost, check_near, check_runs, check_shapes
 from .store import KeyParts, float_size, spread, token_bytes
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}

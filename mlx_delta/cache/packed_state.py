@@ -9,9 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.pack import LARGEST, PackedBlocks
+from mlx_delta.ops.pack import HEAD_DIMS, LARGEST, PackedBlocks
 
-HEAD_DIMS = range(16, 257, 16)  # for which there are kernels
 BUFFERS = ("near", "masks", "payload", "offsets", "grid", "sinks", "zeros")
 
 

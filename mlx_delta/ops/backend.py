@@ -25,6 +25,8 @@ def hold(
     keys: mx.array, config: DeltaConfig, first_block: int, previous: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks; see :func:`mlx_delta.ops.hold.hold_blocks`."""
+    if has_kernels() and pack_kernel.can_hold(keys, config):
+        return pack_kernel.hold(keys, config, first_block)
     return hold_blocks(keys, config, first_block, previous)
 
 

@@ -15,6 +15,7 @@ from mlx_delta.config import DeltaConfig
 
 from .hold import hold_blocks, hold_means
 
+HEAD_DIMS = range(16, 257, 16)  # for which there are kernels
 LARGEST = {mx.float16: 65504.0, mx.bfloat16: 3.3895313892515355e38}
 
 

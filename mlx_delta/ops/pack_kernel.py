@@ -7,6 +7,7 @@ before each launch, since a kernel would read past an array's end without a word
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_delta.kernels import kernel_source
 
 from .hold import block_thresholds
 from .launching import SIMD, check_shapes, constant, filler, padded
-from .pack import LARGEST, EncodedBlocks, PackedBlocks, worst_words
+from .pack import HEAD_DIMS, LARGEST, EncodedBlocks, PackedBlocks, worst_words
 
 
 def _header(name: str) -> str:
@@ -134,6 +135,39 @@ def unpack(packed: PackedBlocks, blocks: int) -> mx.array:
         output_dtypes=[packed.dtype],
     )
     return held
+
+
+def can_hold(keys: mx.array, config: DeltaConfig) -> bool:
+    """Whether :func:`hold` takes keys [B, Hkv, L, D] under a setting."""
+    return (
+        config.keyframes
+        and config.threshold_mode in ("relative", "absolute")
+        and config.block_size % 8 == 0
+        and config.block_size <= 64
+        and keys.dtype in LARGEST
+        and keys.shape[3] in HEAD_DIMS
+    )
+
+
+def hold(keys: mx.array, config: DeltaConfig, first_block: int) -> tuple[mx.array, mx.array]:
+    """The kernels for :func:`mlx_delta.ops.hold.hold_blocks`: packed at 16 bits, and unpacked.
+
+    Two launches, where operations take several for every token of a block.
+    """
+    encoded = encode(keys, replace(config, key_bits=16), first_block)
+    B, H, blocks, words = encoded.payload.shape
+    offsets = (words * mx.arange(H * blocks, dtype=mx.int32)).reshape(1, H, blocks)
+    packed = PackedBlocks(
+        masks=encoded.masks,
+        payload=encoded.payload.reshape(B, -1),
+        offsets=mx.broadcast_to(offsets, (B, H, blocks)),
+        grid=None,
+        sinks=None,
+        bits=16,
+        dtype=keys.dtype,
+        head_dim=keys.shape[3],
+    )
+    return unpack(packed, blocks), encoded.counts[..., 1]
 
 
 def _grid(packed: PackedBlocks) -> mx.array:
