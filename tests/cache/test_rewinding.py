@@ -39,7 +39,8 @@ def wrong(n: int) -> tuple[np.ndarray, ...]:
 def assert_undisturbed(cache: DeltaKVCache, config: DeltaConfig, length: int) -> None:
     """What is stored, and what comes next, is bit for bit that of a cache fed in these pieces."""
     twin = DeltaKVCache(config)
-    attend(twin, part(0, length), [length])
+    if length:
+        attend(twin, part(0, length), [length])
     assert cache.lengths == twin.lengths
     after = [attend(x, part(length, length + 20), [1, 1, 18]) for x in (cache, twin)]
     np.testing.assert_array_equal(*after)
@@ -118,10 +119,10 @@ def test_all_of_a_short_text_can_be_taken_back():
 def test_a_model_goes_on_with_the_logits_of_an_undisturbed_run(key_bits):
     """All layers: where a window is gone, its keys can't be had from a part of the text."""
     config = dataclasses.replace(SMALL, key_bits=key_bits)
-    model, text = llama_model(delta=config), tokens(200)
+    model, text = llama_model(delta=config), tokens(210)
     caches = model.make_cache()
-    model(text, cache=caches)
-    for back in (3, 150, 60):
+    model(text[:, :200], cache=caches)
+    for back in (8, 150, 60):
         kept = 200 - back
         again = rewind(caches, back)
         caches_length = kept - again
@@ -132,7 +133,7 @@ def test_a_model_goes_on_with_the_logits_of_an_undisturbed_run(key_bits):
         model(text[:, :kept], cache=fresh)
         wanted = model(text[:, kept : kept + 5], cache=fresh)
         np.testing.assert_allclose(model(text[:, kept : kept + 5], cache=caches), wanted, atol=1e-5)
-        model(text[:, kept + 5 :], cache=caches)
+        model(text[:, kept + 5 : 200], cache=caches)
 
 
 def test_beside_mlx_lms_own_caches():
