@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 from typing import Any
 from unittest import mock
 
@@ -353,15 +354,15 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench, key_bits, value_bits,
 
 def needed_bytes(cache: DeltaKVCache, case: Case) -> int:
     """Bytes of the packed blocks, of the near keys and of all values, each counted once."""
-    store, (length,) = cache._keys, case.lengths
+    header, (length,) = json.loads(cache.state[0]), case.lengths
     heads, D, size = case.heads[1], case.head_dim, case.setting.block_size
-    (blocks,) = cache._encoded
+    (blocks,) = cache.encoded
     masks = blocks * heads * (size - 1) * D // 8
-    payload = 4 * store._ends[0][-1] if not store._pending[0] else 0
-    assert payload, "the case should end with all blocks in place"
+    payload = 4 * header["ends"][0][-1]
     grid = 0 if case.setting.key_bits == 16 else 4 * D * blocks * heads
     near = 2 * D * heads * (length - blocks * size)
-    values = sum(x.nbytes // x.shape[2] for x in cache._values.buffers) * length
+    buffers = cache.state[2 : 5 if case.setting.value_bits in (8, 4) else 3]
+    values = sum(x.nbytes // x.shape[2] for x in buffers) * length
     return masks + payload + grid + near + values + 4 * blocks * heads
 
 
