@@ -40,11 +40,35 @@ def delta_attention(
         ValueError: Shapes that do not fit each other or the cache; nothing is appended then.
     """
     _check_shapes(queries, keys, cache, mask)
-    step = cache.update(keys, values)
-    blocks = decode_blocks(queries, step, mask)
+    if cache.attend is not None:
+        return cache.attend(queries, keys, values, scale)
+    return attend_to_step(queries, cache.update(keys, values), scale, mask)
+
+
+def attend_to_step(
+    queries: mx.array,
+    step: Step,
+    scale: float,
+    mask: mx.array | str | None = None,
+    head_sinks: mx.array | None = None,
+) -> mx.array:
+    """Attend to what an update of a cache left; several layers may share one update.
+
+    Args:
+        queries: [B, Hq, L, D], after RoPE; L as many as the update appended.
+        step: What the update returned.
+        scale: Factor on the scores.
+        mask: As for :func:`delta_attention`.
+        head_sinks: [Hq], a score for each head that takes part in the softmax and adds no value
+            (``sinks`` of ``mx.fast.scaled_dot_product_attention``).
+
+    Returns:
+        [B, Hq, L, Dv].
+    """
+    blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
         return _decode(queries, step, blocks, scale, mask)
-    return attend_unpacked(queries, step, scale, mask)
+    return attend_unpacked(queries, step, scale, mask, head_sinks)
 
 
 def _check_shapes(

@@ -20,7 +20,11 @@ QUERY_CHUNK = 128
 
 
 def attend_unpacked(
-    queries: mx.array, step: Step, scale: float, mask: mx.array | str | None
+    queries: mx.array,
+    step: Step,
+    scale: float,
+    mask: mx.array | str | None,
+    head_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention output [B, Hq, L, Dv] of queries [B, Hq, L, D] of a step."""
     if _one_boundary(step):
@@ -31,9 +35,10 @@ def attend_unpacked(
             step.values[:, :, : step.length],
             scale=scale,
             mask=plain_mask(step, mask),
+            sinks=head_sinks,
         )
     outputs = [
-        _attend_chunk(queries[:, :, first:end], step, first, end, scale, mask)
+        _attend_chunk(queries[:, :, first:end], step, first, end, scale, mask, head_sinks)
         for first, end in _query_chunks(step.starts[0], step.steps)
     ]
     return mx.concatenate(outputs, axis=2)
@@ -61,6 +66,7 @@ def _attend_chunk(
     end: int,
     scale: float,
     mask: mx.array | str | None,
+    head_sinks: mx.array | None,
 ) -> mx.array:
     """Attention of queries ``first`` to ``end`` of an update."""
     size, window = step.block_size, step.window_blocks
@@ -87,6 +93,7 @@ def _attend_chunk(
         _join(step.values, step.values, held_end, full_start, length),
         scale=scale,
         mask=seen,
+        sinks=head_sinks,
     )
 
 

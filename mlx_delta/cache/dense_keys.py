@@ -193,7 +193,10 @@ class DenseKeys:
         """The store of a state."""
         keys, zeros, spare = arrays
         held = spread(header.get("held", header["encoded"]), keys.shape[0])
-        valid = [bool(x) for x in spread(header["spare_valid"], keys.shape[0])]
+        valid = header["spare_valid"]
+        if any(type(x) is not bool for x in valid):
+            raise ValueError(f"it has spare_valid {str(valid)[:40]}")
+        valid = valid * keys.shape[0] if len(valid) == 1 else valid
         return cls(config, keys, zeros, spare, held, valid)
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> int:

@@ -41,6 +41,8 @@ class HeldKeys(_BaseCache):
     """
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
+    # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
+    attend: Any = None
 
     # Kv heads, and dimensions of a key and a value; None before the first update.
     _model: tuple[int, int, int] | None = None
@@ -357,7 +359,7 @@ class HeldKeys(_BaseCache):
         """Everything needed to go on: a JSON header and the buffers."""
         header = {
             "version": STATE_VERSION,
-            "config": self.config.to_dict(),
+            "config": self.config.to_dict(whole=True),
             "lengths": self._lengths,
             "encoded": self._encoded,
             "model": self._model,
@@ -398,8 +400,7 @@ class HeldKeys(_BaseCache):
         end = 1 + count_arrays(self.config.value_bits)
         if len(buffers) != end + kind.n_arrays - 1:
             raise ValueError(f"it has {len(buffers) + 1} parts")
-        self._lengths = [int(n) for n in header["lengths"]]
-        self._encoded = [int(n) for n in header["encoded"]]
+        self._lengths, self._encoded = (spread(header[x], 1) for x in ("lengths", "encoded"))
         self._item_size, self._held_from = header["item_size"], header.get("held_from", 0)
         if all(x is None for x in buffers):
             return

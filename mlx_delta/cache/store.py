@@ -14,6 +14,8 @@ import mlx.core as mx
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.pack import PackedBlocks
 
+LARGEST = 1 << 31  # of a count
+
 # What an append leaves for attention: held keys of far blocks (in place in a buffer as long as the
 # text, or packed), near keys, and the position of each row's first near key.
 KeyParts = tuple[mx.array | PackedBlocks | None, mx.array, list[int]]
@@ -142,5 +144,6 @@ def token_bytes(array: mx.array, most: int | None) -> int:
 
 def spread(counts: Any, rows: int) -> list[int]:
     """A count for each row; files of version 0.1.0 have a single one where all rows agree."""
-    counts = [int(count) for count in counts]
-    return counts * rows if len(counts) == 1 else counts
+    if any(type(count) is not int or not -LARGEST < count < LARGEST for count in counts):
+        raise ValueError(f"it counts {str(list(counts))[:40]}")
+    return list(counts) * rows if len(counts) == 1 else list(counts)

@@ -32,7 +32,7 @@ def hold(
 
 def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
     """Hold and pack the keys of whole blocks; see :func:`mlx_delta.ops.pack.pack_blocks`."""
-    if not has_kernels():
+    if not has_kernels() or config.cuts_runs:  # no kernel cuts and packs in one
         return pack_blocks(keys, config, first_block)
     return pack_kernel.encode(keys, config, first_block)
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 
+from .runs import hold_runs
+
 
 def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
     """The threshold of each block.
@@ -69,10 +71,11 @@ def hold_blocks(
     return held.astype(keys.dtype), zeros
 
 
+@np.errstate(all="ignore")  # NaN and infinities have their own rule
 def hold_means(
     blocks: mx.array, config: DeltaConfig, first_block: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean of each element's run, as :func:`mlx_delta.method.attention.run_means` defines it.
+    """The mean of each element's run, as the specification defines it for the setting's mode.
 
     Args:
         blocks: float32 [B, Hkv, n_blocks, block_size, D], the keys.
@@ -83,6 +86,8 @@ def hold_means(
         The means, float32, and which elements start a run, boolean, both shaped as ``blocks``;
         and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
+    if config.cuts_runs:
+        return hold_runs(blocks, config, first_block)
     size, n_blocks = config.block_size, blocks.shape[2]
     firsts, starts = _hold_firsts(blocks, config, first_block)
     xp = _module()
@@ -107,6 +112,7 @@ def hold_means(
     return held, starts, zeros
 
 
+@np.errstate(all="ignore")
 def _hold_firsts(
     blocks: mx.array,
     config: DeltaConfig,
@@ -146,8 +152,7 @@ def _hold_firsts(
             starts.append(xp.ones(held.shape, xp.bool_))
         else:
             # "not more than" rather than "less than": a NaN compares false and so propagates.
-            with np.errstate(all="ignore"):
-                keep = xp.abs(keys[t] - held) <= thresholds[t if len(thresholds) > 1 else 0]
+            keep = xp.abs(keys[t] - held) <= thresholds[t if len(thresholds) > 1 else 0]
             if exact[t].any():
                 keep = keep & ~sinks[t]
             held = xp.where(keep, held, values[t])
@@ -190,10 +195,10 @@ def _run_totals(xp: Any, deviations: Any, starts: Any) -> Any:
     """Sums [T, ..] of each run up to each token, added up in the order of the tokens."""
     total = xp.zeros_like(deviations[0])
     totals = [total]
-    with np.errstate(all="ignore"):
-        for t in range(1, len(deviations)):
-            total = xp.where(starts[t], xp.float32(0) if xp is np else 0, total + deviations[t])
-            totals.append(total)
+    zero = xp.zeros_like(total)
+    for t in range(1, len(deviations)):
+        total = xp.where(starts[t], zero, total + deviations[t])
+        totals.append(total)
     return xp.stack(totals)
 
 
