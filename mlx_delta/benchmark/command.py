@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -27,6 +26,7 @@ from mlx_delta.measure.text import (
     first_tokens,
     read_text,
 )
+from mlx_delta.ops.backend import has_kernels
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
 from mlx_delta.system.cli import run_command
@@ -235,7 +235,7 @@ def measure(
         benchmark.run(progress=True)
         complete = True
     finally:
-        unpacks = not mx.metal.is_available()
+        unpacks = not has_kernels()
         unpacks &= any(setting.delta and setting.delta.key_bits for setting in settings)
         data |= {"kind": "timing", "complete": complete, "notes": benchmark.notes}
         data["bandwidth_gb_per_s"] = chip.gb_per_s if chip else None

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.backend import hold
+from mlx_delta.ops.blocks import hold
 
 from .buffers import equal_rows, grow, pad_to, write_tokens
 from .store import KeyParts, spread, token_bytes

@@ -12,14 +12,14 @@ import json
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import _BaseCache
 
 from mlx_delta.config import DeltaConfig
 
 from .dense_keys import DenseKeys
+from .figures import CacheFigures
 from .packed_keys import PackedKeys
 from .step import Step
-from .store import KeyStore, spread
+from .store import spread
 from .values import ValueStore, count_arrays
 
 STATE_VERSION = 1
@@ -30,7 +30,7 @@ FEW_TOKENS = 8
 ANY_LENGTH = contextvars.ContextVar("any_length", default=False)
 
 
-class HeldKeys(_BaseCache):
+class HeldKeys(CacheFigures):
     """Stores of keys and values, and which blocks are encoded.
 
     Subclasses say how many rows there are; from the first update on, every count has one entry
@@ -40,22 +40,15 @@ class HeldKeys(_BaseCache):
         config: The setting of this layer; the default one when not given.
     """
 
-    step = 256  # tokens by which the buffers grow, as in mlx-lm
     # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
     attend: Any = None
 
-    # Kv heads, and dimensions of a key and a value; None before the first update.
-    _model: tuple[int, int, int] | None = None
-    _item_size = 0  # bytes of a number of the model's type
-    # Queries before this position saw nothing held: the prompt's length was not known yet.
-    _held_from = 0
-
     def __init__(self, config: DeltaConfig | None = None):
         self.config = config or DeltaConfig()
-        self._lengths: list[int] = [0]
-        self._encoded: list[int] = [0]
-        self._keys: DenseKeys | PackedKeys | None = None
-        self._values: ValueStore | None = None
+        self._lengths = [0]
+        self._encoded = [0]
+        self._keys = None
+        self._values = None
 
     # Reading and writing.
 
@@ -255,102 +248,6 @@ class HeldKeys(_BaseCache):
         self._encoded = targets
         self._held_from = min(self._held_from, self.size())
         return n
-
-    # Bookkeeping.
-
-    def size(self) -> int:
-        """Tokens in the longest row."""
-        return max(0, *self._lengths) if self._lengths else 0
-
-    def empty(self) -> bool:
-        """Whether nothing was ever written."""
-        return self._keys is None
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each row."""
-        return tuple(self._lengths)
-
-    @property
-    def encoded(self) -> tuple[int, ...]:
-        """Blocks of each row that are held."""
-        return tuple(self._encoded)
-
-    @property
-    def held_from(self) -> int:
-        """Position of the first query that could see held keys; 0 unless a prompt was awaited."""
-        return self.size() if self.config.block_fraction is not None else self._held_from
-
-    @property
-    def zeros(self) -> mx.array:
-        """Zero deltas of each encoded block, int32 [B, Hkv, blocks]."""
-        return self._stored.zeros
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self._shape[0]
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a key."""
-        return self._shape[1]
-
-    @property
-    def value_dim(self) -> int:
-        """Elements of a value."""
-        return self._shape[2]
-
-    @property
-    def _stored(self) -> KeyStore:
-        if self._keys is None:
-            raise ValueError(f"[{type(self).__name__}] the cache is empty.")
-        return self._keys
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        if self._model is None:
-            raise ValueError(f"[{type(self).__name__}] the cache is empty.")
-        return self._model
-
-    @property
-    def seen_tokens(self) -> int:
-        """Tokens of the first row that its last query sees."""
-        return self._lengths[0]
-
-    def read_bytes(self, float_bytes: int | None = None) -> int:
-        """Bytes of keys and values that the first row's last query reads.
-
-        Args:
-            float_bytes: Count floats at this size at most, whatever they are stored in.
-        """
-        tokens, far = self.seen_tokens, self._encoded[0]
-        values = 0 if self._values is None else self._values.read_bytes(tokens, float_bytes)
-        return self._stored.read_bytes(tokens, far, float_bytes) + values
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, room to grow included."""
-        return self.key_nbytes + self.value_nbytes
-
-    @property
-    def key_nbytes(self) -> int:
-        """Bytes allocated for keys: everything but the values."""
-        return 0 if self._keys is None else self._keys.nbytes
-
-    @property
-    def value_nbytes(self) -> int:
-        """Bytes allocated for values."""
-        return 0 if self._values is None else self._values.nbytes
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that mlx-lm's dense cache would have allocated for as many tokens."""
-        if self._model is None:
-            return 0
-        heads, head_dim, value_dim = self._model
-        tokens = -(-self.size() // self.step) * self.step
-        return len(self._lengths) * heads * tokens * (head_dim + value_dim) * self._item_size
 
     # State.
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.backend import encode_blocks, unpack
+from mlx_delta.ops.blocks import encode_blocks, unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
 

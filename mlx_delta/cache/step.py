@@ -7,7 +7,7 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_delta.ops.backend import unpack
+from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import PackedBlocks
 

@@ -16,7 +16,8 @@ from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.traffic import count_operations
-from mlx_delta.ops import backend, decode_kernel, pack_kernel
+from mlx_delta.ops import blocks as whole_blocks
+from mlx_delta.ops import decode_kernel, pack_kernel
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -152,20 +153,22 @@ def test_masks_of_positions_are_made_once_for_all_layers():
 def test_holding_in_full_takes_two_launches_with_kernels_and_few_operations_beside(
     blocks, run_value
 ):
-    setting = DeltaConfig(run_value=run_value)
+    setting = DeltaConfig(threshold=1.0, run_value=run_value)
     keys = tokens(64 * blocks, 64)[1]
     with kernels_that_count() as launched:
-        held, zeros = backend.hold(keys, setting, 3)
+        held, zeros = whole_blocks.hold(keys, setting, 3)
     assert launched == ["delta_encode", "delta_unpack"]
     assert count_operations(held, zeros) <= 20, "543 when every token was a few operations"
 
 
 @pytest.mark.parametrize(
-    "setting", [DeltaConfig(), DeltaConfig.paper().resolve(1280)], ids=["default", "paper"]
+    "setting",
+    [DeltaConfig(threshold=1.0), DeltaConfig.paper().resolve(1280)],
+    ids=["blocks", "paper"],
 )
 def test_without_a_gpu_holding_leaves_no_operations_for_each_token_in_the_graph(setting):
     if mx.default_device() == mx.Device(mx.gpu):
         pytest.skip("on a GPU the steps are MLX's own")
     keys = tokens(640, 64)[1].astype(mx.float32)
-    held, zeros = backend.hold(keys, setting, 0)
+    held, zeros = whole_blocks.hold(keys, setting, 0)
     assert count_operations(held, zeros) <= 20

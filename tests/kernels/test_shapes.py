@@ -12,7 +12,8 @@ import pytest
 from mlx_delta import DeltaKVCache
 from mlx_delta.attention import choice
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.ops import backend, decode_kernel, pack_kernel
+from mlx_delta.ops import blocks as whole_blocks
+from mlx_delta.ops import decode_kernel, pack_kernel
 from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.ternary_matvec import ternary_matvec
@@ -236,7 +237,7 @@ def test_holding_in_full_by_the_kernels(bench: MetalBench, no_launch, run_value,
             keys = walk((rows, 2, 48, 32), mx.float16)
             assert pack_kernel.can_hold(keys, setting)
             with on_bench(bench):
-                held, zeros = backend.hold(keys, setting, first)
+                held, zeros = whole_blocks.hold(keys, setting, first)
             wanted, wanted_zeros = hold_blocks(keys, setting, first)
             np.testing.assert_array_equal(held.astype(mx.float32), wanted.astype(mx.float32))
             np.testing.assert_array_equal(zeros, wanted_zeros)
