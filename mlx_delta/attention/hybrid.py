@@ -10,6 +10,7 @@ from mlx_delta.ops import decode_kernel
 from mlx_delta.ops.pack import PackedBlocks
 
 from .choice import decode_blocks, kernel_mask
+from .masks import begin
 from .operations import attend_unpacked
 
 
@@ -65,6 +66,7 @@ def attend_to_step(
     Returns:
         [B, Hq, L, Dv].
     """
+    begin(step)
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
         return _decode(queries, step, blocks, scale, mask)

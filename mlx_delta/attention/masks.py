@@ -23,12 +23,21 @@ def once_per_step(step: Step, name: Any, make: Callable[[], mx.array]) -> mx.arr
         name: Which of the step's masks.
         make: Makes it.
     """
-    # By thread: an array that is not evaluated yet belongs to the thread that made it.
-    places = (step.starts, step.steps, step.block_size, step.window_blocks)
-    kept = _of_one_step((*places, threading.get_ident()))
+    kept = _of_one_step(_places(step))
     if name not in kept:
         kept[name] = make()
     return kept[name]
+
+
+def begin(step: Step) -> None:
+    """Let go of the masks of another step: those of a long prompt are large."""
+    _of_one_step(_places(step))
+
+
+def _places(step: Step) -> tuple[Any, ...]:
+    # By thread: an array that is not evaluated yet belongs to the thread that made it.
+    places = (step.starts, step.steps, step.block_size, step.window_blocks)
+    return (*places, threading.get_ident())
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_lm.models.cache import CacheList
+
 from .held import HeldKeys
 
 
@@ -14,7 +16,7 @@ def length_of(caches: Sequence[Any]) -> int:
     A layer with a sliding window keeps fewer than it has seen, so that its ``size`` says little.
     """
     lengths = []
-    for cache in caches:
+    for cache in _leaves(caches):
         if isinstance(cache, HeldKeys):
             lengths.append(cache.size())
             continue
@@ -41,6 +43,7 @@ def rewind(caches: Sequence[Any], n: int) -> int:
         ValueError: A cache can't be rewound (a sliding window that is full), or is of a batch
             whose rows can't be rewound by ``n``. Nothing is changed then.
     """
+    caches = _leaves(caches)
     length = length_of(caches)
     wanted = max(0, length - n)
     if wanted == length:
@@ -60,3 +63,11 @@ def rewind(caches: Sequence[Any], n: int) -> int:
     for cache in caches:
         cache.trim(length - target)
     return wanted - target
+
+
+def _leaves(caches: Sequence[Any]) -> list[Any]:
+    """The caches, those within a list of caches one by one."""
+    found: list[Any] = []
+    for cache in caches:
+        found += _leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
+    return found

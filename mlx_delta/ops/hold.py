@@ -90,7 +90,7 @@ def hold_means(
         return hold_runs(blocks, config, first_block)
     size, n_blocks = config.block_size, blocks.shape[2]
     firsts, starts = _hold_firsts(blocks, config, first_block)
-    xp = _module()
+    xp = _module(config)
     keys, firsts, starts = (_by_token(xp, x) for x in (blocks, firsts, starts))
     token = xp.arange(size)[:, None, None]
     begin = _cummax(xp, xp.where(starts, token, 0))
@@ -135,7 +135,7 @@ def _hold_firsts(
         blocks = targets = blocks.reshape(B, H, 1, n_blocks * size, D)
         thresholds = mx.repeat(thresholds, size, axis=2)  # one per token
         thresholds = thresholds.reshape(B * H, -1).T[:, :, None]
-    xp = _module()
+    xp = _module(config)
     steps, lanes = blocks.shape[3], blocks.shape[2]
     held = None if previous is None else _array(xp, previous.astype(mx.float32)).reshape(-1, D)
     keys = _by_token(xp, blocks)
@@ -165,9 +165,13 @@ def _hold_firsts(
 # NumPy does it several times faster than MLX's CPU operations, which also weigh on the graph.
 
 
-def _module() -> ModuleType:
-    """Whose arrays the steps are made of: MLX's on a GPU, else NumPy's."""
-    return mx if mx.default_device() == mx.Device(mx.gpu) else np
+def _module(config: DeltaConfig) -> ModuleType:
+    """Whose arrays the steps are made of: MLX's for blocks on a GPU, else NumPy's.
+
+    One chain over a chunk of a prompt has a step for each of its tokens: too many launches.
+    """
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return mx if on_gpu and config.keyframes else np
 
 
 def _array(xp: Any, x: Any) -> Any:

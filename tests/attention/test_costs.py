@@ -146,6 +146,7 @@ def test_masks_of_positions_are_made_once_for_all_layers():
         assert made.call_count == 3, "sub-chunks of 128 queries, not times layers"
         feed(caches, 300)
         assert made.call_count == 3 + 3, "and other positions anew"
+        assert masks._of_one_step.cache_info().currsize == 1, "those of the last step only"
 
 
 @pytest.mark.parametrize("blocks", [1, 16])

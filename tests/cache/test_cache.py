@@ -181,6 +181,19 @@ def test_rows_of_equal_length_share_one_cache(length):
         np.testing.assert_allclose(together[row], alone[0], atol=2e-6)
 
 
+def test_a_state_with_one_count_for_all_rows_goes_on():
+    """As version 0.1.0 saved rows of equal length."""
+    rows = inputs(60, rows=3)
+    cache = DeltaKVCache(SMALL)
+    attend(cache, tuple(x[:, :, :40] for x in rows), [40])
+    header = json.loads(cache.state[0])
+    one = {name: header[name][:1] for name in ("lengths", "encoded", "held", "spare_valid")}
+    buffers = copy.deepcopy(cache).state[1:]
+    restored = DeltaKVCache.from_state([_edit(cache.state[0], **one), *buffers])
+    rest = [attend(x, tuple(y[:, :, 40:] for y in rows), [1, 19]) for x in (cache, restored)]
+    np.testing.assert_array_equal(*rest)
+
+
 @pytest.mark.parametrize("cuts", [[60, 1], [40, 19, 2], [20, 20, 20, 1]], ids=str)
 def test_the_papers_window_is_fixed_when_the_prompt_is_over(cuts):
     """A chunk may not be the last one. Until few tokens come, all keys are full."""

@@ -8,7 +8,13 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, LRUPromptCache, RotatingKVCache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    CacheList,
+    KVCache,
+    LRUPromptCache,
+    RotatingKVCache,
+    trim_prompt_cache,
+)
 
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.cache import BatchDeltaKVCache, length_of, rewind
@@ -141,7 +147,7 @@ def test_beside_mlx_lms_own_caches():
     keys = mx.array(TEXT[1][:, :, :100])
     ours.update(keys, keys)
     theirs.update_and_fetch(keys, keys)
-    assert rewind([ours, theirs], 30) == 6
+    assert rewind([CacheList(ours, theirs)], 30) == 6
     assert ours.offset == theirs.offset == length_of([theirs, ours]) == 64
 
 
