@@ -98,7 +98,9 @@ def test_far_keys_dropped(run):
 
 def test_the_papers_preset(run):
     values = run_json(run, "-p", PROMPT[:100], "--delta-paper", "--delta-threshold", "1.5")
-    assert values["delta"]["threshold"] == 1.5 and values["delta"]["block_fraction"] == 0.05
+    assert values["delta"]["threshold"] == 1.5 and values["delta"]["window"] == 0
+    # What really ran: the fraction of this prompt.
+    assert values["delta"]["block_size"] == round(0.05 * values["prompt_tokens"])
     assert values["prefill_sparsity"] > 0
 
 
