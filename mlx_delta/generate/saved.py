@@ -20,10 +20,9 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
-from mlx_delta.cache import prompt_file
+from mlx_delta.cache import HeldKeys, prompt_file
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.sealed_file import CHECKSUM
-from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import BUNDLED, DEMO
 from mlx_delta.sensitivities import Sensitivities
