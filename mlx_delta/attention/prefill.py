@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import BatchKVCache
 
-from mlx_delta.cache.single import HeldKeys, HybridKeys
+from mlx_delta.cache.step import Step
 from mlx_delta.method.tiles import EXACT_END
 from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
 from mlx_delta.ops.tiles import tile_attention
@@ -48,74 +48,67 @@ def dense_attention(
     return exact_attention(queries, keys, values, scale, start, array, causal=causal)
 
 
-def has_hybrid_blocks(queries: mx.array, view: HybridKeys) -> bool:
+def attends_in_blocks(queries: mx.array, step: Step) -> bool:
     """Whether attention by blocks serves these queries [B, Hq, L, D] best.
 
     Not where rows differ in position, nor where blocks are so small that each takes few queries.
     """
-    same = len(set(view.starts)) == 1 and view.starts[0] >= 0
-    return same and view.block_size >= LEAST_QUERIES and has_blocks(queries)
+    return _same_start(step) and step.block_size >= LEAST_QUERIES and has_blocks(queries)
 
 
-def hybrid_blocks(
-    queries: mx.array, view: HybridKeys, scale: float, mask: mx.array | str | None
+def attend_in_blocks(
+    queries: mx.array, step: Step, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """Attention of queries [B, Hq, L, D] to full keys near and held keys far; [B, Hq, L, Dv]."""
     return exact_attention(
         queries,
-        view.full,
-        view.values,
+        step.full,
+        step.values,
         scale,
-        view.starts[0],
+        step.starts[0],
         mask if isinstance(mask, mx.array) else None,
-        Far(view.held, view.block_size, view.window_blocks),
+        Far(step.held, step.block_size, step.window_blocks),
         causal=False,
     )
 
 
-def tile_range(
-    view: HybridKeys, steps: int, cache: HeldKeys, mask: mx.array | str | None
-) -> tuple[int, int] | None:
+def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | None:
     """Which queries of an update, from where to where, look at chosen tiles only.
 
     These are whole blocks with tiles to choose from, before a prompt's end if that is known.
     ``None`` where there are none, where a mask hides more than what is to come, and where the
     rows of a batch differ in position.
     """
-    same = len(set(view.starts)) == 1 and view.starts[0] >= 0
-    if cache.config.prefill != "tiles" or isinstance(mask, mx.array) or not same:
+    plan = step.tiles
+    if plan is None or isinstance(mask, mx.array) or not _same_start(step):
         return None
-    start, size = view.starts[0], view.block_size
-    end = start + steps
-    if cache.prompt_length is not None:
-        end = min(end, max(0, cache.prompt_length - EXACT_END))
+    start, size = step.starts[0], step.block_size
+    end = start + step.steps
+    if plan.prompt_length is not None:
+        end = min(end, max(0, plan.prompt_length - EXACT_END))
     # Two far blocks at least: the first is always computed.
-    first = max(-(-start // size), view.window_blocks + 2) * size
+    first = max(-(-start // size), step.window_blocks + 2) * size
     end = end // size * size
     return (first - start, end - start) if first < end else None
 
 
-def hybrid_tiles(
-    queries: mx.array, view: HybridKeys, scale: float, cache: HeldKeys, tiles: tuple[int, int]
-) -> mx.array:
+def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, int]) -> mx.array:
     """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
-    first, end = tiles
-    start, steps = view.starts[0], queries.shape[2]
-    far = Far(view.held, view.block_size, view.window_blocks)
-    texts = view.full, view.values, scale
+    assert step.tiles is not None
+    (first, end), start = tiles, step.starts[0]
+    far = Far(step.held, step.block_size, step.window_blocks)
+    text = step.full, step.values, scale
     outputs = []
     if first > 0:
-        outputs.append(exact_attention(queries[:, :, :first], *texts, start, far=far))
-    outputs.append(
-        tile_attention(
-            queries[:, :, first:end],
-            *texts,
-            start + first,
-            far,
-            cache.config.tiles,
-            cache.tile_count,
-        )
-    )
-    if end < steps:
-        outputs.append(exact_attention(queries[:, :, end:], *texts, start + end, far=far))
+        outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
+    chosen = queries[:, :, first:end]
+    mass, count = step.tiles.mass, step.tiles.count
+    outputs.append(tile_attention(chosen, *text, start + first, far, mass, count))
+    if end < step.steps:
+        outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
     return mx.concatenate(outputs, axis=2)
+
+
+def _same_start(step: Step) -> bool:
+    """Whether all rows are at one position, in their own text."""
+    return len(set(step.starts)) == 1 and step.starts[0] >= 0

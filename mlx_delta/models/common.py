@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.attention.prefill import dense_attention
-from mlx_delta.cache.single import DeltaKVCache, HeldKeys
+from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
 

@@ -57,7 +57,7 @@ class Model(llama.Model):
     ) -> mx.array:
         """Logits [B, L, vocabulary] of inputs [B, L]."""
         if cache is None and self.args.delta is not None:
-            cache = self.make_cache()
+            cache = self.make_cache(prompt_length=inputs.shape[1])
         return super().__call__(inputs, cache, input_embeddings)
 
     def make_cache(self, prompt_length: int | None = None) -> list[Any]:

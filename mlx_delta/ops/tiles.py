@@ -37,6 +37,21 @@ class TileCount:
 
 
 @dataclass(frozen=True)
+class TilePlan:
+    """What a cache asks for where a prompt's queries look at chosen tiles only.
+
+    Attributes:
+        mass: Share of the expected attention to reach.
+        prompt_length: Where the prompt ends, if that is known: its end looks at everything.
+        count: Tiles are counted here.
+    """
+
+    mass: float
+    prompt_length: int | None
+    count: TileCount
+
+
+@dataclass(frozen=True)
 class PackedTiles:
     """Blocks of keys packed for scoring.
 
