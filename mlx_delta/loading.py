@@ -16,6 +16,7 @@ from .models import MODELS, get_model_classes
 from .models.common import read_delta
 from .models.queries import query_sensitivities
 from .sensitivities import Sensitivities
+from .system.devices import has_gpu
 from .ternary.model import loading_overrides
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -128,11 +129,6 @@ def with_sensitivities(path: Path, delta: DeltaConfig) -> DeltaConfig:
     if not isinstance(name, str):
         return delta
     return delta.changed(sensitivities=Sensitivities.find(path, name))
-
-
-def has_gpu() -> bool:
-    """Whether MLX runs on a GPU here."""
-    return mx.default_device() == mx.Device(mx.gpu)
 
 
 def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
