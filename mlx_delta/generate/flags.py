@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_delta.config import KEY_BITS, VALUE_BITS
 from mlx_delta.loading import DEMO
+from mlx_delta.system.cli import HelpFormatter
 
 # What each number must lie between, ends included. mlx-lm takes anything, and fails later, or
 # silently does something else.
@@ -33,17 +34,6 @@ CHOICES = {"kv_bits": (2, 4, 8), "kv_group_size": (32, 64, 128)}  # what mlx-lm'
 _NO_FIELDS = ("delta_paper", "delta_sparsity", "delta_kl")
 
 
-class DefaultsFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the text doesn't name it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        silent = action.default is None or action.default is False or action.default == ()
-        if silent or action.default == argparse.SUPPRESS or "default" in text.lower():
-            return action.help
-        return f"{text.rstrip('.')} (default: %(default)s)."
-
-
 def build_parser() -> argparse.ArgumentParser:
     """mlx-lm's own flags, and those of the delta."""
     # ``import mlx_lm.generate`` would give the function of that name.
@@ -54,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[parent],
         conflict_handler="resolve",
         add_help=False,
-        formatter_class=DefaultsFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--model",
