@@ -9,6 +9,9 @@
    ``mlx_delta.kernels`` and ``mlx_delta.convert``, which they are in a wheel; nothing else that
    stands beside them (``tests``, ``docs``) is found under the package's name.
 
+4. Once caches of ours exist, mlx-lm's store of prompt caches asks them whether any number of
+   tokens can be taken back exactly, and not only the last ones (see ``cache/mlx_lm_store.py``).
+
 The package's own ``__init__.py`` says what is imported when.
 """
 
@@ -36,7 +39,7 @@ CACHES = {
 
 
 def start(package: Path) -> None:
-    """Make the three changes; again does nothing.
+    """Make the first three changes; again does nothing.
 
     Args:
         package: The directory of ``mlx_delta``.
