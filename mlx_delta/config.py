@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,11 @@ Thresholds = float | tuple[float | tuple[float, ...], ...]
 
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
+
+# Tokens that a window, a block or the sinks may span: buffers of their size are made.
+MAX_TOKENS = 1 << 24
+# Larger thresholds hold everything already, and a float holds this one.
+MAX_THRESHOLD = 1e30
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,30 @@ class DeltaConfig:
             raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
         for value in itertools.chain(*heads):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {value}.")
+                raise ValueError(
+                    f"[DeltaConfig] threshold must be a number but got {_shown(value)}."
+                )
+            if not 0 <= value <= MAX_THRESHOLD:  # false for NaN too
+                raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {_shown(value)}.")
         if self.threshold_mode not in ("relative", "absolute"):
             raise ValueError(
                 "[DeltaConfig] threshold_mode must be 'relative' or 'absolute' but got "
-                f"{self.threshold_mode!r}."
+                f"{_shown(self.threshold_mode)}."
             )
         for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {value!r}.")
+                raise ValueError(
+                    f"[DeltaConfig] {name} must be a whole number but got {_shown(value)}."
+                )
             if value < least:
-                raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {value}.")
+                raise ValueError(
+                    f"[DeltaConfig] {name} must be >= {least} but got {_shown(value)}."
+                )
+            if value > MAX_TOKENS:
+                raise ValueError(
+                    f"[DeltaConfig] {name} must be <= {MAX_TOKENS} but got {_shown(value)}."
+                )
         if self.window % self.block_size:
             raise ValueError(
                 f"[DeltaConfig] window must be a multiple of block_size ({self.block_size}) but "
@@ -101,14 +115,15 @@ class DeltaConfig:
             )
         if not isinstance(self.keyframes, bool):
             raise ValueError(
-                f"[DeltaConfig] keyframes must be true or false but got {self.keyframes!r}."
+                f"[DeltaConfig] keyframes must be true or false but got {_shown(self.keyframes)}."
             )
         self._check_run_value()
         if self.block_fraction is not None:
             fraction = self.block_fraction
-            if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+            is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+            if not is_number or not 0 < fraction <= 1:
                 raise ValueError(
-                    f"[DeltaConfig] block_fraction must be in (0, 1] but got {fraction!r}."
+                    f"[DeltaConfig] block_fraction must be in (0, 1] but got {_shown(fraction)}."
                 )
             if self.window:
                 raise ValueError(
@@ -120,7 +135,8 @@ class DeltaConfig:
         """Validate what runs are held as."""
         if self.run_value not in ("mean", "first"):
             raise ValueError(
-                f"[DeltaConfig] run_value must be 'mean' or 'first' but got {self.run_value!r}."
+                f"[DeltaConfig] run_value must be 'mean' or 'first' but got "
+                f"{_shown(self.run_value)}."
             )
         if self.run_value == "mean" and not self.keyframes:
             raise ValueError(
@@ -132,9 +148,11 @@ class DeltaConfig:
         """Validate how keys and values are stored."""
         for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value not in widths):
+            if value is not None and (type(value) is not int or value not in widths):
                 known = ", ".join(map(str, widths))
-                raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {value!r}.")
+                raise ValueError(
+                    f"[DeltaConfig] {name} must be one of {known} but got {_shown(value)}."
+                )
         if self.key_bits is None:
             return
         if not self.keyframes or self.block_fraction is not None:
@@ -250,13 +268,17 @@ class DeltaConfig:
         """The setting written by :meth:`to_dict`; keys left out take their defaults.
 
         Raises:
-            ValueError: An unknown key, or a value out of range.
+            ValueError: They are no mapping, an unknown key, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"[DeltaConfig] the settings must be an object but got {_shown(values)}."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        unknown = sorted(map(str, set(values) - names))
         if unknown:
             raise ValueError(
-                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are "
+                f"[DeltaConfig] unknown setting {_shown(unknown[0])}; known are "
                 f"{', '.join(sorted(names))}."
             )
         return cls(**values)
@@ -265,3 +287,12 @@ class DeltaConfig:
 def _nested(value: Any, kind: type) -> Any:
     """Lists and tuples within each other as lists or tuples throughout."""
     return kind(_nested(x, kind) for x in value) if isinstance(value, (list, tuple)) else value
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, cut short: a file may hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
