@@ -201,7 +201,8 @@ def _peft_pairs(path: Path) -> dict[str, tuple[mx.array, mx.array]]:
     if not found:
         raise ValueError(f"[load] the adapter in {path} has no weights.")
     for name, parts in found.items():
-        if set(parts) != {"A", "B"} or parts["A"].shape[0] != parts["B"].shape[1]:
+        ranks = [parts["A"].shape[0], parts["B"].shape[1]] if set(parts) == {"A", "B"} else [0]
+        if min(ranks) < 1 or min(ranks) != max(ranks):
             raise ValueError(f"[load] the adapter in {path} has no matching A and B for {name}.")
     return {name: (parts["A"], parts["B"]) for name, parts in found.items()}
 
