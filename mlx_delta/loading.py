@@ -26,6 +26,8 @@ from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.common import read_delta
 from .models.float_layers import use_float_products
+from .models.queries import query_sensitivities
+from .sensitivities import Sensitivities
 from .system.memory import free_memory
 from .system.threads import choose_threads
 from .ternary.model import loading_overrides
@@ -39,6 +41,7 @@ __all__ = [
     "load",
     "read_config",
     "read_setting",
+    "with_sensitivities",
 ]
 
 DEMO = "demo"
@@ -94,7 +97,7 @@ def load(
     for name, value in (("tokenizer_config", tokenizer_config), ("model_config", model_config)):
         if not isinstance(value, (Mapping, type(None))):
             raise ValueError(f"[load] {name} must be a dict or None but got {value!r}.")
-    setting = None if _is_model_setting(delta) else read_setting(delta)
+    given = None if _is_model_setting(delta) else _as_setting(delta)
     path = find_model(path_or_hf_repo, revision)
     entries = {**read_config(path), **(model_config or {})}
     is_ours = _is_ours(entries)
@@ -104,17 +107,20 @@ def load(
     check_layers(tensors, entries)
     check_memory(path, tensors, widened=not has_gpu())
     if _is_model_setting(delta):
-        setting = read_setting(entries["delta"]) if "delta" in entries else DeltaConfig()
+        setting = read_setting(path, entries)
+    else:
+        setting = None if given is None else with_sensitivities(path, given)
 
     overrides = {**(model_config or {}), **_tied(entries, tensors)}
     options: dict[str, Any] = {"model_config": overrides, "trust_remote_code": trust_remote_code}
     if setting is not None or is_ours:
         # Our classes stand in for a model_file, which would need trust_remote_code to run.
-        overrides |= {"delta": None if setting is None else setting.to_dict(), "model_file": None}
+        overrides |= {"delta": setting, "model_file": None}
         overrides |= loading_overrides({**entries, **overrides})
         options = {"model_config": overrides, "get_model_classes": get_model_classes}
     model, config = _build(path, options)
     if setting is not None:
+        config["delta"] = setting.to_dict()
         for i, layer in enumerate(model.layers):
             setting.for_layer(i, len(model.layers)).check_heads(layer.self_attn.n_kv_heads, i)
     check_types(model)
@@ -135,6 +141,9 @@ def load(
     )
     if (rows := _embedding_rows(model)) is not None:
         check_vocabulary(tokenizer, path, rows)
+    if setting is not None and setting.cuts_runs and setting.sensitivities is None and not lazy:
+        found = query_sensitivities(model, tokenizer, setting)
+        model.args.delta = setting.changed(sensitivities=found)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
@@ -143,12 +152,34 @@ def has_gpu() -> bool:
     return mx.default_device() == mx.Device(mx.gpu)
 
 
-def read_setting(delta: Any) -> DeltaConfig | None:
-    """A setting as ``load`` takes it: itself, its fields, or ``None``.
+def read_setting(path: Path, config: Mapping[str, Any]) -> DeltaConfig | None:
+    """The setting of a model's directory: that of its config.json, or the default one.
+
+    Args:
+        path: The directory.
+        config: What its config.json holds.
+
+    Returns:
+        ``None`` where the file asks for dense attention.
 
     Raises:
-        ValueError: It is something else, or a field is unknown or out of range.
+        FileNotFoundError: The file of its sensitivities is missing.
+        ValueError: The setting is broken, or that file is.
     """
+    delta = read_delta(config.get("delta", DeltaConfig()))
+    return None if delta is None else with_sensitivities(path, delta)
+
+
+def with_sensitivities(path: Path, delta: DeltaConfig) -> DeltaConfig:
+    """The setting with its sensitivities read, where it only names their file."""
+    name = delta.sensitivities
+    if not isinstance(name, str):
+        return delta
+    return delta.changed(sensitivities=Sensitivities.find(path, name))
+
+
+def _as_setting(delta: Any) -> DeltaConfig | None:
+    """The argument ``delta`` of ``load``: a setting, its fields, or ``None``."""
     if not isinstance(delta, (DeltaConfig, Mapping, type(None))):
         raise ValueError(
             "[load] delta must be a DeltaConfig, a dict of its fields, None or 'model' but got "

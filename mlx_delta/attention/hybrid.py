@@ -44,6 +44,8 @@ def delta_attention(
     Returns:
         [B, Hq, L, Dv].
     """
+    if cache.attend is not None:
+        return cache.attend(queries, keys, values, scale)
     view = cache.update(keys, values)
     steps = queries.shape[2]
     if isinstance(view.keys, PackedView):

@@ -42,7 +42,7 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         raise FileNotFoundError(f"[load] {gguf_advice(path)}")
     if exists:
         raise FileNotFoundError(f"[load] model {name!r} is a file; give the directory it is in.")
-    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()))
+    bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"[load] there is no model directory {name!r}; give an existing path, a hub name "

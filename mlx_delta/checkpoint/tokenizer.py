@@ -73,15 +73,16 @@ def check_vocabulary(tokenizer: TokenizerWrapper, path: Path, rows: int) -> None
         rows: Of the embedding.
 
     Raises:
-        ValueError: A piece or an end-of-text token has no row.
+        ValueError: A piece, or the mark of a text's begin or end, has no row.
     """
     added = (
         set(tokenizer.added_tokens_decoder) if hasattr(tokenizer, "added_tokens_decoder") else set()
     )
     most = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
-    ends = [i for i in tokenizer.eos_token_ids or () if isinstance(i, int)]
-    if most >= rows or max(ends, default=-1) >= rows:
-        what = f"pieces up to {most}" if most >= rows else f"the end token {max(ends)}"
+    ids = [getattr(tokenizer, "bos_token_id", None), *(tokenizer.eos_token_ids or ())]
+    marks = max((i for i in ids if isinstance(i, int)), default=-1)
+    if most >= rows or marks >= rows:
+        what = f"pieces up to {most}" if most >= rows else f"begin or end {marks}"
         raise ValueError(
             f"[load] the tokenizer in {path} has {what} but the model's embedding has {rows} rows: "
             "they do not belong together."

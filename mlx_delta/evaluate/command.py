@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.loading import DEMO, find_model, load, read_config
+from mlx_delta.loading import DEMO, find_model, load, read_config, read_setting
 from mlx_delta.measure.settings import Setting, parse_settings
 from mlx_delta.measure.table import render
 from mlx_delta.measure.text import BUNDLED_TEXT
 from mlx_delta.models import get_model_classes
-from mlx_delta.models.common import read_delta
 from mlx_delta.system.cli import run_command
 
 from .language import LanguageOptions
@@ -136,8 +135,9 @@ def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, l
     Raises:
         ValueError: A setting is unknown, or the model can't have it.
     """
-    config = read_config(find_model(model))
-    delta = read_delta(config.get("delta")) or DeltaConfig()
+    path = find_model(model)
+    config = read_config(path)
+    delta = read_setting(path, config) or DeltaConfig()
     settings = parse_settings(names, delta)
     try:
         get_model_classes(config)

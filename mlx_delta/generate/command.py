@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file as prompt_cache
 from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
-from mlx_delta.loading import DEMO, MODEL_SETTING, find_model, load, read_config
-from mlx_delta.models.common import read_delta
+from mlx_delta.loading import DEMO, MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
@@ -69,7 +69,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="Generate a second time without the delta and show where the texts first differ.",
     )
     delta = parser.add_argument_group("hybrid delta attention")
-    delta.add_argument("--delta-threshold", type=float, help="Change up to which a key is held.")
+    wish = delta.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--delta-sparsity",
+        type=float,
+        help="Share of the keys' deltas outside the window to be zero, by the model's calibration.",
+    )
+    wish.add_argument(
+        "--delta-kl",
+        type=float,
+        help="Or: KL divergence from dense attention to stay below, in nats per token.",
+    )
+    wish.add_argument(
+        "--delta-level", type=float, help="Or: what a run of held values costs; 0 holds nothing."
+    )
+    wish.add_argument("--delta-threshold", type=float, help="Or: change up to which a key is held.")
     delta.add_argument(
         "--delta-threshold-mode",
         choices=("relative", "absolute"),
@@ -217,15 +231,26 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    names = ["threshold", "threshold_mode", "window", "block_size", "sinks"]
+    names = ["threshold", "threshold_mode", "level", "window", "block_size", "sinks"]
     names += ["key_bits", "value_bits"]
     given = {n: v for n in names if (v := getattr(args, f"delta_{n}")) is not None}
     if args.delta_paper:
         return dataclasses.replace(DeltaConfig.paper(), **given)
-    if not given:
+    wish = args.delta_sparsity is not None or args.delta_kl is not None
+    if not given and not wish:
         return MODEL_SETTING
-    own = read_delta(read_config(find_model(model)).get("delta")) or DeltaConfig()
-    return dataclasses.replace(own, **given)
+    path = find_model(model)
+    own = read_setting(path, read_config(path)) or DeltaConfig()
+    if wish:
+        if not isinstance(own.sensitivities, Sensitivities):
+            flag = "--delta-sparsity" if args.delta_kl is None else "--delta-kl"
+            raise ValueError(
+                f"{flag} needs a calibrated model, but {model!r} has no sensitivities; run "
+                f"`python -m mlx_delta.calibrate --model {model} --sparsity 0.65` first, or set "
+                "--delta-level."
+            )
+        given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
+    return own.changed(**given)
 
 
 def encode(

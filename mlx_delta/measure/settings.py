@@ -48,11 +48,15 @@ class Setting:
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
         """New caches for a model, one per layer; ``prompt_tokens`` as for its ``make_cache``.
 
-        Sliding-window layers get mlx-lm's own cache, whatever the setting.
+        Sliding-window layers get mlx-lm's own cache, whatever the setting. A setting that has no
+        sensitivities takes those that the model was loaded with.
         """
         delta = self.delta
         if delta is not None and prompt_tokens is not None:
             delta = delta.resolve(prompt_tokens)
+        own = getattr(getattr(model, "args", None), "delta", None)
+        if delta is not None and delta.cuts_runs and delta.sensitivities is None and own:
+            delta = delta.changed(sensitivities=own.sensitivities)
         layers = model.layers
         return [self._layer_cache(layers, i, delta, model) for i in range(len(layers))]
 
@@ -165,7 +169,7 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         return Setting(name, kind, max_size=int(rest))
     base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
     try:
-        return Setting(name, kind, delta=dataclasses.replace(base, **_options(rest)))
+        return Setting(name, kind, delta=base.changed(**_options(rest)))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
 

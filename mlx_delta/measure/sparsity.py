@@ -71,6 +71,17 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     )
 
 
+def share_of_zeros(caches: Sequence[Any], row: int = 0) -> float:
+    """Share of the deltas of all held keys that are zero, whichever queries see them.
+
+    Over the elements of encoded blocks, keyframes among them; 0 if there are none.
+    """
+    layers = [_block_zeros(c, row) for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    sizes = [c.config.block_size for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    total = sum(z.size * size * head_dim for (z, head_dim), size in zip(layers, sizes, strict=True))
+    return float(sum(z.sum() for z, _ in layers) / total) if total else 0.0
+
+
 def causal_pairs(first: int, end: int) -> int:
     """Pairs of a query in [first, end) and a key up to it."""
     return (end * (end + 1) - first * (first + 1)) // 2

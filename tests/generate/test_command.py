@@ -19,7 +19,16 @@ from mlx_delta.generate.command import main
 from tests.tiny import SMALL, write_llama
 
 PROMPT = "It was a dark night, and the wind was in the trees. " * 12
-DELTA = ["--delta-block-size", "8", "--delta-window", "16", "--delta-sinks", "3"]
+DELTA = [
+    "--delta-threshold",
+    "1",
+    "--delta-block-size",
+    "8",
+    "--delta-window",
+    "16",
+    "--delta-sinks",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
