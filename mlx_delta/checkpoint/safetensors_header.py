@@ -61,6 +61,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         except ValueError as error:
             raise ValueError(f"[load] {file} has a broken safetensors header.") from error
     metadata = header.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(f"[load] {file} has a broken safetensors header: its metadata.")
     tensors = {name: _entry(file, name, entry) for name, entry in header.items()}

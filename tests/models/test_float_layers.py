@@ -44,6 +44,7 @@ def test_a_product_is_that_of_the_values(mode, kept, rows):
     layer = nn.QuantizedLinear(96, 40, True, group_size, bits, mode)
     layer.bias = random(40, seed=1)
     values = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), group_size, bits, mode)
+    values = values.astype(mx.float32)
     x = random(2, rows, 96, seed=2)
     expected = np.array(x, np.float64) @ np.array(values, np.float64).T + np.array(layer.bias)
     model = nn.Sequential(layer)
