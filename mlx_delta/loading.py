@@ -204,12 +204,10 @@ def _tied(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, An
     transformers leaves entries out that have its own default, and that is not to tie for some
     architectures; so the weights decide.
     """
-    if config.get("tie_word_embeddings") is not None:
-        return {}
     has_head = any(name.startswith("lm_head.") for name in tensors)
-    if not has_head and "tie_word_embeddings" not in config:
-        return {}  # mlx-lm's own default for the architecture
-    return {"tie_word_embeddings": not has_head}
+    if "tie_word_embeddings" in config or not has_head:
+        return {}  # as it says, or mlx-lm's default for the architecture
+    return {"tie_word_embeddings": False}
 
 
 def _build(path: Path, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
