@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from mlx_delta.system.cli import plain_output
+
 from .errors import ConvertError
 from .options import make_job, make_parser
 
@@ -25,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    plain_output()
     try:
         # A model directory may have one of these names.
         command = arguments[0] if arguments else ""
@@ -36,16 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
             return verify(arguments[1:])
         return _convert(arguments)
     except ConvertError as error:
-        print(f"mlx_delta.convert: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     except (OSError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         print(
-            f"mlx_delta.convert: {reason}; free some space or memory and run it again.",
+            f"error: {reason}; free some space or memory and run it again.",
             file=sys.stderr,
         )
     except KeyboardInterrupt:
         print(
-            "\nmlx_delta.convert: stopped. What is done stays in the .partial directory; run "
+            "\nInterrupted. What is done stays in the .partial directory; run "
             "the same command again to continue.",
             file=sys.stderr,
         )

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.system.cli import HelpFormatter
+
 from .errors import ConvertError
 from .files import parse_json
 from .targets import TARGETS, parse_memory
@@ -22,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.convert",
+        formatter_class=HelpFormatter,
         description="Convert Llama and BitNet checkpoints (Hugging Face safetensors, GGUF, "
         "mlx-lm) for MLX on Macs, iPads and iPhones.",
         epilog=f"Presets of --target: {presets}. Also: python -m mlx_delta.convert check DIR.",
@@ -79,8 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device-memory", help="the device's memory, such as 8GB (default: the target's)")
     add(
         "--delta",
-        help="setting of hybrid delta attention as JSON, or 'off' (default: the "
-        "source's, else the library's)",
+        help="setting of hybrid delta attention, such as key_bits=4, as JSON, or 'off' (default: "
+        "the source's, else the library's)",
     )
     add(
         "--mlx-lm-shim",
@@ -208,12 +211,20 @@ def _delta(text: str | None) -> Any:
     """The value of --delta.
 
     Raises:
-        ConvertError: It is not JSON.
+        ConvertError: It is neither a written setting nor a JSON object.
     """
     if text is None:
         return "source"
     if text == "off":
         return None
+    if "=" in text and not text.lstrip().startswith("{"):
+        from mlx_delta.config import DeltaConfig
+        from mlx_delta.notation import read_fields
+
+        try:
+            return read_fields(text, DeltaConfig)
+        except ValueError as error:
+            raise ConvertError(f"--delta {text[:60]}: {error}") from error
     value = parse_json(text.encode(), "--delta")
     if not isinstance(value, dict):
         raise ConvertError(f"--delta must be a JSON object or 'off' but is {text[:60]!r}.")

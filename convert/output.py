@@ -151,11 +151,11 @@ def make_report(
 
     No times, no paths of this machine: the same conversion gives the same bytes.
     """
-    from mlx_delta import __version__
+    from mlx_delta.version import VERSION
 
     tensors = [entry for shard in shards.values() for entry in shard["tensors"]]
     return {
-        "converter": f"mlx_delta {__version__}",
+        "converter": f"mlx_delta {VERSION}",
         "mlx": version("mlx"),
         "source": {"name": source.name, "format": source.format, "files": inputs},
         "settings": dict(settings),

@@ -80,9 +80,10 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         Leibler divergence (source to result), top-1 agreement and losses on the text; for
         ternary models divergence and loss with int8 activations, too.
     """
-    import mlx_delta
+    from mlx_delta.loading import load
+    from mlx_delta.system.devices import has_gpu
 
-    model, tokenizer = mlx_delta.load(folder, delta=None, lazy=True)
+    model, tokenizer = load(folder, delta=None, lazy=True)
     tokens = _tokens(tokenizer, source)
     layers = Layers(source)
     inputs = mx.array(tokens[:-1])[None]
@@ -105,7 +106,7 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         compare_weights((f"model.layers.{i}.",))
         old_hidden = layers.run(i, old_hidden)
         layer, mask = model.model.layers[i], layers.mask(i, old_hidden)
-        if not mlx_delta.loading.has_gpu():
+        if not has_gpu():
             unpack_layer(layer)
         if int8_hidden is not None:
             int8_hidden = layer(int8_hidden, mask=mask).astype(mx.float32)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting, shown
+from .notation import read_fields, write_fields
 from .sensitivities import Sensitivities
 
 __all__ = [
@@ -310,6 +311,35 @@ class DeltaConfig:
                 f"{', '.join(sorted(names))}."
             )
         return cls(**values)
+
+    @classmethod
+    def parse(cls, text: str, base: DeltaConfig | None = None) -> DeltaConfig:
+        """The setting that ``key_bits=4,threshold=1.1`` stands for, as on the command lines.
+
+        Any field may be given; thresholds of layers are joined by slashes and those of a layer's
+        heads by colons: ``threshold=0.9:1.1/1.0:1.2``. Of a single one the joint stands alone:
+        ``0.9/``. ``str()`` of a setting is written alike.
+
+        Args:
+            text: Fields and values; empty changes nothing.
+            base: What the other fields are; the default setting if not given.
+
+        Raises:
+            ValueError: A field is unknown, with the nearest ones; or a value is wrong.
+        """
+        return (base or cls()).changed(**read_fields(text, cls))
+
+    def __str__(self) -> str:
+        """What :meth:`parse` reads: the fields that differ from the default setting."""
+        default = DeltaConfig()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {k: v for k, v in values.items() if v != getattr(default, k)}
+        if isinstance(self.sensitivities, Sensitivities):
+            values["sensitivities"] = self.sensitivities.file or self.sensitivities
+            return write_fields(values)
+        # A threshold mostly says the mode as well.
+        short = write_fields({k: v for k, v in values.items() if k != "threshold_mode"})
+        return short if DeltaConfig.parse(short) == self else write_fields(values)
 
 
 def _needs_threshold(

@@ -28,6 +28,7 @@ from .models.common import read_delta
 from .models.float_layers import use_float_products
 from .models.queries import query_sensitivities
 from .sensitivities import Sensitivities
+from .system.devices import has_gpu
 from .system.memory import free_memory
 from .system.threads import choose_threads
 from .ternary.model import loading_overrides
@@ -145,11 +146,6 @@ def load(
         found = query_sensitivities(model, tokenizer, setting)
         model.args.delta = setting.changed(sensitivities=found)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def has_gpu() -> bool:
-    """Whether MLX runs on a GPU here."""
-    return mx.default_device() == mx.Device(mx.gpu)
 
 
 def read_setting(path: Path, config: Mapping[str, Any]) -> DeltaConfig | None:

@@ -13,8 +13,9 @@ from mlx_lm.models import llama as stock_llama
 from mlx_lm.utils import load_model as stock_load_model
 
 from mlx_delta import DeltaConfig, load
-from mlx_delta.loading import BUNDLED, find_model, has_gpu
+from mlx_delta.loading import BUNDLED, find_model
 from mlx_delta.models import bitnet, llama
+from mlx_delta.system.devices import has_gpu
 from tests.tiny import (
     LLAMA,
     SMALL,

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.config import DeltaConfig
 
 See = Callable[[mx.array, mx.array, float], None]

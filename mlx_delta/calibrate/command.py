@@ -16,7 +16,8 @@ from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import read_delta
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
 
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, runs
 from .divergence import Comparison
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.calibrate",
+        formatter_class=HelpFormatter,
         description="Measure how much a model's output minds errors of its keys, choose how much "
         "to hold for a wanted sparsity or loss, and write both beside the model. With --mode "
         "relative or absolute: choose thresholds instead, whose cost --cost says how to measure.",
@@ -114,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Write a calibrated copy of the model there, and leave the model as it is.",
     )
+    add_delta_argument(parser)
     add("--dry-run", action="store_true", help="Only report; write no setting.")
     add("--curve", type=Path, metavar="FILE.json", help="Write the curves there.")
     add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     entries = read_config(path)
     get_model_classes(entries)  # refuses a model without keys to hold
     check_flags(args)
-    base = read_delta(entries.get(ENTRY)) or DeltaConfig()
+    base = DeltaConfig.parse(args.delta or "", read_delta(entries.get(ENTRY)))
     if args.output is not None and args.dry_run:
         raise ValueError("--output and --dry-run contradict each other; drop one.")
     if not args.dry_run:

@@ -110,6 +110,8 @@ def broken(folder: Path) -> None:
         ("good --max-context 0", "--max-context must be 1 or more"),
         ("good --delta '{'", "--delta is not valid JSON"),
         ("good --delta '{\"windows\": 1}'", "unknown setting 'windows'"),
+        ("good --delta widnow=64", "unknown option 'widnow' (did you mean window"),
+        ("good --delta window=1", "window must be a multiple of block_size"),
         ("good --delta '{\"window\": 1}'", "window must be a multiple of block_size"),
         ("good --ternary packed", "--ternary packed is for bitnet models"),
         ("good -o good", "holds the source; choose another -o"),
@@ -120,7 +122,7 @@ def test_an_error_is_one_line_that_says_what_to_do(line, expected, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert main([*shlex.split(line), "--no-verify"]) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith("mlx_delta.convert: ") and errors.count("\n") == 1
+    assert errors.startswith("error: ") and errors.count("\n") == 1
     assert re.search(expected.replace("(", r"\(").replace(")", r"\)"), errors), errors
     assert not list(tmp_path.glob("*.partial"))
 
