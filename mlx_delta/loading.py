@@ -14,6 +14,7 @@ from .checkpoint.adapters import apply_adapters
 from .checkpoint.config import check_config, check_generation_config, read_config
 from .checkpoint.find import BUNDLED, find_model
 from .checkpoint.json_file import one_line
+from .checkpoint.safetensors_header import read_header
 from .checkpoint.tokenizer import check_vocabulary, read_tokenizer
 from .checkpoint.weights import (
     check_finite,
@@ -171,6 +172,8 @@ def with_sensitivities(path: Path, delta: DeltaConfig) -> DeltaConfig:
     name = delta.sensitivities
     if not isinstance(name, str):
         return delta
+    if Path(name).name == name and (path / name).is_file():
+        read_header(path / name)
     return delta.changed(sensitivities=Sensitivities.find(path, name))
 
 

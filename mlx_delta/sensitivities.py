@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint.safetensors_header import read_header
-
 FILE_NAME = "delta_sensitivities.safetensors"
 MOST_LAYERS = 1 << 14
 FORMAT = "mlx_delta sensitivities 1"
@@ -231,13 +229,12 @@ class Sensitivities:
                 "or make it anew with `python -m mlx_delta.calibrate`."
             )
         try:
-            count = len(read_header(file))
             loaded: Any = mx.load(str(file), return_metadata=True)
             arrays, metadata = loaded
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
-            if not count <= int(metadata["layers"]) <= MOST_LAYERS:
-                raise ValueError(f"it has {count} of {metadata['layers'][:20]} layers")
+            if not len(arrays) <= int(metadata["layers"]) <= MOST_LAYERS:
+                raise ValueError(f"it has {len(arrays)} of {metadata['layers'][:20]} layers")
             layers = [arrays.get(f"layers.{i}") for i in range(int(metadata["layers"]))]
             found = [None if x is None else np.array(x.astype(mx.float32)) for x in layers]
             return cls(found, json.loads(metadata["curve"]), file.name)
