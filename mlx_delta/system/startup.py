@@ -9,8 +9,9 @@
    ``mlx_delta.kernels`` and ``mlx_delta.convert``, which they are in a wheel; nothing else that
    stands beside them (``tests``, ``docs``) is found under the package's name.
 
-4. Once caches of ours exist, mlx-lm's store of prompt caches asks them whether any number of
-   tokens can be taken back exactly, and not only the last ones (see ``cache/mlx_lm_store.py``).
+4. Once our caches are imported, their classes take the place of those names, and mlx-lm's store
+   of prompt caches asks them whether any number of tokens can be taken back exactly, and not only
+   the last ones (see ``cache/in_mlx_lm.py``).
 
 The package's own ``__init__.py`` says what is imported when.
 """
