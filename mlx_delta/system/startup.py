@@ -4,7 +4,9 @@
    before ``mlx.core`` is loaded, so it can't wait until a model is.
 2. mlx-lm's ``load_prompt_cache`` looks classes of caches up by name in its own module, so that the
    names of ours are put there, as soon as somebody imports that module: mlx-lm takes seconds to
-   import, which this does not do by itself.
+   import, which this does not do by itself. Until ``mlx_delta.cache`` is imported something stands
+   in for the classes; that package also teaches mlx-lm's store of prompts about them
+   (``cache/mlx_lm_store.py``).
 3. In a checkout ``kernels/`` and ``convert/`` stand beside the package. They are found as
    ``mlx_delta.kernels`` and ``mlx_delta.convert``, which they are in a wheel; nothing else that
    stands beside them (``tests``, ``docs``) is found under the package's name.
@@ -95,10 +97,16 @@ class LaterCache:
         return getattr(importlib.import_module(CACHES[self.name]), self.name).from_state(*state)
 
 
-def add_cache_names(module: ModuleType) -> None:
-    """Put the names of our caches into mlx-lm's module of caches."""
+def add_cache_names(module: ModuleType, *classes: type) -> None:
+    """Put the names of our caches into mlx-lm's module of caches.
+
+    Args:
+        module: mlx-lm's.
+        *classes: Ours, once they are there; until then something stands in for them.
+    """
     for name in CACHES:
         vars(module).setdefault(name, LaterCache(name))
+    vars(module).update({kind.__name__: kind for kind in classes})
 
 
 class CacheNamesFinder(MetaPathFinder):
