@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if caches is None:
         caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
     check_caches_fit("generate", model, caches, options)
-    check_memory("generate", model, length, options)
+    check_memory("generate", model, length, options, first=True)
     draft_caches = []
     if "draft_model" in options:
         draft_caches = make_caches(options["draft_model"], length)
