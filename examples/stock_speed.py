@@ -44,6 +44,9 @@ def speed_table(args: argparse.Namespace) -> None:
         # Full keys: what tiles alone gain.
         setting = DeltaConfig(threshold=0.0, prefill="tiles", tiles=args.tiles)
         models[f"tiles {args.tiles}"], _ = load(args.model, setting)
+    if args.layers is not None:
+        for one in models.values():
+            one.model.layers = one.model.layers[: args.layers]
     ids = tokenizer.encode(read_text(args.text), add_special_tokens=False)[: length + steps]
     prefill: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     decode: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--tiles", type=float, help="also with prefill by tiles of so much")
+    parser.add_argument("--layers", type=int, help="of the model: only the first so many")
     parser.add_argument("--no-delta", action="store_true", help="leave out the delta")
     parser.add_argument(
         "--no-warm-up", dest="warm_up", action="store_false", help="for runs that take minutes"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .backend import has_kernels
 from .exp2 import exp2_below
 
 # Fewer queries than this are served better by MLX's own attention.
@@ -115,7 +116,7 @@ def exact_attention(
 
 def has_blocks(queries: mx.array) -> bool:
     """Whether this attention is the one for these queries [B, Hq, L, D] here."""
-    on_cpu = not mx.metal.is_available() and mx.default_device() == mx.Device(mx.cpu)
+    on_cpu = not has_kernels() and mx.default_device() == mx.Device(mx.cpu)
     return on_cpu and queries.shape[2] >= LEAST_QUERIES
 
 
