@@ -44,9 +44,31 @@ def delta_attention(
     Returns:
         [B, Hq, L, Dv].
     """
-    view = cache.update(keys, values)
+    return attend_to_view(queries, cache.update(keys, values), scale, mask)
+
+
+def attend_to_view(
+    queries: mx.array,
+    view: HybridKeys,
+    scale: float,
+    mask: mx.array | str | None = None,
+    head_sinks: mx.array | None = None,
+) -> mx.array:
+    """Attend to what an update of a cache left; several layers may share one update.
+
+    Args:
+        queries: [B, Hq, L, D], after RoPE; L as many as the update appended.
+        view: What the update returned.
+        scale: Factor on the scores.
+        mask: As for :func:`delta_attention`.
+        head_sinks: [Hq], a score for each head that takes part in the softmax and adds no value
+            (``sinks`` of ``mx.fast.scaled_dot_product_attention``).
+
+    Returns:
+        [B, Hq, L, Dv].
+    """
     steps = queries.shape[2]
-    if isinstance(view.keys, PackedView):
+    if isinstance(view.keys, PackedView) and head_sinks is None:
         blocks, stored = view.keys.blocks, view.stored_values
         if blocks is not None and has_decode_kernel(queries, blocks, stored.head_dim, mask):
             return _decode(queries, view, view.keys, blocks, scale, mask)
@@ -58,10 +80,12 @@ def delta_attention(
             view.values[:, :, : view.length],
             scale=scale,
             mask=_plain_mask(view, steps, mask),
+            sinks=head_sinks,
         )
     outputs = []
     for first, end in _query_chunks(view.starts[0], steps):
-        outputs.append(_attend_chunk(queries[:, :, first:end], view, first, end, scale, mask))
+        part = queries[:, :, first:end]
+        outputs.append(_attend_chunk(part, view, first, end, scale, mask, head_sinks))
     return mx.concatenate(outputs, axis=2)
 
 
@@ -126,6 +150,7 @@ def _attend_chunk(
     end: int,
     scale: float,
     mask: mx.array | str | None,
+    head_sinks: mx.array | None,
 ) -> mx.array:
     """Attention of queries ``first`` to ``end`` of an update."""
     size, window = view.block_size, view.window_blocks
@@ -156,6 +181,7 @@ def _attend_chunk(
         _join(view.values, view.values, held_end, full_start, length),
         scale=scale,
         mask=seen,
+        sinks=head_sinks,
     )
 
 

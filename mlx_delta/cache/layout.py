@@ -1,0 +1,40 @@
+"""The caches of a whole model: which of them hold ordinary keys and values.
+
+mlx-lm gives a model one cache for each layer, or for each layer that needs one; some of them are
+lists of caches in turn. Only a plain ``KVCache`` stands for keys and values of all tokens: windows
+(``RotatingKVCache``), chunks and recurrent states (``ArraysCache``) are a model's own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mlx_lm.models.cache import CacheList, KVCache
+
+from .single import DeltaKVCache
+
+
+def replace_ordinary(caches: Sequence[Any], make: Callable[[int], Any]) -> list[Any]:
+    """The caches, with another one in place of each that holds ordinary keys and values.
+
+    Args:
+        caches: Of a model, one for each layer that has one; new ones, nothing is copied.
+        make: Called with the index in ``caches``; returns the new cache.
+    """
+
+    def replace(cache: Any, index: int) -> Any:
+        if type(cache) is CacheList:
+            return CacheList(*(replace(inner, index) for inner in cache.caches))
+        return make(index) if type(cache) in (KVCache, DeltaKVCache) else cache
+
+    return [replace(cache, index) for index, cache in enumerate(caches)]
+
+
+def single_caches(caches: Sequence[Any]) -> Iterator[Any]:
+    """The caches one by one, those within a ``CacheList`` too."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from single_caches(cache.caches)
+        else:
+            yield cache
