@@ -18,6 +18,7 @@ from .config import DeltaConfig  # noqa: E402
 from .generate import batch_generate, generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
 from .measure.sparsity import Sparsity, measure_sparsity  # noqa: E402
+from .models.any import apply, remove  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -28,9 +29,11 @@ __all__ = [
     "DeltaConfig",
     "DeltaKVCache",
     "Sparsity",
+    "apply",
     "batch_generate",
     "generate",
     "load",
     "measure_sparsity",
+    "remove",
     "stream_generate",
 ]

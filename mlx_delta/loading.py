@@ -13,6 +13,7 @@ from mlx_lm.utils import _download, load_adapters, load_model, load_tokenizer
 
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
+from .models.any import attend_with
 from .models.common import read_delta
 from .ternary.model import loading_overrides
 
@@ -82,8 +83,7 @@ def load(
             f"[load] {path / 'config.json'} does not describe a model that can be built: {error}."
         ) from error
     if delta is not None:
-        for i, layer in enumerate(model.layers):
-            delta.for_layer(i, len(model.layers)).check_heads(layer.self_attn.n_kv_heads, i)
+        attend_with(model, delta)
     if not has_gpu():
         model.set_dtype(mx.float32)
     if not lazy and hasattr(model, "check_weights"):

@@ -101,9 +101,7 @@ class HandingCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[HandedKeys, Handed]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[HandedKeys, Handed]:
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]; all of them, to be handed on."""
         self._fetched = HandedView(self._cache.update(keys, values), keys, values)
         return self.keys_and_values()

@@ -38,3 +38,8 @@ def single_caches(caches: Sequence[Any]) -> Iterator[Any]:
             yield from single_caches(cache.caches)
         else:
             yield cache
+
+
+def text_length(caches: Sequence[Any]) -> int:
+    """Tokens of the text that a model's caches are of, those that left a window among them."""
+    return max((getattr(cache, "offset", 0) for cache in single_caches(caches)), default=0)

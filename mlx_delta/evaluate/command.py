@@ -11,7 +11,7 @@ from mlx_delta.loading import DEMO, find_model, load, read_config
 from mlx_delta.measure.settings import Setting, parse_settings
 from mlx_delta.measure.table import render
 from mlx_delta.measure.text import BUNDLED_TEXT
-from mlx_delta.models import get_model_classes
+from mlx_delta.models import get_model_classes, has_class
 from mlx_delta.models.common import read_delta
 from mlx_delta.system.cli import run_command
 
@@ -139,16 +139,18 @@ def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, l
     config = read_config(find_model(model))
     delta = read_delta(config.get("delta")) or DeltaConfig()
     settings = parse_settings(names, delta)
+    needing = [setting.name for setting in settings if setting.delta is not None]
     try:
         get_model_classes(config)
     except ValueError as error:
-        needing = [setting.name for setting in settings if setting.delta is not None]
         if needing:
             raise ValueError(
                 f"setting {needing[0]!r} needs a delta model: {error} Settings without it are "
                 "dense, kv8, kv4 and rotating:N."
             ) from error
         return None, settings
+    if not needing and not has_class(config):
+        return None, settings  # it may be one that the delta can't be applied to
     return delta, settings
 
 

@@ -18,6 +18,10 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache.layout import text_length
+from mlx_delta.models.anatomy import context_length
+from mlx_delta.models.common import setting_of
+
 
 def generate(
     model: nn.Module,
@@ -91,7 +95,7 @@ def batch_generate(
         check_prompt(name, model, len(ids))
         tokens.append(ids)
     check_options(name, model, kwargs)
-    delta = getattr(model.args, "delta", None)
+    delta = setting_of(model)
     if delta is not None and delta.block_fraction is not None:
         raise ValueError(
             f"[{name}] block_fraction (the paper's window) is measured on each prompt and can't be "
@@ -119,7 +123,7 @@ def check_prompt(name: str, model: nn.Module, prompt_tokens: int, cached_tokens:
     """
     if not prompt_tokens:
         raise ValueError(f"[{name}] the prompt is empty; give at least one token.")
-    context = getattr(model.args, "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and prompt_tokens + cached_tokens > context:
         raise ValueError(
             f"[{name}] the prompt has {prompt_tokens + cached_tokens} tokens but the model's "
@@ -133,7 +137,7 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
     Raises:
         ValueError: One of these is given for a model with the delta on.
     """
-    if getattr(model.args, "delta", None) is None:
+    if setting_of(model) is None:
         return
     for option in ("max_kv_size", "kv_bits"):
         if options.get(option) is not None:
@@ -149,7 +153,7 @@ def _prepare(
     """Check prompt and options; make the caches when the setting depends on the prompt."""
     tokens = encode_prompt(tokenizer, prompt)
     caches = options.get("prompt_cache")
-    cached = caches[0].size() if caches else 0
+    cached = text_length(caches or [])
     check_prompt(name, model, len(tokens), cached)
     check_options(name, model, options)
     if caches is None:
@@ -170,7 +174,7 @@ def make_caches(
         max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
             ignores it where a model makes its own caches; here it is honoured.
     """
-    if getattr(model.args, "delta", None) is not None:
+    if setting_of(model) is not None:
         return model.make_cache(prompt_length=prompt_tokens)
     caches = make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:

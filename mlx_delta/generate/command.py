@@ -16,15 +16,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, generate_step
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file as prompt_cache
+from mlx_delta.cache.layout import text_length
 from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
 from mlx_delta.loading import DEMO, MODEL_SETTING, find_model, load, read_config
-from mlx_delta.models.common import read_delta
+from mlx_delta.models.anatomy import context_length, dense_caches
+from mlx_delta.models.common import read_delta, setting_of
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
@@ -137,16 +139,14 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.add_eos_token(token)
     tokens = encode(args, tokenizer, text, caches)
     options = generation_options(args, model, tokenizer)
-    cached = caches[0].size() if caches else 0
+    cached = text_length(caches or [])
     check_prompt("generate", model, len(tokens), cached)
     check_options("generate", model, options)
     room_for_answer(options, model, len(tokens) + cached)
-    if caches is not None and len(caches) != len(model.layers):
-        raise ValueError(
-            f"the prompt cache has {len(caches)} layers but the model has {len(model.layers)}."
-        )
+    if caches is not None and len(caches) != (own := len(dense_caches(model))):
+        raise ValueError(f"the prompt cache has {len(caches)} layers but the model has {own}.")
     caches = caches or new_caches(model, options, len(tokens))
-    dense_caches = [KVCache() for _ in model.layers] if args.compare else None
+    compared = dense_caches(model) if args.compare else None
     if args.save_prompt_cache:
         metadata = {"model": name, "tokenizer_config": "{}"}
         tokens = save_prompt(args.save_prompt_cache, model, tokens, caches, metadata)
@@ -157,11 +157,11 @@ def run(args: argparse.Namespace) -> None:
         print("=" * 10)
     report = produce(model, tokenizer, tokens, caches, cached, options, show=not args.json)
     dense = None
-    if dense_caches is not None:
+    if compared is not None:
         mx.random.seed(args.seed or 0)
-        dense = produce(model, tokenizer, tokens, dense_caches, 0, options, show=False)
+        dense = produce(model, tokenizer, tokens, compared, 0, options, show=False)
     if args.json:
-        print(json.dumps(report.to_dict(name, model.args.delta, dense), ensure_ascii=False))
+        print(json.dumps(report.to_dict(name, setting_of(model), dense), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
         print("\n".join(report.lines(dense)))
@@ -308,7 +308,7 @@ def generation_options(
 
 def room_for_answer(options: dict[str, Any], model: nn.Module, prompt_tokens: int) -> None:
     """Stop at the end of the model's context, and say so."""
-    context = getattr(model.args, "max_position_embeddings", None)
+    context = context_length(model)
     if context is None:
         return
     room = max(1, context - prompt_tokens)

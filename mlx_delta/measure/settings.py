@@ -15,8 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_delta.cache.layout import replace_ordinary, single_caches
 from mlx_delta.cache.single import DeltaKVCache
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
@@ -46,27 +47,24 @@ class Setting:
     max_size: int | None = None
 
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
-        """New caches for a model, one per layer; ``prompt_tokens`` as for its ``make_cache``.
+        """New caches for a model; ``prompt_tokens`` as for its ``make_cache``.
 
-        Sliding-window layers get mlx-lm's own cache, whatever the setting.
+        Layers with windows or recurrent states get mlx-lm's own caches, whatever the setting.
         """
         delta = self.delta
         if delta is not None and prompt_tokens is not None:
             delta = delta.resolve(prompt_tokens)
-        layers = model.layers
-        return [self._layer_cache(layers, i, delta, model) for i in range(len(layers))]
+        caches = make_prompt_cache(model)
 
-    def _layer_cache(
-        self, layers: Sequence[Any], index: int, delta: DeltaConfig | None, model: nn.Module
-    ) -> Any:
-        if getattr(layers[index], "use_sliding", False):
-            return RotatingKVCache(max_size=model.model.sliding_window)
-        if delta is not None:
-            cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
-            return cache(delta.for_layer(index, len(layers)))
-        if self.max_size is not None:
-            return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
-        return KVCache()
+        def make(index: int) -> Any:
+            if delta is not None:
+                cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
+                return cache(delta.for_layer(index, len(caches)))
+            if self.max_size is not None:
+                return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
+            return KVCache()
+
+        return replace_ordinary(caches, make)
 
     def forward(self, model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> mx.array:
         """Logits [L, vocabulary] of the next ``tokens``; evaluated, and the caches updated.
@@ -98,7 +96,8 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        if self.max_size is not None and caches[0].offset > 0:
+        begun = any(getattr(cache, "offset", 0) > 0 for cache in single_caches(caches))
+        if self.max_size is not None and begun:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
         return iter([tokens])

@@ -6,6 +6,8 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.models.anatomy import context_length as context_length  # for those who make texts
+
 BUNDLED_TEXT = Path(__file__).parent / "texts" / "hound.txt"
 
 _ANCHOR = "a"
@@ -57,8 +59,3 @@ def first_tokens(tokenizer: Any) -> list[int]:
     ids = tokenizer.encode(_ANCHOR, add_special_tokens=True)
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids and ids[0] == bos else []
-
-
-def context_length(model: Any) -> int | None:
-    """How many tokens a model was made for, where it says so."""
-    return getattr(model.args, "max_position_embeddings", None)

@@ -15,16 +15,16 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache
 
-from mlx_delta.attention.handed import HandingCache, hook
+from mlx_delta.attention.handed import HandingCache
 from mlx_delta.cache.layout import replace_ordinary, single_caches
 from mlx_delta.cache.single import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
-from .anatomy import Heads, NotHanded, dense_caches, trace_heads
+from .anatomy import NotHanded, dense_caches, trace_heads
+from .common import setting_of
 
 
 def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
@@ -48,16 +48,11 @@ def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
     config = config or DeltaConfig()
     if not isinstance(config, DeltaConfig):
         raise ValueError(f"[apply] config must be a DeltaConfig but got {config!r}.")
-    name = getattr(model, "model_type", None) or type(model).__name__
-    if not isinstance(model, AnyDelta) and getattr(_arguments(model), "delta", None) is not None:
+    if _has_built_in(model):
         raise ValueError(
-            f"[apply] this {name} has the delta built in; load it with another setting instead."
+            f"[apply] this {_name(model)} has the delta built in; load it with another setting."
         )
-    try:
-        heads = trace_heads(model)
-    except NotHanded as error:
-        raise ValueError(f"[apply] {name} {_why_not(model)} ({error}).") from error
-    check_layers(name, model, config, heads)
+    check_layers(model, config)
     if not isinstance(model, AnyDelta):
         arguments = _arguments(model)
         model.__class__ = _with_delta(type(model))
@@ -65,6 +60,18 @@ def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
     model.args = copy.copy(_arguments(model))  # another model may share them
     model.args.delta = config
     return model
+
+
+def attend_with(model: nn.Module, config: DeltaConfig) -> None:
+    """Apply the delta to a model, or check the setting that it was built with.
+
+    Raises:
+        ValueError: As for :func:`apply`.
+    """
+    if _has_built_in(model):
+        check_layers(model, config)
+    else:
+        apply(model, config)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -115,9 +122,7 @@ class AnyDelta(nn.Module):
         if prompt_length is not None:
             config = config.resolve(prompt_length)
         caches = make_own_caches(self, super())
-        return replace_ordinary(
-            caches, lambda i: DeltaKVCache(config.for_layer(i, len(caches)))
-        )
+        return replace_ordinary(caches, lambda i: DeltaKVCache(config.for_layer(i, len(caches))))
 
 
 def make_own_caches(model: nn.Module, base: Any) -> list[Any]:
@@ -127,29 +132,40 @@ def make_own_caches(model: nn.Module, base: Any) -> list[Any]:
     return [KVCache() for _ in model.layers]
 
 
-def check_layers(
-    name: str, model: nn.Module, config: DeltaConfig, heads: list[Heads | None]
-) -> None:
+def check_layers(model: nn.Module, config: DeltaConfig) -> None:
     """Refuse a model without ordinary layers, and a setting that does not fit them.
 
     Raises:
         ValueError: One of these.
     """
+    try:
+        heads = iter(trace_heads(model))
+    except NotHanded as error:
+        raise ValueError(f"[apply] {_name(model)} {_why_not(model)} ({error}).") from error
     caches = dense_caches(model)
-    single = iter(heads)
     ordinary = 0
     for i, cache in enumerate(caches):
+        own = config.for_layer(i, len(caches))
         for inner in single_caches([cache]):
-            found = next(single)
+            found = next(heads)
             if type(inner) is KVCache and found is not None:
-                config.for_layer(i, len(caches)).check_heads(found.kv_heads, i)
+                own.check_heads(found.kv_heads, i)
                 ordinary += 1
     if not ordinary:
         kinds = sorted({type(cache).__name__ for cache in single_caches(caches)})
         raise ValueError(
-            f"[apply] {name} has no layer with ordinary keys and values, only "
+            f"[apply] {_name(model)} has no layer with ordinary keys and values, only "
             f"{' and '.join(kinds)}."
         )
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "model_type", None) or type(model).__name__
+
+
+def _has_built_in(model: nn.Module) -> bool:
+    """Whether a model was built with a setting."""
+    return setting_of(model) is not None and not isinstance(model, AnyDelta)
 
 
 def _why_not(model: nn.Module) -> str:

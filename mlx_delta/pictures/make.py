@@ -23,6 +23,7 @@ from mlx_delta.measure.text import (
     encode_text,
     read_text,
 )
+from mlx_delta.models.common import setting_of
 from mlx_delta.system.chips import find_chips
 
 from . import names
@@ -138,7 +139,7 @@ def _roofline_of_model(args: argparse.Namespace) -> Roofline:
     ids = prompt_ids(tokenizer, read_text(args.text or BUNDLED_TEXT), longest)
     rows = ceilings(model, settings, ids, contexts, longest, PREFILL_STEP, progress=True)
     values = roofline_values(rows, chips)
-    return Roofline(args.model or DEMO, model.args.delta.to_dict(), args.today, values)
+    return Roofline(args.model or DEMO, setting_of(model).to_dict(), args.today, values)
 
 
 def _one_source(args: argparse.Namespace) -> None:
