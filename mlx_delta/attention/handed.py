@@ -154,7 +154,6 @@ def _namespaces(model: nn.Module) -> Iterator[dict[str, Any]]:
     seen = {id(vars(base))}
     for cls in classes:
         for method in vars(cls).values():
-            names = getattr(method, "__globals__", None)
-            if isinstance(method, types.FunctionType) and id(names) not in seen:
-                seen.add(id(names))
-                yield names
+            if isinstance(method, types.FunctionType) and id(method.__globals__) not in seen:
+                seen.add(id(method.__globals__))
+                yield method.__globals__

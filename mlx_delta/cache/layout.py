@@ -15,20 +15,32 @@ from mlx_lm.models.cache import CacheList, KVCache
 from .single import DeltaKVCache
 
 
-def replace_ordinary(caches: Sequence[Any], make: Callable[[int], Any]) -> list[Any]:
-    """The caches, with another one in place of each that holds ordinary keys and values.
+def map_caches(caches: Sequence[Any], change: Callable[[Any, int], Any]) -> list[Any]:
+    """Put each cache through a function, those within a ``CacheList`` too.
 
     Args:
-        caches: Of a model, one for each layer that has one; new ones, nothing is copied.
-        make: Called with the index in ``caches``; returns the new cache.
+        caches: Of a model, one for each layer that has one.
+        change: Called with a cache and its index in ``caches``; returns what takes its place.
     """
 
-    def replace(cache: Any, index: int) -> Any:
-        if type(cache) is CacheList:
-            return CacheList(*(replace(inner, index) for inner in cache.caches))
-        return make(index) if type(cache) in (KVCache, DeltaKVCache) else cache
+    def put(cache: Any, index: int) -> Any:
+        if isinstance(cache, CacheList):
+            return CacheList(*(put(inner, index) for inner in cache.caches))
+        return change(cache, index)
 
-    return [replace(cache, index) for index, cache in enumerate(caches)]
+    return [put(cache, index) for index, cache in enumerate(caches)]
+
+
+def replace_ordinary(caches: Sequence[Any], make: Callable[[int], Any]) -> list[Any]:
+    """The caches, with new ones in place of those that hold ordinary keys and values.
+
+    Args:
+        caches: Of a model, one for each layer that has one.
+        make: Called with the index in ``caches``; returns the new cache.
+    """
+    return map_caches(
+        caches, lambda cache, i: make(i) if type(cache) in (KVCache, DeltaKVCache) else cache
+    )
 
 
 def single_caches(caches: Sequence[Any]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
+from mlx_delta.cache.layout import single_caches
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
@@ -53,7 +54,8 @@ class Report:
             sparsity=measure_sparsity(caches, cached_tokens + response.prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
             dense_cache_bytes=sum(
-                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches
+                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes
+                for c in single_caches(caches)
             ),
         )
 

@@ -5,17 +5,17 @@ A call of two tokens is traced: its graph is made and never computed, so no weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_delta.attention.handed import Handed, HandedKeys, hook
-from mlx_delta.cache.layout import replace_ordinary
+from mlx_delta.cache.layout import map_caches, replace_ordinary
 
 # Names that a context's length goes by in configurations of mlx-lm's models.
 CONTEXT_NAMES = (
@@ -68,20 +68,55 @@ def trace_heads(model: nn.Module) -> list[Heads | None]:
     Raises:
         NotHanded: A layer computes with keys that it gets from its cache.
     """
+    found: dict[int, Heads] = {}
+    watched: dict[int, WatchedCache] = {}
+    kept = 0
+
+    def watch(cache: Any, _: int) -> Any:
+        nonlocal kept
+        index, kept = kept, kept + 1
+        if type(cache) not in (KVCache, RotatingKVCache):
+            return cache
+
+        def see(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> None:
+            others = found[index].queries if index in found else 0  # that share the keys
+            readers = others + queries.shape[1]
+            found[index] = Heads(readers, keys.shape[1], keys.shape[3], values.shape[3])
+
+        watched[index] = WatchedCache(cache, see)
+        return watched[index]
+
     hook(model)
-    tracers: list[_Tracer | None] = []
-    caches = [_traced(cache, tracers) for cache in dense_caches(model)]
+    caches = map_caches(dense_caches(model), watch)
     try:
         for steps in (2, 1):  # some models take another path for one token
+            found.clear()
             model(mx.zeros((1, steps), mx.int32), cache=caches)
     except Exception as error:  # whatever a model does with an object that is not an array
         raise NotHanded(str(error)) from error
-    heads = []
-    for tracer in tracers:
-        if tracer is not None and tracer.updated and tracer.heads is None:
-            raise NotHanded("keys are fetched and not attended to")
-        heads.append(None if tracer is None else tracer.heads)
-    return heads
+    if any(cache.fetched and index not in found for index, cache in watched.items()):
+        raise NotHanded("keys are fetched and not attended to")
+    return [found.get(index) for index in range(kept)]
+
+
+def watched_caches(
+    model: nn.Module, see: Callable[[int, mx.array, mx.array, float], None]
+) -> list[Any]:
+    """Caches of mlx-lm's for a model, of which those of ordinary keys show what they are read with.
+
+    Args:
+        model: From :func:`mlx_delta.load`.
+        see: Called with the index of a cache, queries [B, Hq, L, D], all keys [B, Hkv, S, D] and
+            the factor on the scores, for each layer that attends to the cache.
+    """
+    hook(model)
+
+    def watch(cache: Any, index: int) -> Any:
+        if type(cache) is not KVCache:
+            return cache
+        return WatchedCache(cache, lambda q, k, _, scale: see(index, q, k, scale))
+
+    return map_caches(dense_caches(model), watch)
 
 
 def query_heads(model: nn.Module) -> list[int | None]:
@@ -114,62 +149,49 @@ def _configurations(model: Any) -> list[Any]:
     return found + [args for args in inner if args is not None]
 
 
-class _TracedKeys(HandedKeys):
-    """Keys that note who attends to them."""
+class WatchedCache:
+    """One of mlx-lm's caches of keys and values; says when a layer attends to it.
 
-    def __init__(self, tracer: _Tracer, keys: mx.array, values: mx.array):
-        super().__init__(keys.shape, keys.dtype)
-        self.values = Handed(values.shape, values.dtype)
-        self._tracer = tracer
-        self._arrays = keys, values
+    Args:
+        cache: It.
+        see: Called with queries [B, Hq, L, D], keys [B, Hkv, S, D], values [B, Hkv, S, Dv] and
+            the factor on the scores.
+    """
 
-    def attend(
-        self, queries: mx.array, scale: float, mask: Any, head_sinks: mx.array | None
-    ) -> mx.array:
-        self._tracer.see(queries, *self._arrays)
-        return scaled_dot_product_attention(
-            queries, *self._arrays, cache=None, scale=scale, mask=mask, sinks=head_sinks
-        )
-
-
-class _Tracer:
-    """One of mlx-lm's caches of keys and values, watched."""
-
-    def __init__(self, cache: Any):
+    def __init__(self, cache: Any, see: Callable[[mx.array, mx.array, mx.array, float], None]):
         self._cache = cache
-        self._fetched: _TracedKeys | None = None
-        self._readers = 0
-        self.updated = False
-        self.heads: Heads | None = None
+        self._see = see
+        self.fetched: _WatchedKeys | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[HandedKeys, Handed]:
-        self.updated, self._readers = True, 0
-        self._fetched = _TracedKeys(self, *self._cache.update_and_fetch(keys, values))
+        """Append keys and values; all of them, to be handed on."""
+        self.fetched = _WatchedKeys(*self._cache.update_and_fetch(keys, values), self._see)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[HandedKeys, Handed]:
-        assert self._fetched is not None
-        return self._fetched, self._fetched.values
-
-    def see(self, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        self._readers += queries.shape[1]
-        self.heads = Heads(self._readers, keys.shape[1], keys.shape[3], values.shape[3])
+        """What was fetched last."""
+        if self.fetched is None:
+            raise ValueError("a layer asks for shared keys before they are computed")
+        return self.fetched, self.fetched.values
 
 
-def _traced(cache: Any, tracers: list[_Tracer | None]) -> Any:
-    """A cache, watched if it holds keys and values; notes its tracer."""
-    if type(cache) is CacheList:
-        return CacheList(*(_traced(inner, tracers) for inner in cache.caches))
-    if type(cache) in (KVCache, RotatingKVCache):
-        tracers.append(_Tracer(cache))
-        return tracers[-1]
-    tracers.append(None)
-    return cache
+class _WatchedKeys(HandedKeys):
+    """Keys that say when they are attended to."""
 
+    def __init__(self, keys: mx.array, values: mx.array, see: Callable[..., None]):
+        super().__init__(keys.shape, keys.dtype)
+        self.values = Handed(values.shape, values.dtype)
+        self._arrays = keys, values
+        self._see = see
 
-def kinds(caches: Sequence[Any]) -> str:
-    """The kinds of caches by their names, each once."""
-    return ", ".join(sorted({type(cache).__name__ for cache in caches}))
+    def attend(
+        self, queries: mx.array, scale: float, mask: Any, head_sinks: mx.array | None
+    ) -> mx.array:
+        """mlx-lm's attention of queries [B, Hq, L, D]; [B, Hq, L, Dv]."""
+        self._see(queries, *self._arrays, scale)
+        return scaled_dot_product_attention(
+            queries, *self._arrays, cache=None, scale=scale, mask=mask, sinks=head_sinks
+        )

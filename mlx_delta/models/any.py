@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import KVCache
 
 from mlx_delta.attention.handed import HandingCache
-from mlx_delta.cache.layout import replace_ordinary, single_caches
+from mlx_delta.cache.layout import map_caches, replace_ordinary, single_caches
 from mlx_delta.cache.single import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
@@ -177,15 +177,9 @@ def _why_not(model: nn.Module) -> str:
 
 def _handed(caches: Any) -> list[Any]:
     """The caches as the layers see them."""
-
-    def hand(cache: Any) -> Any:
-        if isinstance(cache, HeldKeys):
-            return HandingCache(cache)
-        if type(cache) is CacheList:
-            return CacheList(*(hand(inner) for inner in cache.caches))
-        return cache
-
-    return [hand(cache) for cache in caches]
+    return map_caches(
+        caches, lambda cache, _: HandingCache(cache) if isinstance(cache, HeldKeys) else cache
+    )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,19 @@ def find_all() -> list[Finding]:
     Raises:
         CannotFetch: mlx-lm's tests can't be fetched.
     """
-    return [examine(name, model) for name, model in tiny_models()]
+    findings = []
+    for name, model in tiny_models():
+        findings.append(examine(name, model))
+        report(findings[-1])
+    return findings
+
+
+def report(finding: Finding) -> None:
+    """What the table does not show, for who writes it anew."""
+    dense, on = finding.operations
+    print(f"{finding.name}: {dense} operations, {on} with the delta", file=sys.stderr)
+    for wrong in finding.wrong:
+        print(f"{finding.name}: {wrong}", file=sys.stderr)
 
 
 INTRODUCTION = """\

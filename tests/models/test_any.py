@@ -60,8 +60,8 @@ def random_model(architecture, seed: int = 0, **changes) -> nn.Module:
     return model
 
 
-def windowed(seed: int = 0) -> nn.Module:
-    return random_model(gemma3_text, seed, **WINDOWS)
+def windowed(**changes) -> nn.Module:
+    return random_model(gemma3_text, **{**WINDOWS, **changes})
 
 
 # Against the models that are built with the delta.
@@ -165,7 +165,7 @@ def test_layers_with_windows_keep_mlx_lms_caches():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: random_model(gemma2, query_pre_attn_scalar=16), "gemma2 computes with cached keys"),
+        (lambda: random_model(gemma2, query_pre_attn_scalar=16), "gemma2 computes with"),
         (
             lambda: deepseek_v3.Model(
                 deepseek_v3.ModelArgs(
@@ -263,7 +263,7 @@ def test_drafted_tokens_change_nothing():
 
 
 def test_quantized_weights_change_nothing_of_it():
-    model, ids = random_model(qwen3, hidden_size=64), tokens(100)
+    model, ids = random_model(qwen3, hidden_size=64, intermediate_size=64), tokens(100)
     nn.quantize(model, group_size=32, bits=8)
     dense = model(ids)
     apply(model, SMALL)
@@ -285,17 +285,20 @@ def test_heads_are_found_by_watching():
 
 def test_watching_reads_no_weight():
     model = qwen3.Model(qwen3.ModelArgs.from_dict({**PLAIN, "model_type": "qwen3"}))
-    model.update({"lm_head": {}} if "lm_head" in model else {})
-    mx.eval(model.parameters())
+    weights = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
     before = mx.get_active_memory()
     trace_heads(model)
-    assert mx.get_active_memory() - before < 1e5
+    assert mx.get_active_memory() - before < weights / 4
+    mx.eval(model.parameters())  # that they could be computed was all they were
+    assert mx.get_active_memory() - before > weights / 2
 
 
 @pytest.mark.parametrize("name", ["dense", "delta", "kv8", "window-only", "rotating:32"])
 def test_settings_make_caches_for_layers_with_windows(name):
     (setting,) = parse_settings([name], SMALL)
-    model = apply(windowed(), SMALL) if setting.delta else windowed()
+    model = windowed(head_dim=64)
+    if setting.delta is not None:
+        apply(model, SMALL)
     caches = setting.make_caches(model)
     setting.prefill(model, tokens(60)[0].tolist(), caches)
     assert isinstance(caches[0], RotatingKVCache) and text_length(caches) == 60
@@ -349,7 +352,7 @@ def test_a_checkpoint_generates_with_no_flag(checkpoint, capsys):
     assert status == 0, err
     values = json.loads(out)
     assert values["generation_tokens"] == 5 and values["delta"]["threshold"] == 1.0
-    assert values["sparsity"]["prefill"] > 0.01
+    assert values["prefill_sparsity"] > 0.01
 
 
 def test_rope_settings_of_any_model_are_read_in_either_spelling(tmp_path):

@@ -40,14 +40,21 @@ SMALL_HEADS = {"n_embd": 64, "n_layer": 4, "n_head": 4}
 
 # What to change in configurations that are as large as real ones, by mlx-lm's name of the file.
 SMALLER: dict[str, dict[str, Any]] = {
+    "afm7": {"num_layers": 8, "num_hidden_layers": 8, "num_kv_reuse_layers": 4},
     "cohere": SMALL,
     "cohere2": {**SMALL, "head_dim": 16},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "gemma3_text": {"num_hidden_layers": 6},
     "gpt2": SMALL_HEADS,
     "gpt_neox": SMALL,
     "gptj": {**SMALL_HEADS, "n_inner": 128, "rotary_dim": 8},
     "gpt_oss": {"hidden_size": 64, "num_local_experts": 4, "intermediate_size": 64},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
+    "falcon_h1": {
+        "num_hidden_layers": 4,
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+    },
     "lfm2_moe": {"moe_intermediate_size": 64},
     "openelm": {"model_dim": 128},
     "phi": {**SMALL, "num_key_value_heads": 2},
@@ -56,6 +63,9 @@ SMALLER: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"hidden_size": 128, "moe_intermediate_size": 32},
     "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 32},
 }
+
+# Not computed with: mlx-lm's BitNet runs on Metal only. Ours is tested by itself.
+LEFT_OUT = {"bitnet"}
 
 _TEXT = {
     "hidden_size": 64,
@@ -153,7 +163,7 @@ def tiny_models() -> Iterator[tuple[str, nn.Module]]:
     """
     mx.random.seed(0)
     built = upstream_models()
-    for name in sorted({*built, *MORE}):
+    for name in sorted({*built, *MORE} - LEFT_OUT):
         if name in built:
             model = _smaller(name, built.pop(name))
         else:
