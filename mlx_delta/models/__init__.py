@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from mlx_delta.ternary.model import is_ternary_llama
@@ -46,17 +44,13 @@ def get_model_classes(config: dict) -> tuple[type, type]:
 
 def has_class(config: dict) -> bool:
     """Whether a config.json's model has the delta built in; to others it is applied."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     return MODEL_REMAPPING.get(model_type, model_type) in MODELS
 
 
 def _mlx_lm_classes(config: dict) -> tuple[type, type]:
     """mlx-lm's own classes, with arguments that take rope settings in either spelling."""
     model, arguments = _get_classes(config)
-
-    class Arguments(arguments):
-        @classmethod
-        def from_dict(cls, params: dict) -> Any:
-            return arguments.from_dict(normalize_rope(params))
-
-    return model, Arguments
+    read = arguments.from_dict
+    entrance = {"from_dict": staticmethod(lambda params: read(normalize_rope(params)))}
+    return model, type(arguments.__name__, (arguments,), entrance)

@@ -168,7 +168,8 @@ class WatchedCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[HandedKeys, Handed]:
         """Append keys and values; all of them, to be handed on."""
-        self.fetched = _WatchedKeys(*self._cache.update_and_fetch(keys, values), self._see)
+        keys, values = self._cache.update_and_fetch(keys, values)
+        self.fetched = _WatchedKeys(keys, values, self._see)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[HandedKeys, Handed]:

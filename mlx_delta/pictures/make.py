@@ -139,7 +139,9 @@ def _roofline_of_model(args: argparse.Namespace) -> Roofline:
     ids = prompt_ids(tokenizer, read_text(args.text or BUNDLED_TEXT), longest)
     rows = ceilings(model, settings, ids, contexts, longest, PREFILL_STEP, progress=True)
     values = roofline_values(rows, chips)
-    return Roofline(args.model or DEMO, setting_of(model).to_dict(), args.today, values)
+    setting = setting_of(model)
+    assert setting is not None
+    return Roofline(args.model or DEMO, setting.to_dict(), args.today, values)
 
 
 def _one_source(args: argparse.Namespace) -> None:

@@ -97,6 +97,7 @@ def test_the_public_names():
     assert set(mlx_delta.__all__) == {
         "DeltaConfig", "DeltaKVCache", "Sparsity", "batch_generate", "generate", "load",
         "measure_sparsity", "stream_generate",
+            "apply", "remove",
     }  # fmt: skip
     for name in mlx_delta.__all__:
         assert getattr(mlx_delta, name).__doc__
