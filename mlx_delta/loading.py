@@ -15,6 +15,9 @@ from .config import DeltaConfig
 from .models import MODELS, get_model_classes
 from .models.any import attend_with
 from .models.common import read_delta
+from .models.queries import query_sensitivities
+from .sensitivities import Sensitivities
+from .system.devices import has_gpu
 from .ternary.model import loading_overrides
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -67,10 +70,11 @@ def load(
     check_weights(path)
     check_memory(path)
     if delta == MODEL_SETTING:
-        delta = read_delta(config.get("delta", DeltaConfig()))
-    setting = None if delta is None else delta.to_dict()
+        delta = read_setting(path, config)
+    elif delta is not None:
+        delta = with_sensitivities(path, delta)
     # Our classes stand in for a model_file, which would need trust_remote_code to run.
-    overrides = {**(model_config or {}), "delta": setting, "model_file": None}
+    overrides = {**(model_config or {}), "delta": delta, "model_file": None}
     overrides |= loading_overrides({**config, **overrides})
     options: dict[str, Any] = {"model_config": overrides, "get_model_classes": get_model_classes}
     if delta is None and config.get("model_type") not in MODELS:
@@ -83,6 +87,7 @@ def load(
             f"[load] {path / 'config.json'} does not describe a model that can be built: {error}."
         ) from error
     if delta is not None:
+        config["delta"] = delta.to_dict()
         attend_with(model, delta)
     if not has_gpu():
         model.set_dtype(mx.float32)
@@ -95,12 +100,35 @@ def load(
         mx.eval(model.parameters())
     tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    if delta is not None and delta.cuts_runs and delta.sensitivities is None and not lazy:
+        model.args.delta = delta.changed(sensitivities=query_sensitivities(model, tokenizer, delta))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def has_gpu() -> bool:
-    """Whether MLX runs on a GPU here."""
-    return mx.default_device() == mx.Device(mx.gpu)
+def read_setting(path: Path, config: dict[str, Any]) -> DeltaConfig | None:
+    """The setting of a model's directory: that of its config.json, or the default one.
+
+    Args:
+        path: The directory.
+        config: What its config.json holds.
+
+    Returns:
+        ``None`` where the file asks for dense attention.
+
+    Raises:
+        FileNotFoundError: The file of its sensitivities is missing.
+        ValueError: The setting is broken, or that file is.
+    """
+    delta = read_delta(config.get("delta", DeltaConfig()))
+    return None if delta is None else with_sensitivities(path, delta)
+
+
+def with_sensitivities(path: Path, delta: DeltaConfig) -> DeltaConfig:
+    """The setting with its sensitivities read, where it only names their file."""
+    name = delta.sensitivities
+    if not isinstance(name, str):
+        return delta
+    return delta.changed(sensitivities=Sensitivities.find(path, name))
 
 
 def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -119,7 +147,7 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         return path
     if path.exists():
         raise FileNotFoundError(f"[load] model {name!r} is a file; give the directory it is in.")
-    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()))
+    bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"[load] there is no model directory {name!r}; give an existing path, a hub name "

@@ -12,8 +12,9 @@ from mlx_lm.models import llama as stock_llama
 from mlx_lm.utils import load_model as stock_load_model
 
 from mlx_delta import DeltaConfig, load
-from mlx_delta.loading import BUNDLED, find_model, has_gpu
+from mlx_delta.loading import BUNDLED, find_model
 from mlx_delta.models import bitnet, llama
+from mlx_delta.system.devices import has_gpu
 from tests.tiny import (
     LLAMA,
     SMALL,
@@ -41,7 +42,8 @@ def test_a_checkpoint_gives_the_logits_of_its_weights(tmp_path, shards):
 
 def test_the_setting_is_the_callers_then_the_models_then_the_default(tmp_path):
     path = write_llama(tmp_path / "model")
-    assert load(path)[0].args.delta == DeltaConfig()
+    default = load(path)[0].args.delta  # with what its queries look at
+    assert default.changed(sensitivities=None) == DeltaConfig()
     assert load(path, None)[0].args.delta is None
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "delta": SMALL.to_dict()}))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -86,6 +86,22 @@ class HandedView(HandedKeys):
         return attend_to_view(queries, self._view, scale, mask, head_sinks)
 
 
+class _HandedProbe(HandedKeys):
+    """Keys [B, Hkv, L, D] and values of a cache that attends in its own way, to one whole text."""
+
+    def __init__(self, attend: Callable[..., mx.array], keys: mx.array, values: mx.array):
+        super().__init__(keys.shape, keys.dtype)
+        self.values = Handed(values.shape, values.dtype)
+        self._attend = attend
+        self._arrays = keys, values
+
+    def attend(
+        self, queries: mx.array, scale: float, mask: Any, head_sinks: mx.array | None
+    ) -> mx.array:
+        """As the cache attends; [B, Hq, L, Dv]."""
+        return self._attend(queries, *self._arrays, scale)
+
+
 class HandingCache:
     """A cache as one call of a model sees it: ``update_and_fetch`` hands out what is not an array.
 
@@ -96,14 +112,17 @@ class HandingCache:
 
     def __init__(self, cache: HeldKeys):
         self._cache = cache
-        self._fetched: HandedView | None = None
+        self._fetched: HandedKeys | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[HandedKeys, Handed]:
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]; all of them, to be handed on."""
-        self._fetched = HandedView(self._cache.update(keys, values), keys, values)
+        if self._cache.attend is not None:
+            self._fetched = _HandedProbe(self._cache.attend, keys, values)
+        else:
+            self._fetched = HandedView(self._cache.update(keys, values), keys, values)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[HandedKeys, Handed]:

@@ -44,6 +44,8 @@ def delta_attention(
     Returns:
         [B, Hq, L, Dv].
     """
+    if cache.attend is not None:
+        return cache.attend(queries, keys, values, scale)
     return attend_to_view(queries, cache.update(keys, values), scale, mask)
 
 

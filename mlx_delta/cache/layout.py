@@ -7,7 +7,7 @@ lists of caches in turn. Only a plain ``KVCache`` stands for keys and values of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_lm.models.cache import CacheList, KVCache
@@ -41,17 +41,3 @@ def replace_ordinary(caches: Sequence[Any], make: Callable[[int], Any]) -> list[
     return map_caches(
         caches, lambda cache, i: make(i) if type(cache) in (KVCache, DeltaKVCache) else cache
     )
-
-
-def single_caches(caches: Sequence[Any]) -> Iterator[Any]:
-    """The caches one by one, those within a ``CacheList`` too."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from single_caches(cache.caches)
-        else:
-            yield cache
-
-
-def text_length(caches: Sequence[Any]) -> int:
-    """Tokens of the text that a model's caches are of, those that left a window among them."""
-    return max((getattr(cache, "offset", 0) for cache in single_caches(caches)), default=0)

@@ -81,6 +81,8 @@ class HeldKeys(_BaseCache):
     """
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
+    # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
+    attend: Any = None
 
     # Kv heads, and dimensions of a key and a value; None before the first update.
     _model: tuple[int, ...] | None = None
@@ -246,7 +248,7 @@ class HeldKeys(_BaseCache):
         keys, *others = self._keys.arrays()
         header = {
             "version": STATE_VERSION,
-            "config": self.config.to_dict(),
+            "config": self.config.to_dict(whole=True),
             "lengths": self._lengths,
             "encoded": self._encoded,
             "model": self._model,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_delta.cache.layout import single_caches
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 
@@ -54,7 +54,7 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     Returns:
         The figures, averaged over layers and kv heads.
     """
-    layers = [c for c in single_caches(caches) if isinstance(c, HeldKeys) and not c.empty()]
+    layers = [c for c in leaves(caches) if isinstance(c, HeldKeys) and not c.empty()]
     if not layers:
         return Sparsity(0.0, 0.0, 0.0, 0.0, np.zeros((0, 0)), np.zeros((0, 0)))
     length = layers[0]._lengths[row if len(layers[0]._lengths) > 1 else 0]
@@ -70,6 +70,17 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
         prefill_heads=prefill / max(1, prefill_pairs),
         decode_heads=decode / max(1, decode_pairs),
     )
+
+
+def share_of_zeros(caches: Sequence[Any], row: int = 0) -> float:
+    """Share of the deltas of all held keys that are zero, whichever queries see them.
+
+    Over the elements of encoded blocks, keyframes among them; 0 if there are none.
+    """
+    layers = [_block_zeros(c, row) for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    sizes = [c.config.block_size for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    total = sum(z.size * size * head_dim for (z, head_dim), size in zip(layers, sizes, strict=True))
+    return float(sum(z.sum() for z, _ in layers) / total) if total else 0.0
 
 
 def causal_pairs(first: int, end: int) -> int:

@@ -59,3 +59,13 @@ def first_tokens(tokenizer: Any) -> list[int]:
     ids = tokenizer.encode(_ANCHOR, add_special_tokens=True)
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def prompt_ids(tokenizer: Any, text: str, length: int) -> list[int]:
+    """The first tokens of a text, which begins again as often as needed."""
+    first = first_tokens(tokenizer)
+    # Fewer characters than that make up a token, so the rest of a book need not be encoded.
+    body = encode_text(tokenizer, text[: 16 * length])
+    if not body:
+        raise ValueError("[prompt_ids] the text has no tokens; give another --text.")
+    return (first + body * (length // len(body) + 1))[:length]

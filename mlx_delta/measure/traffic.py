@@ -7,8 +7,6 @@ run in float32; floats are then counted at the 16 bits that they take on a Mac.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,19 +17,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_delta.cache.layout import single_caches
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.packed_keys import PackedKeys
 from mlx_delta.cache.single import HeldKeys
 from mlx_delta.cache.window_only import WindowOnlyCache
-from mlx_delta.loading import has_gpu
 from mlx_delta.models.anatomy import query_heads
+from mlx_delta.system.devices import has_gpu
 from mlx_delta.ternary.linear import TernaryLinear
-
-# Operations of MLX's that only look at a buffer in another way: no kernel runs for them.
-VIEWS = frozenset(
-    "AsStrided Broadcast BroadcastAxes Copy ExpandDims Flatten Reshape Slice Split Squeeze "
-    "StopGradient Transpose Unflatten View".split()
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ def decode_traffic(model: nn.Module, caches: Sequence[Any]) -> Traffic:
         model: From :func:`mlx_delta.load`.
         caches: The model's, each with a single text.
     """
-    single, heads = list(single_caches(caches)), query_heads(model)
+    single, heads = leaves(caches), query_heads(model)
     pairs = [(_seen(cache), n) for cache, n in zip(single, heads, strict=True) if n is not None]
     states = sum(cache.nbytes for cache, n in zip(single, heads, strict=True) if n is None)
     return Traffic(
@@ -244,29 +236,3 @@ def _token_bytes(array: mx.array) -> int:
 
 
 # Operations.
-
-
-def count_operations(*outputs: mx.array) -> int:
-    """Operations in the graph of arrays that are not evaluated yet; views are left out.
-
-    MLX offers no count of kernel launches. On a GPU most operations are one launch each; MLX's CPU
-    back end builds norms, RoPE and attention from several, so counts compare on one machine only.
-    """
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *outputs)
-    names = re.findall(r'\[label ="([^"]*)", shape=rectangle\]', graph.getvalue())
-    return sum(name not in VIEWS for name in names)
-
-
-def decode_operations(model: nn.Module, caches: list[Any], token: int = 0) -> int:
-    """Operations in the graph of one token; decodes three tokens, so the caches grow by three.
-
-    The median of the three counts: once in a block, a token also encodes a block, and may evaluate
-    part of its graph on the way.
-    """
-    counts = []
-    for _ in range(3):
-        logits = model(mx.array([[token]]), cache=caches)
-        counts.append(count_operations(logits))
-        mx.eval(logits, [cache.state for cache in caches])
-    return sorted(counts)[1]

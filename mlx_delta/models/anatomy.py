@@ -62,7 +62,7 @@ def trace_heads(model: nn.Module) -> list[Heads | None]:
         model: From :func:`mlx_delta.load` or mlx-lm's.
 
     Returns:
-        An entry for each of the caches (:func:`~mlx_delta.cache.layout.single_caches`); ``None``
+        An entry for each of the caches (:func:`~mlx_delta.cache.check_state.leaves`); ``None``
         where a cache holds something else than keys and values.
 
     Raises:

@@ -19,15 +19,17 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_delta.attention.handed import HandingCache
-from mlx_delta.cache.layout import map_caches, replace_ordinary, single_caches
+from mlx_delta.cache.check_state import leaves
+from mlx_delta.cache.layout import map_caches, replace_ordinary
 from mlx_delta.cache.single import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
 from .anatomy import NotHanded, dense_caches, trace_heads
-from .common import setting_of
+from .common import model_setting
+from .queries import query_sensitivities
 
 
-def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
+def apply(model: nn.Module, config: DeltaConfig | None = None, tokenizer: Any = None) -> nn.Module:
     """Let a model attend with the delta, also when it is given no cache.
 
     Args:
@@ -36,6 +38,9 @@ def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
             takes the place of the old one.
         config: The setting; the default one when not given. Thresholds of layers are one for
             each cache that the model makes.
+        tokenizer: The model's. With it a setting that weighs the channels of keys and has no
+            sensitivities gets some from the queries of a short text, as in :func:`load`; without
+            it all channels weigh the same.
 
     Returns:
         The model.
@@ -59,6 +64,9 @@ def apply(model: nn.Module, config: DeltaConfig | None = None) -> nn.Module:
         model._dense_arguments = arguments
     model.args = copy.copy(_arguments(model))  # another model may share them
     model.args.delta = config
+    if tokenizer is not None and config.cuts_runs and config.sensitivities is None:
+        found = query_sensitivities(model, tokenizer, config)
+        model.args.delta = config.changed(sensitivities=found)
     return model
 
 
@@ -146,13 +154,13 @@ def check_layers(model: nn.Module, config: DeltaConfig) -> None:
     ordinary = 0
     for i, cache in enumerate(caches):
         own = config.for_layer(i, len(caches))
-        for inner in single_caches([cache]):
+        for inner in leaves([cache]):
             found = next(heads)
             if type(inner) is KVCache and found is not None:
                 own.check_heads(found.kv_heads, i)
                 ordinary += 1
     if not ordinary:
-        kinds = sorted({type(cache).__name__ for cache in single_caches(caches)})
+        kinds = sorted({type(cache).__name__ for cache in leaves(caches)})
         raise ValueError(
             f"[apply] {_name(model)} has no layer with ordinary keys and values, only "
             f"{' and '.join(kinds)}."
@@ -165,7 +173,7 @@ def _name(model: nn.Module) -> str:
 
 def _has_built_in(model: nn.Module) -> bool:
     """Whether a model was built with a setting."""
-    return setting_of(model) is not None and not isinstance(model, AnyDelta)
+    return model_setting(model) is not None and not isinstance(model, AnyDelta)
 
 
 def _why_not(model: nn.Module) -> str:

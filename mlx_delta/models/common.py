@@ -76,6 +76,6 @@ def make_delta_caches(
     return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
 
 
-def setting_of(model: nn.Module) -> DeltaConfig | None:
+def model_setting(model: nn.Module) -> DeltaConfig | None:
     """The setting that a model attends with; ``None`` is dense."""
     return getattr(getattr(model, "args", None), "delta", None)

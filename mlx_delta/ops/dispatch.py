@@ -18,7 +18,7 @@ DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys i
 
 def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
     """Hold and pack the keys of whole blocks; see :func:`mlx_delta.ops.pack.pack_blocks`."""
-    if not mx.metal.is_available():
+    if not mx.metal.is_available() or config.cuts_runs:  # no kernel cuts by cost yet
         return pack_blocks(keys, config, first_block)
     return launch.encode(keys, config, first_block)
 

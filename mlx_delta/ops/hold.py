@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
+from .runs import hold_runs
+
 
 def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
     """The threshold of each block.
@@ -68,7 +70,7 @@ def hold_blocks(
 def hold_means(
     blocks: mx.array, config: DeltaConfig, first_block: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean of each element's run, as :func:`mlx_delta.method.attention.run_means` defines it.
+    """The mean of each element's run, as the specification defines it for the setting's mode.
 
     Args:
         blocks: float32 [B, Hkv, n_blocks, block_size, D], the keys.
@@ -79,6 +81,8 @@ def hold_means(
         The means, float32, and which elements start a run, boolean, both shaped as ``blocks``;
         and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
+    if config.cuts_runs:
+        return hold_runs(blocks, config, first_block)
     size, n_blocks = config.block_size, blocks.shape[2]
     firsts, starts = _hold_firsts(blocks, config, first_block)
     deviations = blocks - firsts

@@ -88,7 +88,8 @@ def with_kernel(
 
 def config(bits: int = 16, **changes: Any) -> DeltaConfig:
     """Small blocks and windows unless told otherwise."""
-    settings = {"block_size": 64, "window": 64, "sinks": 4, "key_bits": bits, **changes}
+    settings = {"block_size": 64, "window": 64, "sinks": 4, "threshold": 1.0, "key_bits": bits}
+    settings |= changes
     return DeltaConfig(**settings)
 
 

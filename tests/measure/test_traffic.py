@@ -11,10 +11,9 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_delta import DeltaConfig, load, measure_sparsity
+from mlx_delta.measure.operations import count_operations, decode_operations
 from mlx_delta.measure.settings import parse_setting
 from mlx_delta.measure.traffic import (
-    count_operations,
-    decode_operations,
     decode_traffic,
     projection_macs,
     weight_bytes,
@@ -182,13 +181,32 @@ def test_operations_are_counted_without_views_and_what_is_evaluated():
     assert count_operations(x) == 0
 
 
-def test_operations_of_a_token_do_not_depend_on_where_it_stands_in_a_block():
+def test_a_token_whose_block_is_encoded_is_counted_with_what_encodes_it():
     model = llama_model()
-    delta = replace(SMALL, key_bits=4)
-    counts = {
-        decode_operations(model, filled(model, "delta", length, delta)) for length in range(94, 103)
-    }
-    assert len(counts) == 1
-    dense = decode_operations(model, caches := filled(model, "dense", 60))
-    assert caches[0].offset == 63
-    assert dense == decode_operations(model, filled(model, "dense", 61)) < min(counts)
+    # Blocks of 8: one is encoded in any eight tokens.
+    *others, most = sorted(decode_operations(model, filled(model, "delta", 96), 8))
+    assert len(set(others)) == 1 < others[0] < most
+    assert most in decode_operations(model, filled(model, "delta", 100), 8)
+
+
+def test_a_dense_token_takes_fewest_operations_and_none_more_than_others():
+    model = llama_model()
+    dense = decode_operations(model, caches := filled(model, "dense", 60), 3)
+    assert caches[0].offset == 63 and len(set(dense)) == 1
+    assert dense[0] <= min(decode_operations(model, filled(model, "delta", 96), 8))
+    evaluate = mx.eval
+    decode_operations(model, caches, 1)
+    assert mx.eval is evaluate
+
+
+def test_what_is_evaluated_on_the_way_is_counted_too():
+    class Impatient(nn.Module):
+        def __call__(self, x: mx.array, cache: list) -> mx.array:
+            half = x + 1
+            mx.eval(half)
+            return half * 2 + 3
+
+    class Nothing:
+        state = ()
+
+    assert decode_operations(Impatient(), [Nothing()], 2) == [3, 3]

@@ -20,9 +20,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_delta import DeltaConfig
-from mlx_delta.cache.layout import single_caches
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.single import DeltaKVCache
-from mlx_delta.measure.traffic import count_operations
+from mlx_delta.measure.operations import count_operations
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.any import apply, remove
 
@@ -71,7 +71,7 @@ def examine(name: str, model: nn.Module) -> Finding:
         if not mx.array_equal(run(model, dense_caches(model), tokens), dense):
             finding.wrong.append("refused, but its logits changed")
         return finding
-    caches = list(single_caches(model.make_cache()))
+    caches = leaves(model.make_cache())
     finding.held = sum(isinstance(cache, DeltaKVCache) for cache in caches)
     finding.left = Counter(type(c).__name__ for c in caches if not isinstance(c, DeltaKVCache))
     finding.wrong = list(check(model, dense, tokens))

@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
 from mlx_delta import DeltaConfig, DeltaKVCache, apply, batch_generate, load, remove
 from mlx_delta.attention import handed
 from mlx_delta.attention.hybrid import attend_to_view
-from mlx_delta.cache.layout import text_length
+from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.generate.command import main
 from mlx_delta.measure.settings import parse_settings
 from mlx_delta.measure.sparsity import measure_sparsity
@@ -152,6 +152,13 @@ def test_weights_keep_their_names_and_a_copy_attends_alike():
     assert mx.array_equal(copy.deepcopy(model)(ids), model(ids))
 
 
+def test_with_a_tokenizer_channels_are_weighed_as_load_does():
+    model, (_, tokenizer) = windowed(), load()
+    found = apply(model, DeltaConfig(), tokenizer).args.delta.sensitivities
+    assert [layer is None for layer in found.layers] == [True, False] * 2
+    assert apply(model, DeltaConfig()).args.delta.sensitivities is None
+
+
 def test_layers_with_windows_keep_mlx_lms_caches():
     model = apply(windowed(), SMALL)
     kinds = [type(cache) for cache in model.make_cache()]
@@ -252,7 +259,7 @@ def test_a_saved_prompt_goes_on_as_it_was(make, tmp_path):
     assert [type(cache) for cache in loaded] == [type(cache) for cache in caches]
     expected = continued(model, prompt)
     assert continued(model, prompt[80:], prompt_cache=loaded) == expected
-    assert text_length(loaded) > 80
+    assert cached_tokens(loaded) > 80
 
 
 def test_drafted_tokens_change_nothing():
@@ -301,7 +308,7 @@ def test_settings_make_caches_for_layers_with_windows(name):
         apply(model, SMALL)
     caches = setting.make_caches(model)
     setting.prefill(model, tokens(60)[0].tolist(), caches)
-    assert isinstance(caches[0], RotatingKVCache) and text_length(caches) == 60
+    assert isinstance(caches[0], RotatingKVCache) and cached_tokens(caches) == 60
 
 
 def test_a_windowed_model_is_measured():
@@ -338,7 +345,7 @@ def checkpoint(request, tmp_path):
 
 def test_a_checkpoint_loads_by_its_path_with_the_delta_on(checkpoint):
     model, _ = load(checkpoint)
-    assert model.args.delta == DeltaConfig()
+    assert model.args.delta.changed(sensitivities=None) == DeltaConfig()
     assert any(isinstance(cache, DeltaKVCache) for cache in model.make_cache())
     dense, _ = load(checkpoint, None)
     ids = tokens(300)
@@ -351,7 +358,8 @@ def test_a_checkpoint_generates_with_no_flag(checkpoint, capsys):
     out, err = capsys.readouterr()
     assert status == 0, err
     values = json.loads(out)
-    assert values["generation_tokens"] == 5 and values["delta"]["threshold"] == 1.0
+    assert values["generation_tokens"] == 5
+    assert values["delta"]["block_size"] == DeltaConfig().block_size
     assert values["prefill_sparsity"] > 0.01
 
 
