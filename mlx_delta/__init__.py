@@ -20,8 +20,7 @@ __version__ = VERSION
 start(Path(__file__).parent)
 
 if TYPE_CHECKING:
-    from .cache.batch import BatchDeltaKVCache as BatchDeltaKVCache
-    from .cache.single import DeltaKVCache
+    from .cache import BatchDeltaKVCache, DeltaKVCache
     from .config import DeltaConfig
     from .generate import batch_generate, generate, stream_generate
     from .loading import load
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from .models.any import apply, remove
 
 __all__ = [
+    "BatchDeltaKVCache",
     "DeltaConfig",
     "DeltaKVCache",
     "Sparsity",

@@ -22,9 +22,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
-from mlx_delta.cache.single import HeldKeys, HybridKeys
+from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.step import Step
 
-from .hybrid import attend_to_view
+from .hybrid import attend_to_step
 
 NAME = "scaled_dot_product_attention"
 _stock = base.scaled_dot_product_attention
@@ -70,7 +71,7 @@ class HandedView(HandedKeys):
         values: [B, Hkv, L, Dv], their values.
     """
 
-    def __init__(self, view: HybridKeys, keys: mx.array, values: mx.array):
+    def __init__(self, view: Step, keys: mx.array, values: mx.array):
         B, H, _, D = keys.shape
         super().__init__((B, H, view.length, D), keys.dtype)
         self.values = Handed((B, H, view.length, values.shape[3]), values.dtype)
@@ -83,7 +84,7 @@ class HandedView(HandedKeys):
         if mask is None and queries.shape[2] > 1:
             # To mlx-lm no mask means no mask; delta attention would take it as causal.
             mask = mx.ones((queries.shape[2], self.shape[2]), mx.bool_)
-        return attend_to_view(queries, self._view, scale, mask, head_sinks)
+        return attend_to_step(queries, self._view, scale, mask, head_sinks)
 
 
 class _HandedProbe(HandedKeys):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.config import DeltaConfig
 
 See = Callable[[mx.array, mx.array, float], None]

@@ -11,8 +11,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import cached_tokens, leaves
-from mlx_delta.cache.single import HeldKeys
 from mlx_delta.measure.text import context_length
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting

@@ -24,13 +24,14 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.arguments import delta_fields
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
 from . import make_caches, stream_generate
 from .checks import check_caches_fit, check_options, check_prompt, room_for_answer
 from .conversation import check_length, closing, encode, read_prompt, uses_template
-from .flags import build_parser, check_flags, given_delta, given_wish
+from .flags import build_parser, check_flags, given_wish
 from .memory import check_memory
 from .report import Report
 from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if caches is None:
         caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
     check_caches_fit("generate", model, caches, options)
-    check_memory("generate", model, length, options)
+    check_memory("generate", model, length, options, first=True)
     draft_caches = []
     if "draft_model" in options:
         draft_caches = make_caches(options["draft_model"], length)
@@ -148,7 +149,7 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    given, wish = given_delta(args), given_wish(args)
+    given, wish = delta_fields(args), given_wish(args)
     if args.delta_paper:
         return DeltaConfig.paper().changed(**given)
     if not given and wish is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
+from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
-from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
 

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.cache.layout import replace_ordinary
-from mlx_delta.cache.single import DeltaKVCache
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
 from mlx_delta.wording import nearest

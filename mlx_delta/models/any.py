@@ -19,9 +19,9 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_delta.attention.handed import HandingCache
+from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.layout import map_caches, replace_ordinary
-from mlx_delta.cache.single import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
 from .anatomy import NotHanded, dense_caches, trace_heads
@@ -112,7 +112,10 @@ class AnyDelta(nn.Module):
         """As the model's own; without caches it makes them."""
         position = _cache_position(type(self).__mro__[2])
         given = args[position] if position < len(args) else kwargs.get("cache")
-        handed = _handed(self.make_cache() if given is None else given)
+        if given is None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            given = self.make_cache(prompt_length=inputs.shape[1])
+        handed = _handed(given)
         if position < len(args):
             args = (*args[:position], handed, *args[position + 1 :])
         else:
@@ -123,8 +126,7 @@ class AnyDelta(nn.Module):
         """New caches, ours for ordinary keys and values.
 
         Args:
-            prompt_length: Length of the prompt, for settings that depend on it; without it they
-                take the length of the first chunk that comes.
+            prompt_length: Length of the prompt, for settings that depend on it.
         """
         config = self.args.delta
         if prompt_length is not None:

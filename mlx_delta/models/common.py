@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.cache.single import DeltaKVCache, HeldKeys
+from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
 

@@ -182,11 +182,11 @@ def test_a_setting_that_has_come_to_mean_something_else_is_refused(evaluate, tmp
     file = tmp_path / "results.json"
     evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
     data = read(file)
-    data["runs"][0]["delta"]["threshold"] = 0.75
+    data["runs"][0]["delta"]["sinks"] = 9
     file.write_text(json.dumps(data))
     outcome = evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
     assert outcome.status == 1
-    assert "'delta' with threshold=0.75 but threshold is 1.0 now" in outcome.err
+    assert "'delta' with sinks=9 but sinks is 4 now" in outcome.err
 
 
 @pytest.mark.parametrize(

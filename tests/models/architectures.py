@@ -20,8 +20,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_delta import DeltaConfig
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import leaves
-from mlx_delta.cache.single import DeltaKVCache
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.any import apply, remove

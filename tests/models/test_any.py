@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 
 from mlx_delta import DeltaConfig, DeltaKVCache, apply, batch_generate, load, remove
 from mlx_delta.attention import handed
-from mlx_delta.attention.hybrid import attend_to_view
+from mlx_delta.attention.hybrid import attend_to_step
 from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.generate.command import main
 from mlx_delta.measure.settings import parse_settings
@@ -88,7 +88,7 @@ def test_scores_of_heads_that_add_no_value_take_part():
     keys, values = (mx.array(rng.normal(size=(1, 2, 60, 16)).astype(np.float32)) for _ in "kv")
     scores = mx.array([2.0, -1.0, 0.5, 3.0])
     exact = DeltaConfig(**{**SMALL.to_dict(), "threshold": 0.0})
-    found = attend_to_view(
+    found = attend_to_step(
         queries, DeltaKVCache(exact).update(keys, values), 0.25, "causal", scores
     )
     expected = mx.fast.scaled_dot_product_attention(
