@@ -74,3 +74,8 @@ def make_delta_caches(
     if prompt_length is not None:
         config = config.resolve(prompt_length)
     return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+
+
+def model_setting(model: nn.Module) -> DeltaConfig | None:
+    """The setting that a model attends with; ``None`` is dense."""
+    return getattr(getattr(model, "args", None), "delta", None)
