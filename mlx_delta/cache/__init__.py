@@ -1,16 +1,11 @@
 """Held keys and their values: stores, the caches that mlx-lm works with, and files of them."""
 
-from mlx_lm.models import cache as mlx_lm_cache
-
-from mlx_delta.system.startup import add_cache_names
-
+from . import in_mlx_lm
 from .batch import BatchDeltaKVCache
 from .held import HeldKeys
-from .mlx_lm_store import teach_store
 from .rewinding import length_of, rewind
 from .single import DeltaKVCache
 
-add_cache_names(mlx_lm_cache, DeltaKVCache, BatchDeltaKVCache)
-teach_store()
+in_mlx_lm.enter()
 
 __all__ = ["BatchDeltaKVCache", "DeltaKVCache", "HeldKeys", "length_of", "rewind"]

@@ -176,13 +176,16 @@ def _module(config: DeltaConfig) -> ModuleType:
 
 def _array(xp: Any, x: Any) -> Any:
     """MLX's array as one of the module's."""
-    return np.asarray(x) if xp is np else x
+    if xp is not np:
+        return x
+    mx.eval(x)  # said, not left to NumPy: so that it is seen by who counts
+    return np.asarray(x)
 
 
 def _by_token(xp: Any, x: mx.array) -> Any:
     """[B, Hkv, n, T, D] as [T, lanes, D]."""
     steps = x.transpose(3, 0, 1, 2, 4).reshape(x.shape[3], -1, x.shape[4])
-    return np.ascontiguousarray(np.asarray(steps)) if xp is np else steps
+    return np.ascontiguousarray(_array(xp, steps)) if xp is np else steps
 
 
 def _by_block(x: Any, shape: tuple[int, ...]) -> mx.array:

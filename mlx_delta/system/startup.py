@@ -5,14 +5,11 @@
 2. mlx-lm's ``load_prompt_cache`` looks classes of caches up by name in its own module, so that the
    names of ours are put there, as soon as somebody imports that module: mlx-lm takes seconds to
    import, which this does not do by itself. Until ``mlx_delta.cache`` is imported something stands
-   in for the classes; that package also teaches mlx-lm's store of prompts about them
-   (``cache/mlx_lm_store.py``).
+   in for the classes; then they take the place of those names, and mlx-lm's store of prompt caches
+   asks them whether any number of tokens can be taken back exactly (``cache/in_mlx_lm.py``).
 3. In a checkout ``kernels/`` and ``convert/`` stand beside the package. They are found as
    ``mlx_delta.kernels`` and ``mlx_delta.convert``, which they are in a wheel; nothing else that
    stands beside them (``tests``, ``docs``) is found under the package's name.
-
-4. Once caches of ours exist, mlx-lm's store of prompt caches asks them whether any number of
-   tokens can be taken back exactly, and not only the last ones (see ``cache/mlx_lm_store.py``).
 
 The package's own ``__init__.py`` says what is imported when.
 """
@@ -97,16 +94,10 @@ class LaterCache:
         return getattr(importlib.import_module(CACHES[self.name]), self.name).from_state(*state)
 
 
-def add_cache_names(module: ModuleType, *classes: type) -> None:
-    """Put the names of our caches into mlx-lm's module of caches.
-
-    Args:
-        module: mlx-lm's.
-        *classes: Ours, once they are there; until then something stands in for them.
-    """
+def add_cache_names(module: ModuleType) -> None:
+    """Put something that stands in for our caches into mlx-lm's module of caches."""
     for name in CACHES:
         vars(module).setdefault(name, LaterCache(name))
-    vars(module).update({kind.__name__: kind for kind in classes})
 
 
 class CacheNamesFinder(MetaPathFinder):

@@ -15,7 +15,7 @@ import pytest
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.measure.traffic import count_operations
+from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
 from mlx_delta.ops import decode_kernel, pack_kernel
 from tests.tiny import SMALL, smooth_keys

@@ -307,7 +307,10 @@ def test_what_no_kernel_supports_is_refused(changes, shape, dtype, message):
         ({"key_bits": 4, "keyframes": False, "run_value": "first"}, "needs keyframes=True"),
         ({"key_bits": 4, "window": 0, "block_fraction": 0.05}, "a fixed block_size"),
         ({"key_bits": 4, "block_size": 20, "window": 20}, "multiple of 8, up to 64, but got 20"),
-        ({"key_bits": 4, "block_size": 128, "window": 128}, "up to 64, but got 128"),
+        (
+            {"key_bits": 4, "block_size": 128, "window": 128, "threshold": 1.0},
+            "up to 64, but got 128",
+        ),
     ],
 )
 def test_settings_that_can_not_be_packed_are_refused(changes, message):

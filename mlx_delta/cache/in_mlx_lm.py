@@ -1,4 +1,4 @@
-"""How mlx-lm's own store of prompt caches, ``LRUPromptCache``, may use ours."""
+"""What mlx-lm has to know of our caches: their names, and how its own store may use them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models import cache as mlx_lm_cache
 
+from .batch import BatchDeltaKVCache
 from .held import ANY_LENGTH
+from .single import DeltaKVCache
 
 
-def teach_store() -> None:
-    """Let mlx-lm's store take back only what is exact.
+def enter() -> None:
+    """Enter our caches in mlx-lm.
 
-    The store, which its server uses, takes any number of tokens back from a cache that says that
+    ``load_prompt_cache`` looks classes up by name in mlx-lm's own module. ``LRUPromptCache``, the
+    store that mlx-lm's server uses, takes any number of tokens back from a cache that says that
     it can be trimmed, and does not look at how many really were. While it works, our caches say so
     only where any number is exact. It then keeps a cache for each prefix instead, as it does for
     other caches that can't be trimmed.
     """
+    vars(mlx_lm_cache).update(DeltaKVCache=DeltaKVCache, BatchDeltaKVCache=BatchDeltaKVCache)
+    store = mlx_lm_cache.LRUPromptCache
     for name in ("fetch_nearest_cache", "insert_cache"):
-        method = getattr(LRUPromptCache, name)
+        method = getattr(store, name)
         if not hasattr(method, "__wrapped__"):
-            setattr(LRUPromptCache, name, _asking_for_any_length(method))
+            setattr(store, name, _asking_for_any_length(method))
 
 
 def _asking_for_any_length(method: Callable[..., Any]) -> Callable[..., Any]:
