@@ -25,6 +25,7 @@ from .checkpoint.weights import (
 )
 from .config import DeltaConfig
 from .models import MODELS, get_model_classes
+from .models.any import attend_with
 from .models.common import read_delta
 from .models.float_layers import use_float_products
 from .models.queries import query_sensitivities
@@ -123,8 +124,7 @@ def load(
     model, config = _build(path, options)
     if setting is not None:
         config["delta"] = setting.to_dict()
-        for i, layer in enumerate(model.layers):
-            setting.for_layer(i, len(model.layers)).check_heads(layer.self_attn.n_kv_heads, i)
+        attend_with(model, setting)
     check_types(model)
     if not has_gpu():
         choose_threads()

@@ -135,7 +135,7 @@ def _config(**changes):
         (lambda p: (p / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), ValueError, "is not valid JSON"),
         (lambda p: (p / "config.json").write_text("[]"), ValueError, "must hold a JSON object"),
-        (_config(model_type="mamba"), ValueError, "'mamba' has no delta model"),
+        (_config(model_type="gemma5"), ValueError, "Model type gemma5 not supported"),
         (_config(model_type="deepseek_v3"), ValueError, "'deepseek_v3' caches latents"),
         (_config(delta={"threshold": -1}), ValueError, "threshold must be >= 0 but got -1"),
         (_config(delta={"treshold": 1}), ValueError, "unknown setting 'treshold'"),

@@ -47,7 +47,7 @@ def check_memory(
 
 def estimate(model: nn.Module, tokens: int) -> int:
     """Bytes that caches and scores of a text take at least; 0 for a model of unknown form."""
-    args = model.args
+    args = getattr(model, "args", None)
     layers, hidden = getattr(args, "num_hidden_layers", 0), getattr(args, "hidden_size", 0)
     heads = getattr(args, "num_attention_heads", 0)
     if not all(isinstance(x, int) and x > 0 for x in (layers, hidden, heads)):

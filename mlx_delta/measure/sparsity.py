@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
 
 
@@ -46,14 +47,14 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     counted.
 
     Args:
-        caches: The caches of a model, one per layer.
+        caches: The caches of a model.
         prompt_tokens: How many of the tokens were prefilled.
         row: Which row of the batch.
 
     Returns:
         The figures, averaged over layers and kv heads.
     """
-    layers = [c for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    layers = [c for c in leaves(caches) if isinstance(c, HeldKeys) and not c.empty()]
     if not layers:
         return Sparsity(0.0, 0.0, 0.0, 0.0, np.zeros((0, 0)), np.zeros((0, 0)))
     length = layers[0].lengths[row]

@@ -18,7 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.window_only import WindowOnlyCache
+from mlx_delta.models.anatomy import query_heads
 from mlx_delta.system.devices import has_gpu
 from mlx_delta.ternary.linear import TernaryLinear
 
@@ -61,21 +63,19 @@ def decode_traffic(model: nn.Module, caches: Sequence[Any]) -> Traffic:
 
     Args:
         model: From :func:`mlx_delta.load`.
-        caches: One per layer, each with a single text.
+        caches: The model's, each with a single text.
     """
-    seen = [_seen(cache) for cache in caches]
-    heads = [layer.self_attn.n_heads for layer in model.layers]
+    single, heads = leaves(caches), query_heads(model)
+    pairs = [(_seen(cache), n) for cache, n in zip(single, heads, strict=True) if n is not None]
+    states = sum(cache.nbytes for cache, n in zip(single, heads, strict=True) if n is None)
     return Traffic(
         weight_bytes=weight_bytes(model),
-        cache_bytes=sum(layer.bytes for layer in seen),
+        cache_bytes=sum(layer.bytes for layer, _ in pairs) + states,
         projection_macs=projection_macs(model),
         attention_macs=sum(
-            layer.tokens * n * (layer.key_dim + layer.value_dim)
-            for layer, n in zip(seen, heads, strict=True)
+            layer.tokens * n * (layer.key_dim + layer.value_dim) for layer, n in pairs
         ),
-        skippable_macs=sum(
-            layer.zeros * n // layer.kv_heads for layer, n in zip(seen, heads, strict=True)
-        ),
+        skippable_macs=sum(layer.zeros * n // layer.kv_heads for layer, n in pairs),
     )
 
 

@@ -83,3 +83,8 @@ def make_delta_caches(
     for cache in caches:
         cache.prompt_length = prompt_length
     return caches
+
+
+def model_setting(model: nn.Module) -> DeltaConfig | None:
+    """The setting that a model attends with; ``None`` is dense."""
+    return getattr(getattr(model, "args", None), "delta", None)

@@ -242,9 +242,9 @@ def test_a_short_text_is_named_with_tokens_and_window(evaluate, tmp_path):
     assert "tokens but a window takes 2049; give a longer --text" in outcome.err
 
 
-def test_a_model_without_delta_model_has_dense_settings_only(evaluate, tmp_path):
-    path = write_llama(tmp_path / "qwen", head_dim=64)
-    config = {**LLAMA, "head_dim": 64, "model_type": "qwen3"}
+def test_a_model_without_keys_to_hold_has_dense_settings_only(evaluate, tmp_path):
+    path = write_llama(tmp_path / "latent", head_dim=64)
+    config = {**LLAMA, "head_dim": 64, "model_type": "deepseek_v3"}
     (path / "config.json").write_text(json.dumps(config))
     outcome = evaluate("--settings", "dense", "delta", model=str(path))
     assert outcome.status == 1
