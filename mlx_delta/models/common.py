@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_delta.attention.dense import dense_attention
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.attention.prefill import dense_attention
 from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
