@@ -20,21 +20,24 @@ __version__ = VERSION
 start(Path(__file__).parent)
 
 if TYPE_CHECKING:
-    from .cache.batch import BatchDeltaKVCache as BatchDeltaKVCache
-    from .cache.single import DeltaKVCache
+    from .cache import BatchDeltaKVCache, DeltaKVCache
     from .config import DeltaConfig
     from .generate import batch_generate, generate, stream_generate
     from .loading import load
     from .measure.sparsity import Sparsity, measure_sparsity
+    from .models.any import apply, remove
 
 __all__ = [
+    "BatchDeltaKVCache",
     "DeltaConfig",
     "DeltaKVCache",
     "Sparsity",
+    "apply",
     "batch_generate",
     "generate",
     "load",
     "measure_sparsity",
+    "remove",
     "stream_generate",
 ]
 
@@ -43,10 +46,12 @@ _MODULES = {
     "DeltaConfig": "config",
     "DeltaKVCache": "cache.single",
     "Sparsity": "measure.sparsity",
+    "apply": "models.any",
     "batch_generate": "generate",
     "generate": "generate",
     "load": "loading",
     "measure_sparsity": "measure.sparsity",
+    "remove": "models.any",
     "stream_generate": "generate",
 }
 

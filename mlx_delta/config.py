@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting
+from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting, shown
 from .notation import read_fields, write_fields
 from .sensitivities import Sensitivities
 
@@ -297,13 +297,17 @@ class DeltaConfig:
         """The setting written by :meth:`to_dict`; keys left out take their defaults.
 
         Raises:
-            ValueError: An unknown key, or a value out of range.
+            ValueError: They are no mapping, an unknown key, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"[DeltaConfig] the settings must be an object but got {shown(values)}."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        unknown = sorted(map(str, set(values) - names))
         if unknown:
             raise ValueError(
-                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are "
+                f"[DeltaConfig] unknown setting {shown(unknown[0])}; known are "
                 f"{', '.join(sorted(names))}."
             )
         return cls(**values)

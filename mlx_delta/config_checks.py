@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import TYPE_CHECKING, Any
 
 from .sensitivities import Sensitivities
@@ -15,6 +14,19 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
+# Tokens that a window, a block or the sinks may span: buffers of their size are made.
+MAX_TOKENS = 1 << 24
+# Larger thresholds hold everything already, and every type of float holds this one.
+LARGEST = 1e30
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut short: a file may hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_setting(config: DeltaConfig) -> None:
@@ -26,14 +38,18 @@ def check_setting(config: DeltaConfig) -> None:
     if config.threshold_mode not in MODES:
         raise ValueError(
             f"[DeltaConfig] threshold_mode must be one of {', '.join(map(repr, MODES))} but "
-            f"got {config.threshold_mode!r}."
+            f"got {shown(config.threshold_mode)}."
         )
     for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {value!r}.")
+            raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {shown(value)}.")
         if value < least:
-            raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {value}.")
+            raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {shown(value)}.")
+        if value > MAX_TOKENS:
+            raise ValueError(
+                f"[DeltaConfig] {name} must be <= {MAX_TOKENS} but got {shown(value)}."
+            )
     if config.window % config.block_size:
         raise ValueError(
             f"[DeltaConfig] window must be a multiple of block_size ({config.block_size}) but "
@@ -41,7 +57,7 @@ def check_setting(config: DeltaConfig) -> None:
         )
     if not isinstance(config.keyframes, bool):
         raise ValueError(
-            f"[DeltaConfig] keyframes must be true or false but got {config.keyframes!r}."
+            f"[DeltaConfig] keyframes must be true or false but got {shown(config.keyframes)}."
         )
     _check_run_value(config)
     if config.cuts_runs:
@@ -50,9 +66,10 @@ def check_setting(config: DeltaConfig) -> None:
         _check_threshold(config)
     if config.block_fraction is not None:
         fraction = config.block_fraction
-        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not is_number or not 0 < fraction <= 1:
             raise ValueError(
-                f"[DeltaConfig] block_fraction must be in (0, 1] but got {fraction!r}."
+                f"[DeltaConfig] block_fraction must be in (0, 1] but got {shown(fraction)}."
             )
         if config.window:
             raise ValueError(
@@ -65,7 +82,7 @@ def _check_run_value(config: DeltaConfig) -> None:
     """Validate what runs are held as."""
     if config.run_value not in ("mean", "first"):
         raise ValueError(
-            f"[DeltaConfig] run_value must be 'mean' or 'first' but got {config.run_value!r}."
+            f"[DeltaConfig] run_value must be 'mean' or 'first' but got {shown(config.run_value)}."
         )
     if config.run_value == "mean" and not config.keyframes:
         raise ValueError(
@@ -80,7 +97,7 @@ def _check_threshold(config: DeltaConfig) -> None:
         if getattr(config, name) is not None:
             raise ValueError(
                 f"[DeltaConfig] {name} needs threshold_mode 'optimal' or 'greedy' but got "
-                f"{config.threshold_mode!r}."
+                f"{shown(config.threshold_mode)}."
             )
     layers = config.threshold if isinstance(config.threshold, tuple) else (config.threshold,)
     heads = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
@@ -88,9 +105,9 @@ def _check_threshold(config: DeltaConfig) -> None:
         raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
     for value in itertools.chain(*heads):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {value}.")
+            raise ValueError(f"[DeltaConfig] threshold must be a number but got {shown(value)}.")
+        if not 0 <= value <= LARGEST:  # false for NaN too
+            raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {shown(value)}.")
 
 
 def _check_runs(config: DeltaConfig) -> None:
@@ -99,19 +116,19 @@ def _check_runs(config: DeltaConfig) -> None:
     if config.threshold is not None:
         raise ValueError(
             f"[DeltaConfig] threshold_mode={mode!r} takes a level instead of a threshold but "
-            f"got threshold={config.threshold!r}."
+            f"got threshold={shown(config.threshold)}."
         )
     level = config.level
     if level is not None:
         if isinstance(level, bool) or not isinstance(level, (int, float)):
-            raise ValueError(f"[DeltaConfig] level must be a number but got {level!r}.")
-        if not (math.isfinite(level) and level >= 0):
-            raise ValueError(f"[DeltaConfig] level must be >= 0 but got {level}.")
+            raise ValueError(f"[DeltaConfig] level must be a number but got {shown(level)}.")
+        if not 0 <= level <= LARGEST:  # false for NaN too
+            raise ValueError(f"[DeltaConfig] level must be >= 0 but got {shown(level)}.")
     given: Any = config.sensitivities
     if given is not None and not isinstance(given, (Sensitivities, str)):
         raise ValueError(
             "[DeltaConfig] sensitivities must be Sensitivities or the name of a file but got "
-            f"{given!r}."
+            f"{shown(given)}."
         )
     if not config.keyframes or config.run_value != "mean" or config.block_fraction is not None:
         raise ValueError(
@@ -130,9 +147,9 @@ def _check_storage(config: DeltaConfig) -> None:
     """Validate how keys and values are stored."""
     for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
         value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or value not in widths):
+        if value is not None and (type(value) is not int or value not in widths):
             known = ", ".join(map(str, widths))
-            raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {value!r}.")
+            raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {shown(value)}.")
     if config.key_bits is None:
         return
     if not config.keyframes or config.block_fraction is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 FILE_NAME = "delta_sensitivities.safetensors"
+MOST_LAYERS = 1 << 14
 FORMAT = "mlx_delta sensitivities 1"
 # Of models that are known by name; a file beside a model comes first.
 BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
@@ -232,8 +233,10 @@ class Sensitivities:
             arrays, metadata = loaded
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
+            if not len(arrays) <= int(metadata["layers"]) <= MOST_LAYERS:
+                raise ValueError(f"it has {len(arrays)} of {metadata['layers'][:20]} layers")
             layers = [arrays.get(f"layers.{i}") for i in range(int(metadata["layers"]))]
             found = [None if x is None else np.array(x.astype(mx.float32)) for x in layers]
             return cls(found, json.loads(metadata["curve"]), file.name)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"[load] {file} can't be read as sensitivities: {error}.") from error

@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.config import DeltaConfig
 
 See = Callable[[mx.array, mx.array, float], None]
@@ -81,10 +82,9 @@ def _shifted_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.arr
 
 
 def held_layers(model: nn.Module) -> tuple[int, ...]:
-    """Layers that hold keys: all but those that only see a sliding window."""
-    return tuple(
-        i for i, layer in enumerate(model.layers) if not getattr(layer, "use_sliding", False)
-    )
+    """Which of a model's caches hold keys: all but those of windows and recurrent states."""
+    caches = make_prompt_cache(model)
+    return tuple(i for i, cache in enumerate(caches) if type(cache) in (KVCache, DeltaKVCache))
 
 
 def watch_keys(
@@ -96,7 +96,7 @@ def watch_keys(
 ) -> None:
     """Run the model densely over a window; ``see`` gets each layer's queries, keys and scale."""
     caches = make_probes(model, config, layers, see)
-    mx.eval(model.model(mx.array(list(window))[None], cache=caches))
+    mx.eval(model(mx.array(list(window))[None], cache=caches))
 
 
 def make_probes(

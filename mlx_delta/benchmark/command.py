@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -22,6 +21,7 @@ from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_va
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.table import Table
 from mlx_delta.measure.text import BUNDLED_TEXT, context_length, prompt_ids, read_text
+from mlx_delta.ops.backend import has_kernels
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
@@ -212,7 +212,7 @@ def measure(
         benchmark.run(progress=True)
         complete = True
     finally:
-        unpacks = not mx.metal.is_available()
+        unpacks = not has_kernels()
         unpacks &= any(setting.delta and setting.delta.key_bits for setting in settings)
         data |= {"kind": "timing", "complete": complete, "notes": benchmark.notes}
         data["bandwidth_gb_per_s"] = chip.gb_per_s if chip else None

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
-from .single import HeldKeys
+from .held import HeldKeys
 
 
 def leaves(caches: Sequence[Any]) -> list[Any]:
@@ -109,21 +109,14 @@ def _check_rotating(name: str, cache: RotatingKVCache) -> None:
 
 
 def _check_held(name: str, cache: HeldKeys) -> None:
-    """Whole numbers of tokens and blocks, of one text."""
-    counts: Any  # whatever the file holds
-    for counts in (cache._lengths, cache._encoded):
-        if not isinstance(counts, list) or len(counts) != 1:
-            raise ValueError(f"{name} is of several texts")
+    """Of one text; whole numbers in its setting. The rest was checked when its state was set."""
+    if len(cache.lengths) != 1:
+        raise ValueError(f"{name} is of several texts")
+    for counts in (cache.lengths, cache.encoded):
         _check_count(name, "length", counts[0])
-    valid = cache._keys.header().get("spare_valid", [False])
-    if not isinstance(valid, list) or [type(x) for x in valid] != [bool]:
-        raise ValueError(f"{name} has spare_valid {str(valid)[:40]}")
     for what in ("block_size", "window", "sinks"):
         _check_count(name, what, getattr(cache.config, what))
     mx.array(cache.config.layer_threshold, mx.float32)  # raises if it is too large
-    values = cache._values.buffers
-    if values is not None and values[0].shape[0] != 1:
-        raise ValueError(f"{name} is of several texts")
 
 
 def _check_room(name: str, offset: int, room: int) -> None:

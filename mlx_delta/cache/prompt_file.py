@@ -14,12 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import _BaseCache, load_prompt_cache, save_prompt_cache
 
 from .check_state import check_caches
 from .sealed_file import CHECKSUM, NO_CHECKSUM, Header, check_seal, read_header, seal
+from .single import DeltaKVCache
 
 SUFFIX = ".safetensors"
+OURS = DeltaKVCache.__name__  # the one kind that mlx-lm's module does not define
 
 # mlx-lm flattens [metadata, class names, scalars] and the states of the caches; these are the
 # forms that the keys take. A long index would have it make as many empty entries.
@@ -162,10 +164,11 @@ def _check_structure(header: Header) -> None:
     if sorted(classes) != sorted(f"1.{i}" for i in range(len(classes))):
         raise ValueError("it lacks one of its caches")
     for key in classes:
-        found = getattr(mlx_lm_cache, header.metadata[key], None)
-        is_cache = isinstance(found, type) and issubclass(found, mlx_lm_cache._BaseCache)
-        if not is_cache or header.metadata[key].startswith("Batch"):
-            raise ValueError(f"there is no kind of cache {header.metadata[key][:40]!r}")
+        name = header.metadata[key]
+        found = DeltaKVCache if name == OURS else getattr(mlx_lm_cache, name, None)
+        is_cache = isinstance(found, type) and issubclass(found, _BaseCache)
+        if not is_cache or name.startswith("Batch"):
+            raise ValueError(f"there is no kind of cache {name[:40]!r}")
     layers = {int(name.split(".")[0]) for name in header.names}
     if layers != set(range(len(classes))):
         raise ValueError(f"it has {len(classes)} caches but tensors of {len(layers)}")

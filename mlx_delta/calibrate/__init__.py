@@ -209,7 +209,7 @@ def calibrate(
         count = min(len(recorded), KL_WINDOWS if windows is None else windows)
         scored = [recorded[i * len(recorded) // count] for i in range(count)]
         measured = _measure(model, scored, base, recording, per, progress)
-    family = Family(base, recording, len(model.layers), per, measured)
+    family = Family(base, recording, len(model.make_cache()), per, measured)
     found = None
     if loss is None:
         assert sparsity is not None

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.sparsity import share_of_zeros
@@ -44,8 +45,8 @@ class DenseText:
 
     def __init__(self, model: nn.Module, window: Sequence[int], first: int):
         self.model, self.window, self.first = model, list(window), first
-        self.n_layers = len(model.layers)
         self._dense = Setting("dense", "dense")
+        self.n_layers = len(self._dense.make_caches(model))
         self._stride = 1
         self._logs: list[mx.array] = []
         for logits in self._read(self._dense, self._dense.make_caches(model)):
@@ -66,7 +67,7 @@ class DenseText:
         own = setting.make_caches(self.model)
         held = range(self.n_layers) if only is None else [only]
         for layer in held:
-            if not getattr(self.model.layers[layer], "use_sliding", False):
+            if isinstance(own[layer], HeldKeys):
                 caches[layer] = own[layer]
         total = same = 0.0
         count = 0

@@ -163,7 +163,7 @@ def calibrate_runs(
     progress()
     weights, predicting = measure_weights(model, first, base, watched, way, seed)
     progress()
-    n_layers = len(model.layers)
+    n_layers = len(model.make_cache())
     if corrected:
         level = _level_for(watched, _filled(watched, weights, n_layers), base, USUAL)
         start = (base.window_blocks + 1) * base.block_size

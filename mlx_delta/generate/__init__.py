@@ -19,6 +19,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.models.anatomy import dense_caches
+from mlx_delta.models.common import model_setting
 
 from .checks import check_caches_fit, check_options, check_prompt, encode_prompt, limit_answer
 from .memory import check_memory
@@ -99,7 +101,7 @@ def batch_generate(
     if not prompts:
         raise ValueError(f"[{name}] there are no prompts.")
     check_options(name, model, kwargs)
-    delta = getattr(model.args, "delta", None)
+    delta = model_setting(model)
     if delta is not None and delta.block_fraction is not None:
         raise ValueError(
             f"[{name}] block_fraction (the paper's window) is measured on each prompt and can't be "
@@ -140,7 +142,7 @@ def _prepare(
     if caches is None:
         caches = make_caches(model, len(tokens), options.get("max_kv_size"))
     check_caches_fit(name, model, caches, options)
-    if draft is not None and len(caches) == len(model.layers):
+    if draft is not None and len(caches) == len(dense_caches(model)):
         caches = [*caches, *make_caches(draft, len(tokens))]
     options["prompt_cache"] = caches
     length = len(tokens) + cached_tokens(caches)
@@ -162,7 +164,7 @@ def make_caches(
         max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
             ignores it where a model makes its own caches; here it is honoured.
     """
-    if getattr(model.args, "delta", None) is not None:
+    if model_setting(model) is not None:
         return model.make_cache(prompt_length=prompt_tokens)
     caches = make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:

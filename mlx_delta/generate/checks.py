@@ -11,9 +11,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import cached_tokens, leaves
-from mlx_delta.cache.single import HeldKeys
 from mlx_delta.measure.text import context_length
+from mlx_delta.models.anatomy import dense_caches
+from mlx_delta.models.common import model_setting
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
@@ -67,7 +69,7 @@ def check_prompt(
             f"[{name}] the prompt has {len(prompt) + cached} tokens but the model's "
             f"context has {context}; shorten the prompt."
         )
-    vocabulary = getattr(model.args, "vocab_size", None)
+    vocabulary = getattr(getattr(model, "args", None), "vocab_size", None)
     if vocabulary is not None and not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = next(token for token in prompt if not 0 <= token < vocabulary)
         raise ValueError(f"[{name}] the model has tokens 0 to {vocabulary - 1} but got {wrong}.")
@@ -80,7 +82,7 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
         ValueError: One of these is given for a model with the delta on, or two of them at once.
     """
     given = [o for o in ("max_kv_size", "kv_bits") if options.get(o) is not None]
-    if getattr(model.args, "delta", None) is not None:
+    if model_setting(model) is not None:
         for option in given:
             raise ValueError(
                 f"[{name}] {option}={options[option]} does not go together with the delta; leave "
@@ -91,7 +93,10 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
             f"[{name}] max_kv_size={options['max_kv_size']} and kv_bits={options['kv_bits']} do "
             "not go together: mlx-lm can't quantize a cache that drops tokens; leave one out."
         )
-    head_dim, group = getattr(model.args, "head_dim", None), options.get("kv_group_size", 64)
+    head_dim, group = (
+        getattr(getattr(model, "args", None), "head_dim", None),
+        options.get("kv_group_size", 64),
+    )
     if "kv_bits" in given and head_dim is not None and head_dim % group:
         raise ValueError(
             f"[{name}] kv_bits={options['kv_bits']} needs a kv_group_size that divides the "
@@ -118,8 +123,8 @@ def check_caches_fit(
     Raises:
         ValueError: One of these.
     """
-    layers, draft = len(model.layers), options.get("draft_model")
-    wanted = [layers] if draft is None else [layers, layers + len(draft.layers)]
+    layers, draft = len(dense_caches(model)), options.get("draft_model")
+    wanted = [layers] if draft is None else [layers, layers + len(dense_caches(draft))]
     if len(caches) not in wanted:
         raise ValueError(
             f"[{name}] the prompt cache has {len(caches)} layers but the model has {wanted[-1]}."

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
@@ -23,14 +22,16 @@ from mlx_delta.cache import prompt_file
 from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.arguments import delta_fields
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
 from . import make_caches, stream_generate
 from .checks import check_caches_fit, check_options, check_prompt, room_for_answer
 from .conversation import check_length, closing, encode, read_prompt, uses_template
-from .flags import build_parser, check_flags, given_delta, given_wish
+from .flags import build_parser, check_flags, given_wish
 from .memory import check_memory
 from .report import Report
 from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if caches is None:
         caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
     check_caches_fit("generate", model, caches, options)
-    check_memory("generate", model, length, options)
+    check_memory("generate", model, length, options, first=True)
     draft_caches = []
     if "draft_model" in options:
         draft_caches = make_caches(options["draft_model"], length)
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
                 "without it.",
                 file=sys.stderr,
             )
-    dense_caches = [KVCache() for _ in model.layers] if args.compare else None
+    compared = dense_caches(model) if args.compare else None
 
     fed, failed = Fed(), None
     whole = tokens + rest
@@ -131,11 +132,11 @@ def run(args: argparse.Namespace) -> None:
     )
     report = dataclasses.replace(report, seed=seed)
     dense = None
-    if dense_caches is not None:
+    if compared is not None:
         mx.random.seed(seed or 0)
-        dense = produce(model, tokenizer, whole, dense_caches, options, header, show=False)
+        dense = produce(model, tokenizer, whole, compared, options, header, show=False)
     if args.json:
-        ran = setting_of(caches, model.args)
+        ran = setting_of(caches, getattr(model, "args", None))
         print(json.dumps(report.to_dict(name, ran, dense), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
@@ -148,7 +149,7 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    given, wish = given_delta(args), given_wish(args)
+    given, wish = delta_fields(args), given_wish(args)
     if args.delta_paper:
         return DeltaConfig.paper().changed(**given)
     if not given and wish is None:
@@ -181,7 +182,7 @@ def generation_options(
     Raises:
         ValueError: One does not fit the model.
     """
-    vocabulary = getattr(model.args, "vocab_size", None)
+    vocabulary = getattr(getattr(model, "args", None), "vocab_size", None)
     for flag, value in (
         ("--top-k", args.top_k + 1),
         ("--min-tokens-to-keep", args.min_tokens_to_keep),

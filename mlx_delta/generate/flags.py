@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-from typing import Any
 
-from mlx_delta.config import KEY_BITS, VALUE_BITS
 from mlx_delta.loading import DEMO
+from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
+from mlx_delta.system.cli import HelpFormatter
 
 # What each number must lie between, ends included. mlx-lm takes anything, and fails later, or
 # silently does something else.
@@ -29,21 +29,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
 CHOICES = {"kv_bits": (2, 4, 8), "kv_group_size": (32, 64, 128)}  # what mlx-lm's caches can store
 
 
-# Flags of the delta that are no fields of the setting.
-_NO_FIELDS = ("delta_paper", "delta_sparsity", "delta_kl")
-
-
-class DefaultsFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the text doesn't name it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        silent = action.default is None or action.default is False or action.default == ()
-        if silent or action.default == argparse.SUPPRESS or "default" in text.lower():
-            return action.help
-        return f"{text.rstrip('.')} (default: %(default)s)."
-
-
 def build_parser() -> argparse.ArgumentParser:
     """mlx-lm's own flags, and those of the delta."""
     # ``import mlx_lm.generate`` would give the function of that name.
@@ -54,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[parent],
         conflict_handler="resolve",
         add_help=False,
-        formatter_class=DefaultsFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--model",
@@ -80,55 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Generate a second time without the delta and show where the texts first differ.",
     )
-    delta = parser.add_argument_group("hybrid delta attention")
-    wish = delta.add_mutually_exclusive_group()
-    wish.add_argument(
-        "--delta-sparsity",
-        type=float,
-        help="Share of the keys' deltas outside the window to be zero, by the model's calibration.",
-    )
-    wish.add_argument(
-        "--delta-kl",
-        type=float,
-        help="Or: KL divergence from dense attention to stay below, in nats per token.",
-    )
-    wish.add_argument(
-        "--delta-level", type=float, help="Or: what a run of held values costs; 0 holds nothing."
-    )
-    wish.add_argument("--delta-threshold", type=float, help="Or: change up to which a key is held.")
-    delta.add_argument(
-        "--delta-threshold-mode",
-        choices=("relative", "absolute"),
-        help="Threshold relative to each block's spread of keys, or in the keys' own units.",
-    )
-    delta.add_argument("--delta-window", type=int, help="Tokens before a query's block kept exact.")
-    delta.add_argument("--delta-block-size", type=int, help="Tokens in a block.")
-    delta.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
-    delta.add_argument(
-        "--delta-key-bits",
-        type=int,
-        choices=KEY_BITS,
-        help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
-    )
-    delta.add_argument(
-        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
-    )
-    delta.add_argument(
-        "--delta-paper",
-        action="store_true",
-        help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
-    )
-    delta.add_argument("--no-delta", action="store_true", help="Attend densely.")
+    add_delta_arguments(parser)
     return parser
-
-
-def given_delta(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the setting that flags name, with their values."""
-    return {
-        name.removeprefix("delta_"): value
-        for name, value in vars(args).items()
-        if name.startswith("delta_") and name not in _NO_FIELDS and value is not None
-    }
 
 
 def given_wish(args: argparse.Namespace) -> str | None:
@@ -150,12 +88,15 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: One of these.
     """
     _check_numbers(args)
-    delta_flags = [flag(f"delta_{name}") for name in given_delta(args)]
+    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
     delta_flags += ["--delta-paper"] if args.delta_paper else []
     wish = given_wish(args)
     delta_flags += [] if wish is None else [wish]
     if wish is not None and args.delta_paper:
         raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
+    for name in ("level", "threshold"):
+        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
+            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
     if args.no_delta and delta_flags:
         raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
     if args.no_delta and args.compare:

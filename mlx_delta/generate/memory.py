@@ -10,11 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # Address space that BLAS and threads ask for once work begins; measured at 240 MB on two cores.
-_RESERVED = 256 << 20
+_RESERVED = 240 << 20
 _QUERIES = 128  # whose scores are in memory at one time, at least
 
 
-def check_memory(name: str, model: nn.Module, tokens: int, options: dict[str, Any]) -> None:
+def check_memory(
+    name: str, model: nn.Module, tokens: int, options: dict[str, Any], first: bool = False
+) -> None:
     """Refuse a text whose caches and scores are surely larger than the memory that is free.
 
     Args:
@@ -22,11 +24,12 @@ def check_memory(name: str, model: nn.Module, tokens: int, options: dict[str, An
         model: The model, loaded.
         tokens: Of the text, without the answer.
         options: mlx-lm's.
+        first: Whether this process has not computed anything yet.
 
     Raises:
         MemoryError: They are larger.
     """
-    free, limit = free_memory()
+    free, limit = free_memory(_RESERVED if first else 0)
     if free < 0:
         raise MemoryError(
             f"[{name}] {limit} leaves no room to generate in; allow the process more memory."
@@ -44,7 +47,7 @@ def check_memory(name: str, model: nn.Module, tokens: int, options: dict[str, An
 
 def estimate(model: nn.Module, tokens: int) -> int:
     """Bytes that caches and scores of a text take at least; 0 for a model of unknown form."""
-    args = model.args
+    args = getattr(model, "args", None)
     layers, hidden = getattr(args, "num_hidden_layers", 0), getattr(args, "hidden_size", 0)
     heads = getattr(args, "num_attention_heads", 0)
     if not all(isinstance(x, int) and x > 0 for x in (layers, hidden, heads)):
@@ -67,15 +70,19 @@ def estimate(model: nn.Module, tokens: int) -> int:
     return caches + 4 * heads * min(tokens, _QUERIES) * tokens
 
 
-def free_memory() -> tuple[int, str]:
-    """Bytes that this process may still take, and what limits them; negative if none."""
+def free_memory(reserved: int = 0) -> tuple[int, str]:
+    """Bytes that this process may still take, and what limits them; negative if none.
+
+    Args:
+        reserved: Bytes of address space that will be taken anyway.
+    """
     bounds = [(sys.maxsize, "nothing")]
     if mx.default_device() != mx.Device(mx.cpu):
         size = int(mx.device_info()["memory_size"])
         bounds.append((size - mx.get_active_memory(), "this machine's memory"))
     address_space = _address_space()
     if address_space is not None:
-        bounds.append((address_space - _RESERVED, "the limit on address space (ulimit -v)"))
+        bounds.append((address_space - reserved, "the limit on address space (ulimit -v)"))
     for file, limit in (
         ("/sys/fs/cgroup/memory.max", "the container's memory limit"),
         ("/proc/meminfo", "this machine's memory"),

@@ -7,7 +7,8 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
 
@@ -72,7 +73,7 @@ class Report:
             sparsity=measure_sparsity(caches, cached_tokens + prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
             dense_cache_bytes=sum(
-                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches
+                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in leaves(caches)
             ),
             draft_cache_bytes=sum(c.nbytes for c in draft_caches) if draft_caches else None,
         )

@@ -20,16 +20,15 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
-from mlx_delta.cache import prompt_file
+from mlx_delta.cache import HeldKeys, prompt_file
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.sealed_file import CHECKSUM
-from mlx_delta.cache.single import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import BUNDLED, DEMO
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.arguments import delta_fields, flag_of_field
 
 from . import make_caches
-from .flags import flag, given_delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +134,12 @@ def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:
     Raises:
         ValueError: Which flag, and what the caches were made with.
     """
-    setting, given = setting_of(caches), given_delta(args)
+    setting, given = setting_of(caches), delta_fields(args)
     if args.no_delta and setting is not None:
         raise ValueError("--no-delta contradicts the prompt cache, which was made with the delta.")
     if setting is None:
         if given or args.delta_paper:
-            name = flag(f"delta_{next(iter(given))}") if given else "--delta-paper"
+            name = flag_of_field(args, next(iter(given))) if given else "--delta-paper"
             raise ValueError(f"{name} contradicts the prompt cache, made without the delta.")
         return
     wanted = dict(given)
@@ -152,7 +151,7 @@ def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:
     for name, value in wanted.items():
         made = getattr(setting, name)
         if value != made:
-            shown = f"{flag(f'delta_{name}')} {value}" if name in given else "--delta-paper"
+            shown = f"{flag_of_field(args, name)} {value}" if name in given else "--delta-paper"
             raise ValueError(
                 f"{shown} contradicts the prompt cache, which was made with {name}={made}; leave "
                 "the flag out, or make the cache anew."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import find_model, read_config, read_setting
-from mlx_delta.models import get_model_classes
+from mlx_delta.models import get_model_classes, has_class
 
 from .settings import Setting, parse_settings
 
@@ -30,14 +30,16 @@ def choose_settings(
     config = read_config(path)
     delta = DeltaConfig.parse(changes or "", read_setting(path, config))
     settings = parse_settings(names, delta)
+    needing = [setting.name for setting in settings if setting.delta is not None]
     try:
         get_model_classes(config)
     except ValueError as error:
-        needing = [setting.name for setting in settings if setting.delta is not None]
         if needing:
             raise ValueError(
                 f"setting {needing[0]!r} needs a delta model: {error} Settings without it are "
                 "dense, kv8, kv4 and rotating:N."
             ) from error
         return None, settings
+    if not needing and not has_class(config):
+        return None, settings  # it may be one that the delta can't be applied to
     return delta, settings

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_delta.models.anatomy import context_length, trace_heads
 from mlx_delta.system.devices import has_gpu
 
 from .settings import PREFILL_STEP, Setting
@@ -57,7 +58,7 @@ def check_context(name: str, model: nn.Module, context: int) -> None:
     Raises:
         ValueError: It is.
     """
-    limit = getattr(model.args, "max_position_embeddings", None)
+    limit = context_length(model)
     if limit is not None and context > limit:
         raise ValueError(
             f"[{name}] a context of {context} tokens is longer than the model's, which is {limit}."
@@ -70,17 +71,16 @@ def memory_needed(model: nn.Module, setting: Setting, context: int, prefill_step
     Where attention is not fused (without a GPU, and in mlx-lm's quantized caches) a chunk of
     queries writes its scores, and their softmax, for every key.
     """
-    args = model.args
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(weight.nbytes for _, weight in parameters)
     item = 2 if has_gpu() else 4
-    heads = args.num_attention_heads
-    kv_heads = args.num_key_value_heads or heads
-    head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
+    layers = [layer for layer in trace_heads(model) if layer is not None]
+    heads = max((layer.queries for layer in layers), default=0)
+    token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * item
     kept = context if setting.max_size is None else min(context, setting.max_size + prefill_step)
     # While a cache grows, the old buffers are there beside the new ones; so are packed keys and
     # what they are packed from.
-    caches = 2 * len(model.layers) * kept * kv_heads * 2 * head_dim * item
+    caches = 2 * kept * token
     fused = has_gpu() and setting.kv_bits is None
     scores = 0 if fused else 2 * heads * min(prefill_step, context) * kept * item
     return weights + caches + scores

@@ -6,6 +6,8 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.models.anatomy import context_length as context_length  # for those who make texts
+
 BUNDLED_TEXT = Path(__file__).parent / "texts" / "hound.txt"
 
 _ANCHOR = "a"
@@ -67,8 +69,3 @@ def prompt_ids(tokenizer: Any, text: str, length: int) -> list[int]:
     if not body:
         raise ValueError("[prompt_ids] the text has no tokens; give another --text.")
     return (first + body * (length // len(body) + 1))[:length]
-
-
-def context_length(model: Any) -> int | None:
-    """How many tokens a model was made for, where it says so."""
-    return getattr(model.args, "max_position_embeddings", None)

@@ -44,7 +44,7 @@ def query_sensitivities(model: nn.Module, tokenizer: Any, config: DeltaConfig) -
     ids = tokenizer.encode(SAMPLE)[:LONGEST]
     squares, held = QuerySquares(), held_layers(model)
     watch_keys(model, ids, config, held, squares.add)
-    layers: list[np.ndarray | None] = [None] * len(model.layers)
+    layers: list[np.ndarray | None] = [None] * len(model.make_cache())
     for layer in held:
         own = squares.of_layer(layer)
         layers[layer] = np.maximum(own, _LEAST_SHARE * own.mean())

@@ -10,6 +10,8 @@ import numpy as np
 
 from mlx_delta.kernels import kernel_source
 
+from .backend import has_kernels
+
 SIMD = 32  # lanes of a simdgroup, a channel each
 LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
 
@@ -41,7 +43,7 @@ def runs_kernel() -> Any:
 
 def has_runs_kernel(block_size: int) -> bool:
     """Whether the kernel runs for blocks of so many tokens."""
-    return mx.metal.is_available() and LEAST_ELEMENTS <= block_size
+    return has_kernels() and LEAST_ELEMENTS <= block_size
 
 
 def cut_runs(

@@ -22,6 +22,7 @@ from mlx_delta.measure.text import (
     prompt_ids,
     read_text,
 )
+from mlx_delta.models.common import model_setting
 from mlx_delta.system.chips import find_chips
 
 from . import names
@@ -137,7 +138,9 @@ def _roofline_of_model(args: argparse.Namespace) -> Roofline:
     ids = prompt_ids(tokenizer, read_text(args.text or BUNDLED_TEXT), longest)
     rows = ceilings(model, settings, ids, contexts, longest, PREFILL_STEP, progress=True)
     values = roofline_values(rows, chips)
-    return Roofline(args.model or DEMO, model.args.delta.to_dict(), args.today, values)
+    setting = model_setting(model)
+    assert setting is not None
+    return Roofline(args.model or DEMO, setting.to_dict(), args.today, values)
 
 
 def _one_source(args: argparse.Namespace) -> None:

@@ -6,9 +6,19 @@ import argparse
 from typing import Any, Protocol
 
 from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
+from mlx_delta.notation import read_fields
 
 # The flags of single fields; --delta can say them all.
-FIELDS = ("threshold", "threshold_mode", "window", "block_size", "sinks", "key_bits", "value_bits")
+FIELDS = (
+    "level",
+    "threshold",
+    "threshold_mode",
+    "window",
+    "block_size",
+    "sinks",
+    "key_bits",
+    "value_bits",
+)
 
 
 class Arguments(Protocol):
@@ -29,74 +39,75 @@ def add_delta_argument(parser: Arguments) -> None:
 
 
 def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--delta``, a flag for each of the commonest fields, ``--delta-paper`` and ``--no-delta``.
+    """``--delta``, flags for the commonest fields, wishes, ``--delta-paper`` and ``--no-delta``.
 
-    :func:`delta_from_arguments` reads them.
+    :func:`delta_fields` reads those of fields.
     """
     group = parser.add_argument_group("hybrid delta attention")
     add_delta_argument(group)
-    add = group.add_argument
-    add("--delta-threshold", type=float, help="Change up to which a key is held.")
-    add(
+    wish = group.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--delta-sparsity",
+        type=float,
+        help="Share of the keys' deltas outside the window to be zero, by the model's calibration.",
+    )
+    wish.add_argument(
+        "--delta-kl",
+        type=float,
+        help="Or: KL divergence from dense attention to stay below, in nats per token.",
+    )
+    wish.add_argument(
+        "--delta-level", type=float, help="Or: what a run of held values costs; 0 holds nothing."
+    )
+    wish.add_argument("--delta-threshold", type=float, help="Or: change up to which a key is held.")
+    group.add_argument(
         "--delta-threshold-mode",
         choices=("relative", "absolute"),
         help="Threshold relative to each block's spread of keys, or in the keys' own units.",
     )
-    add("--delta-window", type=int, help="Tokens before a query's block kept exact.")
-    add("--delta-block-size", type=int, help="Tokens in a block.")
-    add("--delta-sinks", type=int, help="Keys at the start kept exact.")
-    add(
+    group.add_argument("--delta-window", type=int, help="Tokens before a query's block kept exact.")
+    group.add_argument("--delta-block-size", type=int, help="Tokens in a block.")
+    group.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
+    group.add_argument(
         "--delta-key-bits",
         type=int,
         choices=KEY_BITS,
         help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
     )
-    add("--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits.")
-    add(
+    group.add_argument(
+        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
+    )
+    group.add_argument(
         "--delta-paper",
         action="store_true",
         help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
     )
-    add("--no-delta", action="store_true", help="Attend densely.")
+    group.add_argument("--no-delta", action="store_true", help="Attend densely.")
 
 
-def delta_from_arguments(args: argparse.Namespace, own: DeltaConfig | None) -> DeltaConfig | None:
-    """The setting that the flags ask for.
+def delta_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that ``--delta`` and the flags beside it name, with their values.
 
-    Args:
-        args: From a parser with :func:`add_delta_arguments` or :func:`add_delta_argument`.
-        own: The model's own setting, which the flags change and ``--delta-paper`` replaces;
-            without flags it stays, be it ``None``.
-
-    Returns:
-        The setting, or ``None`` for dense attention.
+    They are for :meth:`DeltaConfig.changed`, of the model's own setting or the paper's.
 
     Raises:
-        ValueError: A value is wrong, or two flags contradict each other or say the same thing.
+        ValueError: ``--delta`` is wrong, or a flag says a field again.
     """
-    flags = given_flags(args)
-    if getattr(args, "no_delta", False):
-        if flags:
-            raise ValueError(f"--no-delta and {flags[0]} contradict each other; drop one.")
-        return None
-    if not flags:
-        return own
-    base = DeltaConfig.paper() if getattr(args, "delta_paper", False) else own
-    written = args.delta or ""
-    fields = {field: getattr(args, f"delta_{field}", None) for field in FIELDS}
-    for field, value in fields.items():
+    fields = read_fields(args.delta or "", DeltaConfig)
+    for name in FIELDS:
+        value = getattr(args, f"delta_{name}", None)
         if value is None:
             continue
-        if any(part.partition("=")[0].strip() == field for part in written.split(",")):
-            flag = f"--delta-{field.replace('_', '-')}"
-            raise ValueError(f"--delta {written} and {flag} both give {field}; drop one.")
-        written += f"{',' if written else ''}{field}={value}"
-    return DeltaConfig.parse(written, base)
+        if name in fields:
+            raise ValueError(f"--delta {args.delta} and {_flag(name)} both give {name}; drop one.")
+        fields[name] = value
+    return fields
 
 
-def given_flags(args: argparse.Namespace) -> list[str]:
-    """Those of the delta's flags that were given, as they are written."""
-    names = ["delta", *(f"delta_{field}" for field in FIELDS), "delta_paper"]
-    values = {name: getattr(args, name, None) for name in names}
-    given = [name for name, value in values.items() if value is not None and value is not False]
-    return [f"--{name.replace('_', '-')}" for name in given]
+def flag_of_field(args: argparse.Namespace, name: str) -> str:
+    """The flag that gave a field, as messages name it."""
+    return _flag(name) if getattr(args, f"delta_{name}", None) is not None else f"--delta {name}"
+
+
+def _flag(name: str) -> str:
+    return f"--delta-{name.replace('_', '-')}"

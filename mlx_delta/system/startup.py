@@ -4,7 +4,9 @@
    before ``mlx.core`` is loaded, so it can't wait until a model is.
 2. mlx-lm's ``load_prompt_cache`` looks classes of caches up by name in its own module, so that the
    names of ours are put there, as soon as somebody imports that module: mlx-lm takes seconds to
-   import, which this does not do by itself.
+   import, which this does not do by itself. Until ``mlx_delta.cache`` is imported something stands
+   in for the classes; then they take the place of those names, and mlx-lm's store of prompt caches
+   asks them whether any number of tokens can be taken back exactly (``cache/in_mlx_lm.py``).
 3. In a checkout ``kernels/`` and ``convert/`` stand beside the package. They are found as
    ``mlx_delta.kernels`` and ``mlx_delta.convert``, which they are in a wheel; nothing else that
    stands beside them (``tests``, ``docs``) is found under the package's name.
@@ -36,7 +38,7 @@ CACHES = {
 
 
 def start(package: Path) -> None:
-    """Make the three changes; again does nothing.
+    """Make the first three changes; again does nothing.
 
     Args:
         package: The directory of ``mlx_delta``.
@@ -93,7 +95,7 @@ class LaterCache:
 
 
 def add_cache_names(module: ModuleType) -> None:
-    """Put the names of our caches into mlx-lm's module of caches."""
+    """Put something that stands in for our caches into mlx-lm's module of caches."""
     for name in CACHES:
         vars(module).setdefault(name, LaterCache(name))
 

@@ -17,6 +17,7 @@ TESTED = {
 # Names that begin with an underscore.
 PRIVATE = {
     "mlx_lm.models.cache._BaseCache": "the base class of caches, which mlx-lm asks for",
+    "mlx_lm.utils._get_classes": "which file of mlx-lm's a model is in",
     "mlx_lm.utils._download": "fetches a repository as mlx_lm.load does",
     "lm_eval.tasks._factory.TaskFactory": "makes a task of data that are here already",
 }
@@ -25,10 +26,10 @@ PRIVATE = {
 INTERNAL = {
     "mlx_lm.generate.generate_step": "the loop that benchmarks time",
     "mlx_lm.generate.generation_stream": "what it runs on",
-    "mlx_lm.generate.maybe_quantize_kv_cache": "how kv4 and kv8 caches are made",
     "mlx_lm.generate.setup_arg_parser": "mlx_lm.generate's flags",
     "mlx_lm.generate.wired_limit": "the memory that it keeps wired",
     "mlx_lm.models.base.create_causal_mask": "masks of windows and batches",
+    "mlx_lm.models.base.scaled_dot_product_attention": "what models attend with",
     "mlx_lm.models.bitlinear_layers.BitLinear": "the layer that ternary ones stand in for",
     "mlx_lm.utils.MODEL_REMAPPING": "other names of model types",
 }

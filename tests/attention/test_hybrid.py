@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig, DeltaKVCache
-from mlx_delta.attention.hybrid import QUERY_CHUNK, delta_attention
+from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.attention.operations import QUERY_CHUNK
 from mlx_delta.method import attention as reference
 from tests.tiny import SMALL, smooth_keys
 

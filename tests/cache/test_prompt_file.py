@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -270,7 +269,3 @@ def test_a_file_cut_short_on_the_way_is_not_put_in_place(tmp_path, caches, monke
     with pytest.raises(OSError, match="can't write"):
         prompt_file.save(tmp_path / "x.safetensors", caches, METADATA)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_classes_of_caches_are_mlx_lms_and_ours():
-    assert mlx_lm_cache.DeltaKVCache.__module__.startswith("mlx_delta.")

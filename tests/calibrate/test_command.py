@@ -197,7 +197,7 @@ def test_one_wish_is_asked_for(path, flags):
 
 def test_models_without_keys_to_hold_are_refused(path, capsys):
     config = json.loads((path / "config.json").read_text())
-    for model_type, message in (("mamba", "has no delta model"), ("deepseek_v3", "latents")):
+    for model_type, message in (("gemma5", "not supported"), ("deepseek_v3", "latents")):
         (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
         assert run("--model", path, "--sparsity", "0.4") == 1
         assert message in capsys.readouterr().err

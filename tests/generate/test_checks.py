@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import mlx.core as mx
@@ -148,7 +150,7 @@ def test_dense_options_that_exclude_each_other(loaded):
 
 @pytest.mark.parametrize("free", [-1, 1_000], ids=["none", "little"])
 def test_memory_that_is_not_there(loaded, monkeypatch, free):
-    monkeypatch.setattr(memory, "free_memory", lambda: (free, "the machine"))
+    monkeypatch.setattr(memory, "free_memory", lambda *_: (free, "the machine"))
     message = "leaves no room" if free < 0 else "the caches of 30 tokens take .* the machine leaves"
     with pytest.raises(MemoryError, match=message):
         stream_generate(*loaded, [5] * 30)
@@ -168,3 +170,26 @@ def test_the_estimate_is_no_more_than_what_caches_take():
 def test_a_huge_window_is_counted():
     packed = llama_model(DeltaConfig(window=10**9 // 64 * 64, key_bits=4), head_dim=32)
     assert memory.estimate(packed, 10) > 10**10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on address space")
+def test_a_limit_on_address_space_is_said_not_died_of(tmp_path):
+    program = (
+        "import resource, sys, mlx_delta\n"
+        "from mlx_delta.generate import memory\n"
+        "from mlx_delta.generate.command import main\n"
+        "real = memory._address_space\n"
+        "memory._address_space = lambda: (resource.setrlimit(resource.RLIMIT_AS, (BYTES, -1)),"
+        " real())[1]\n"
+        "sys.exit(main(['-p', 'hi', '-m', '3']))\n"
+    )
+    # As much as is taken when the check is made, and a little more.
+    limit = "int(open('/proc/self/statm').read().split()[0]) * 4096 + (100 << 20)"
+    run = subprocess.run(
+        [sys.executable, "-c", program.replace("BYTES", limit)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.count("\n") == 1 and "(ulimit -v) leaves no room to generate in" in run.stderr

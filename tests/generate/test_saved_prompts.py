@@ -122,6 +122,7 @@ def test_what_was_begun_without_a_template_goes_on_without(run, chat_path, tmp_p
         (["--no-delta"], "--no-delta contradicts the prompt cache"),
         (["--delta-window", "64"], "--delta-window 64 contradicts the prompt cache, which was "),
         (["--delta-key-bits", "8"], "--delta-key-bits 8 contradicts"),
+        (["--delta", "key_bits=8"], "--delta key_bits 8 contradicts"),
         (["--delta-paper"], "--delta-paper contradicts"),
         (["--max-kv-size", "64"], "--max-kv-size comes too late with --prompt-cache-file"),
         (["--system-prompt", "x"], "--system-prompt comes too late"),

@@ -37,7 +37,7 @@ def test_a_wrong_change_is_named(folder):
 
 
 def test_a_model_without_keys_to_hold_takes_settings_without_the_delta(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
     delta, settings = choose_settings(str(tmp_path), ["dense", "kv8"])
     assert delta is None and [setting.kind for setting in settings] == ["dense", "kv8"]
     with pytest.raises(ValueError, match="setting 'delta' needs a delta model"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.config import KEY_BITS
 from mlx_delta.method import runs
 from mlx_delta.method import storage as ref
