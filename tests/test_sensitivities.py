@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig
+from mlx_delta import DeltaConfig, sensitivities
 from mlx_delta.sensitivities import Sensitivities
 
 CURVE = [(0, 0, 0), (0.1, 0.4, 0.001), (0.4, 0.6, 0.004)]
@@ -173,12 +173,13 @@ def test_a_model_that_was_not_calibrated_weighs_by_its_queries(tmp_path: Path):
     assert again.args.delta == model.args.delta
 
 
-def test_a_file_beside_the_model_comes_before_a_bundled_one(tmp_path: Path):
-    bundled = Sensitivities.find(tmp_path, "demo-16k.safetensors")
-    assert [x.shape for x in bundled.layers] == [(2, 64)] * 6
-    assert 0 < bundled.level_for(zeros=0.7) < bundled.level_for(zeros=0.8)
-    _some().save(tmp_path / "demo-16k.safetensors")
-    assert Sensitivities.find(tmp_path, "demo-16k.safetensors") == _some()
+def test_a_file_beside_the_model_comes_before_a_bundled_one(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sensitivities, "BUNDLED", tmp_path / "bundled")
+    (tmp_path / "bundled").mkdir()
+    _some(2).save(tmp_path / "bundled" / "some.safetensors")
+    assert Sensitivities.find(tmp_path, "some.safetensors") == _some(2)
+    _some(3).save(tmp_path / "some.safetensors")
+    assert Sensitivities.find(tmp_path, "some.safetensors") == _some(3)
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-bitnet"])
@@ -190,6 +191,9 @@ def test_bundled_demos_are_calibrated_for_seventy_percent(name):
     own = setting.loaded_sensitivities
     assert setting.level == pytest.approx(own.level_for(zeros=0.7), rel=1e-3)
     assert own.level_for(kl=0.002) > setting.level
+    sizes = read_config(path)
+    shape = sizes["num_key_value_heads"], sizes["head_dim"]
+    assert [x.shape for x in own.layers] == [shape] * sizes["num_hidden_layers"]
 
 
 def test_conversion_takes_the_file_along(tmp_path: Path):

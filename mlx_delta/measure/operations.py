@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 # Operations of MLX's that only look at a buffer in another way: no kernel runs for them.
@@ -30,8 +31,11 @@ def count_operations(*outputs: Any) -> int:
         *outputs: Arrays, or trees of them.
     """
     leaves: Any = tree_flatten(list(outputs))
+    arrays = [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+    if not arrays:
+        return 0
     graph = io.StringIO()
-    mx.export_to_dot(graph, *(leaf for _, leaf in leaves if isinstance(leaf, mx.array)))
+    mx.export_to_dot(graph, *arrays)
     names = re.findall(r'\[label ="([^"]*)", shape=rectangle\]', graph.getvalue())
     return sum(name not in VIEWS for name in names)
 
@@ -42,7 +46,8 @@ def decode_operations(
     """Operations of each of the next tokens, those that the caches need included.
 
     A token that finishes a block encodes it too. What is evaluated on the way, as when the length
-    of what was packed decides where it goes, is counted before it is.
+    of what was packed decides where it goes, is counted before it is. What NumPy computes, where
+    there is no GPU, is not counted.
 
     Args:
         model: From :func:`mlx_delta.load`.
@@ -62,13 +67,21 @@ def decode_operations(
 
 @contextmanager
 def _counting() -> Iterator[list[int]]:
-    """Counts the operations of what is evaluated within, each graph as it is evaluated."""
+    """Counts the operations of what is evaluated within, each graph as it is evaluated.
+
+    By MLX's own functions, or because NumPy asks for the values.
+    """
     counts: list[int] = []
-    evaluate = mx.eval
 
-    def counted(*outputs: Any) -> None:
-        counts.append(count_operations(*outputs))
-        evaluate(*outputs)
+    def counting(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*values: Any, **options: Any) -> Any:
+            counts.append(count_operations(*values))
+            return evaluate(*values, **options)
 
-    with patch.object(mx, "eval", counted):
+        return counted
+
+    names = ((mx, "eval"), (mx, "async_eval"), (np, "array"), (np, "asarray"))
+    with ExitStack() as stack:
+        for module, name in names:
+            stack.enter_context(patch.object(module, name, counting(getattr(module, name))))
         yield counts

@@ -160,13 +160,14 @@ def test_skippable_products_are_the_sparsity_of_the_last_query(name):
 def test_the_demo_model_by_hand():
     model, _ = load("demo")
     traffic = decode_traffic(model, filled(model, "kv4", 70))
-    # 4 layers: hidden 320, 8 heads of 64 and 2 kv heads, MLP of 768; 4,096 tied tokens.
-    layer = 320 * 512 + 2 * 320 * 128 + 512 * 320 + 3 * 320 * 768
-    products = 4 * layer + 4096 * 320
-    assert traffic.projection_macs == products == 5_898_240
-    assert traffic.weight_bytes == 2 * (products + 9 * 320) == 11_802_240
-    assert traffic.attention_macs == 4 * 8 * 128 * 70
-    assert traffic.cache_bytes == 4 * 2 * 2 * 36 * 70
+    # 6 layers: hidden 384, 6 heads of 64 and 2 kv heads, MLP of 1,024; 4,096 tied tokens.
+    layer = 384 * 384 + 2 * 384 * 128 + 384 * 384 + 3 * 384 * 1024
+    products = 6 * layer + 4096 * 384
+    assert traffic.projection_macs == products == 11_010_048
+    # 8 bits, a scale and a bias of 16 bits per 64 weights, and the 13 norms.
+    assert traffic.weight_bytes == products * 17 // 16 + 2 * 13 * 384 == 11_708_160
+    assert traffic.attention_macs == 6 * 6 * 128 * 70
+    assert traffic.cache_bytes == 6 * 2 * 2 * 36 * 70
 
 
 # Operations.
@@ -204,9 +205,11 @@ def test_what_is_evaluated_on_the_way_is_counted_too():
         def __call__(self, x: mx.array, cache: list) -> mx.array:
             half = x + 1
             mx.eval(half)
-            return half * 2 + 3
+            mx.async_eval({"more": [other := half * 2]})
+            np.asarray(other - 3)
+            return other + 3
 
     class Nothing:
         state = ()
 
-    assert decode_operations(Impatient(), [Nothing()], 2) == [3, 3]
+    assert decode_operations(Impatient(), [Nothing()], 2) == [4, 4]
