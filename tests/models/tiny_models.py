@@ -21,7 +21,7 @@ from tests.peers.upstream import fetch_tests, import_tests
 
 RUNNER = "model_test_runner"
 ALL = "test_all_models"
-VOCABULARY = 256  # at least as many as the tokens that the tests here feed
+VOCABULARY = 256  # where a model has a larger one
 
 SMALL = {
     "hidden_size": 64,
