@@ -1,6 +1,7 @@
 """What a checkpoint must hold: its config.json checked, and every tensor's name and shape.
 
-Both follow from Hugging Face's Llama and BitNet, whose names mlx-lm and mlx-swift-lm use too:
+Both follow from Hugging Face's Llama, BitNet and Gemma 3, whose names mlx-lm and mlx-swift-lm
+use too:
 https://github.com/huggingface/transformers/tree/main/src/transformers/models/llama
 https://github.com/huggingface/transformers/tree/main/src/transformers/models/bitnet
 """
@@ -13,9 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConvertError
+from .gemma import MODEL_TYPE as GEMMA
+from .gemma import Windows, old_spelling, read_windows
 
 # The feed-forward's activation is part of the model's code, so config.json must not name another.
-ACTIVATIONS = {"llama": "silu", "mistral": "silu", "bitnet": "relu2"}
+ACTIVATIONS = {
+    "llama": "silu",
+    "mistral": "silu",
+    "bitnet": "relu2",
+    GEMMA: "gelu_pytorch_tanh",
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -47,6 +55,7 @@ class Architecture:
     attention_bias: bool
     mlp_bias: bool
     rope: dict[str, Any]
+    windows: Windows | None = None
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module paths of the layers' projections: (outputs, inputs)."""
@@ -71,6 +80,11 @@ class Architecture:
         norms = {"input_layernorm": self.hidden, "post_attention_layernorm": self.hidden}
         if self.model_type == "bitnet":
             norms |= {"self_attn.attn_sub_norm": self.hidden, "mlp.ffn_sub_norm": self.ffn}
+        if self.windows:
+            norms |= dict.fromkeys(
+                ("pre_feedforward_layernorm", "post_feedforward_layernorm"), self.hidden
+            )
+            norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_dim)
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden)
         }
@@ -90,7 +104,23 @@ class Architecture:
     def kv_bytes(self, context: int, bits: int) -> int:
         """Bytes of a dense key-value cache; 4- and 8-bit ones with groups of 64."""
         per_value = bits / 8 if bits == 16 else (bits + 32 / 64) / 8
-        return round(2 * self.layers * self.kv_heads * self.head_dim * context * per_value)
+        tokens = self.layers * context
+        if self.windows:
+            tokens = self.windows.cached_tokens(self.layers, context)
+        return round(2 * self.kv_heads * self.head_dim * tokens * per_value)
+
+    def entries(self) -> dict[str, Any]:
+        """What loaders would otherwise take from defaults that differ, for config.json."""
+        entries = {
+            "head_dim": self.head_dim,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.positions,
+            "tie_word_embeddings": self.tied,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        }
+        rope = self.windows.entries(self.layers, self.rope) if self.windows else None
+        return entries | (rope or rope_entries(self.rope))
 
 
 def read_architecture(
@@ -115,6 +145,9 @@ def read_architecture(
             f"{', '.join(ACTIVATIONS)}. Try mlx_lm.convert."
         )
     activation = config.get("hidden_act") or ACTIVATIONS[model_type]
+    if model_type == GEMMA:
+        config = old_spelling(config, where)
+        activation = config.get("hidden_activation") or activation
     if activation != ACTIVATIONS[model_type]:
         raise ConvertError(
             f"{where} has hidden_act {str(activation)[:60]!r}, but {model_type} models here "
@@ -158,15 +191,17 @@ def read_architecture(
         raise ConvertError(f"{where} must have rms_norm_eps in (0, 1) but has {str(epsilon)[:60]}.")
     if config.get("num_experts") or config.get("num_local_experts"):
         raise ConvertError(f"{where} describes a mixture of experts; try mlx_lm.convert.")
+    layers = whole("num_hidden_layers", 1 << 10)
+    windows = read_windows(config, layers, where) if model_type == GEMMA else None
     types = config.get("layer_types")
-    if types is not None and set(map(str, types)) != {"full_attention"}:
+    if types is not None and windows is None and types != ["full_attention"] * layers:
         raise ConvertError(
             f"{where} has layer_types other than full_attention; try mlx_lm.convert."
         )
     return Architecture(
         model_type=model_type,
         hidden=hidden,
-        layers=whole("num_hidden_layers", 1 << 10),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -177,6 +212,7 @@ def read_architecture(
         attention_bias=flag("attention_bias", False),
         mlp_bias=flag("mlp_bias", False),
         rope=read_rope(config, where),
+        windows=windows,
     )
 
 

@@ -2,8 +2,8 @@
 
 Taken from the source of https://github.com/ml-explore/mlx-swift-lm: MLXLMCommon/Load.swift
 (which files, every key matched), MLXLMCommon/BaseConfiguration.swift (the ``quantization`` entry),
-MLXLLM/Models/Llama.swift and Bitnet.swift (types of config.json's values, rope). Tokenizers are
-those of https://github.com/huggingface/swift-transformers.
+MLXLLM/Models/Llama.swift, Bitnet.swift and Gemma3Text.swift (types of config.json's values,
+rope). Tokenizers are those of https://github.com/huggingface/swift-transformers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .files import read_json, regular_file
 from .from_safetensors import INDEX
 from .safetensors_io import Tensor, read_header
 
-MODEL_TYPES = ("llama", "mistral", "bitnet")
+MODEL_TYPES = ("llama", "mistral", "bitnet", "gemma3_text")
 FLOATS = ("F32", "F16", "BF16")
 # Swift's decoder takes no whole number for a truth value, nor a string for a number.
 WHOLE = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
          "vocab_size")  # fmt: skip
-OPTIONAL_WHOLE = ("head_dim", "max_position_embeddings", "num_key_value_heads")
+OPTIONAL_WHOLE = ("head_dim", "max_position_embeddings", "num_key_value_heads",
+                  "sliding_window", "sliding_window_pattern")  # fmt: skip
 OPTIONAL_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rope_traditional")
 # Keys beside the layers that its quantization decoder skips.
 QUANTIZATION_KEYS = ("group_size", "bits", "mode", "quant_method", "linear_class",
@@ -80,8 +81,9 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     if not _is_number(config.get("rms_norm_eps")):
         problems.append("rms_norm_eps must be a number")
     theta = config.get("rope_theta")
-    if theta is not None and not _is_number(theta):
-        problems.append("rope_theta must be a number")
+    for key in ("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"):
+        if config.get(key) is not None and not _is_number(config[key]):
+            problems.append(f"{key} must be a number")
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and theta is None and parameters.get("rope_theta"):
         problems.append("rope_parameters is not read: rope_theta would silently be 10000")

@@ -98,18 +98,38 @@ def read_delta(job: Job, source: Source) -> dict[str, Any] | None:
         ConvertError: It is not a valid setting.
     """
     from mlx_delta.config import DeltaConfig
+    from mlx_delta.sensitivities import BUNDLED
 
     delta = job.delta
+    if job.shim and source.arch.windows:
+        raise ConvertError("--mlx-lm-shim is for llama and bitnet models; leave it out.")
     if delta == "source":
-        delta = source.config.get("delta", DeltaConfig().to_dict())
+        delta = source.config.get("delta", default_delta(source))
     if delta is None:
         return None
     try:
         config = DeltaConfig.from_dict(delta)  # type: ignore[arg-type]
-        config.for_layer(0, source.arch.layers)
+        named = config.sensitivities
+        if isinstance(named, str):
+            if named not in source.files and not (BUNDLED / named).is_file():
+                raise ValueError(f"the file of its sensitivities, {named[:60]!r}, is missing")
+        else:
+            config.for_layer(0, source.arch.layers)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConvertError(f"the setting of the delta is wrong: {error}") from None
     return config.to_dict()
+
+
+def default_delta(source: Source) -> dict[str, Any] | None:
+    """The library's setting, or ``None`` where it has no model that holds this one's keys."""
+    from mlx_delta.config import DeltaConfig
+    from mlx_delta.models import get_model_classes
+
+    try:
+        get_model_classes({**source.config, "delta": None})
+    except ValueError:
+        return None
+    return DeltaConfig().to_dict()
 
 
 def describe(source: Source, plan: Plan, fit: Fit) -> str:

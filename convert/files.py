@@ -14,6 +14,8 @@ from .errors import ConvertError
 
 # Larger ones are not what they claim to be; the largest tokenizer.json known are about 40 MB.
 MAX_JSON_BYTES = 256 << 20
+# Writing JSON again recurses further than reading it: what is read must stay well below.
+MAX_NESTING = 64
 
 
 def regular_file(path: Path) -> os.stat_result:
@@ -77,6 +79,7 @@ def parse_json(text: bytes, name: str) -> Any:
             parse_constant=number,
             parse_float=number,
         )
+        _check_nesting(value, name)
         if b"\\u" in text:  # half of a pair can be escaped, but not written again
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -86,6 +89,25 @@ def parse_json(text: bytes, name: str) -> Any:
         raise ConvertError(f"{name} is nested too deeply to be a model's file.") from None
     except ValueError as error:  # JSONDecodeError, a UnicodeError, an over-long integer
         raise ConvertError(f"{name} is not valid JSON: {error}.") from None
+
+
+def _check_nesting(value: Any, name: str) -> None:
+    """Refuse lists and objects within more than ``MAX_NESTING`` others.
+
+    Raises:
+        ConvertError: There are some.
+    """
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ConvertError(f"{name} is nested too deeply to be a model's file.")
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

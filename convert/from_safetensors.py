@@ -50,6 +50,13 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
             f"{folder} has no .safetensors files; PyTorch .bin checkpoints must be saved as "
             "safetensors first (transformers: save_pretrained)."
         )
+    single = folder / "model.safetensors"
+    if weight_map is not None and single not in files and single.is_file():
+        # As mlx_lm.fuse leaves it: loaders differ in which they take.
+        raise ConvertError(
+            f"{folder} holds model.safetensors and an index of other files; remove {INDEX}, or "
+            "model.safetensors if the others are the model."
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         regular_file(file)

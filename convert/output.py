@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .architecture import rope_entries
 from .files import dump_json, format_bytes, parse_json, write_file
 from .from_safetensors import CONFIG_DTYPES, INDEX
 from .plan import Plan
@@ -63,17 +62,7 @@ def make_config(
     arch = source.arch
     config = {key: value for key, value in source.config.items() if key not in LEFT_OUT}
     dtype = next(name for name, short in CONFIG_DTYPES.items() if short == plan.dtype)
-    config |= {
-        "head_dim": arch.head_dim,
-        "num_key_value_heads": arch.kv_heads,
-        "max_position_embeddings": arch.positions,
-        "tie_word_embeddings": arch.tied,
-        "attention_bias": arch.attention_bias,
-        "mlp_bias": arch.mlp_bias,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        **rope_entries(arch.rope),
-    }
+    config |= {"dtype": dtype, "torch_dtype": dtype, **arch.entries()}
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if plan.quantization is not None:
@@ -162,11 +151,11 @@ def make_report(
 
     No times, no paths of this machine: the same conversion gives the same bytes.
     """
-    from mlx_delta import __version__
+    from mlx_delta.version import VERSION
 
     tensors = [entry for shard in shards.values() for entry in shard["tensors"]]
     return {
-        "converter": f"mlx_delta {__version__}",
+        "converter": f"mlx_delta {VERSION}",
         "mlx": version("mlx"),
         "source": {"name": source.name, "format": source.format, "files": inputs},
         "settings": dict(settings),

@@ -145,7 +145,12 @@ def make_plan(source: Source, options: Options) -> Plan:
         shards[-1].append(item)
         size += item.nbytes
     packed = any(item.action == "pack u8" for item in items)
-    return Plan(dtype, shards, _quantization(items, options), packed, notes)
+    quantization = _quantization(items, options)
+    if source.arch.windows and source.arch.tied and quantization is not None:
+        # mlx-swift-lm's Gemma copies the embedding to a head, and looks for its bits there.
+        entry = quantization.get("model.embed_tokens")
+        quantization |= {"lm_head": entry} if entry else {}
+    return Plan(dtype, shards, quantization, packed, notes)
 
 
 def _item(

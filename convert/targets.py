@@ -48,15 +48,19 @@ APP_MEMORY = {4: (2.1, 2.4), 6: (3.1, 4.2), 8: (3.0, 6.0), 12: (6.0, 8.0), 16: (
 
 
 def parse_memory(text: str) -> float:
-    """A device's memory in GB from ``8GB``, ``8 gb`` or ``8``.
+    """A device's memory in GB from ``8GB``, ``8 gb``, ``8192MB`` or ``8``.
 
     Raises:
-        ConvertError: It is none of these.
+        ConvertError: It is none of these, or no memory that a model could run in.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb|gib|g)?\s*", text.lower())
-    if not match or not 0 < float(match[1]) <= 4096:
-        raise ConvertError(f"--device-memory must look like 8GB but is {text[:40]!r}.")
-    return float(match[1])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mgt]?)(?:i?b)?\s*", text.lower())
+    # Memory is sold in powers of two and named in decimal words: 8192 MB are 8 GB.
+    size = float(match[1]) * {"m": 1 / 1024, "t": 1024}.get(match[2], 1) if match else 0.0
+    if not 0.5 <= size <= 4096:
+        raise ConvertError(
+            f"--device-memory must look like 8GB and be from 512MB to 4096GB but is {text[:40]!r}."
+        )
+    return size
 
 
 def usable_memory(target: str, memory: float) -> tuple[int, int]:
@@ -110,7 +114,8 @@ def assess(
     gives = format_bytes(low) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
     lines = [
         f"needs {format_bytes(needed)}: weights {format_bytes(weight_bytes)}, {kv_bits}-bit cache "
-        f"of {context} tokens {format_bytes(cache)}, overhead {format_bytes(OVERHEAD_BYTES)}",
+        f"of {context} token{'s' * (context != 1)} {format_bytes(cache)}, overhead "
+        f"{format_bytes(OVERHEAD_BYTES)}",
         f"{target} with {memory:g} GB gives a model about {gives}: "
         + {
             "yes": "it fits",
@@ -132,7 +137,9 @@ def _ways(arch: Architecture, weight_bytes: int, usable: int, kv_bits: int) -> l
             context = int(left / arch.kv_bytes(1024, bits) * 1024) // 256 * 256
             if context >= 512:
                 ways.append(f"--max-context {min(context, arch.positions)} --kv-bits {bits}")
-    if not ways:
+    if not ways and usable <= OVERHEAD_BYTES:
+        ways.append("nothing: a model needs more memory than this for its overhead alone")
+    elif not ways:
         ways.append(
             f"weights of at most {format_bytes(max(0, usable - OVERHEAD_BYTES))} less the cache: "
             "fewer bits (--q-bits, --embed-bits), a smaller model or more memory"

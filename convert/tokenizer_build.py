@@ -11,22 +11,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from .errors import ConvertError
 from .files import dump_json
+from .splitting import Rule
 
 # No known piece comes near: the longest in use are runs of some hundred spaces.
 MAX_PIECE = 1024
 MAX_PIECES = 1 << 21
-
-# The splitting rules that llama.cpp names by ``tokenizer.ggml.pre`` (llama-vocab.cpp).
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class PieceType(IntEnum):
@@ -92,7 +87,11 @@ def spm_tokenizer(
         add_prefix: Whether a text gets a space in front.
         strip: Whether spaces at the ends are removed and runs of them made one.
     """
-    ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
+    # A user's own pieces are found in the text before anything else, so with its spaces.
+    ids = {
+        piece.replace("▁", " ") if kind == PieceType.USER_DEFINED else piece: i
+        for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+    }
     unknown = next(
         (
             p
@@ -129,26 +128,30 @@ def spm_tokenizer(
 
 
 def _merges(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every split of every piece into two others, best score first."""
+    """Every split of every ordinary piece into two others, best score first."""
     ranked = []
+    known = ids.get
     for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True)):
-        if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) or len(piece) < 2:
+        if kind != PieceType.NORMAL or len(piece) < 2:
             continue
-        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        known = [(ids[left], ids[right]) for left, right in splits if left in ids and right in ids]
-        ranked += [(-vocabulary.scores[i], *sorted_pair) for sorted_pair in sorted(known)]
+        score = -vocabulary.scores[i]
+        pairs = [
+            (left, right)
+            for k in range(1, len(piece))
+            if (left := known(piece[:k])) is not None and (right := known(piece[k:])) is not None
+        ]
+        ranked += [(score, left, right) for left, right in sorted(pairs)]
     ranked.sort(key=lambda entry: entry[0])
-    return [(vocabulary.pieces[left], vocabulary.pieces[right]) for _, left, right in ranked]
+    pieces = vocabulary.pieces
+    return [(pieces[left], pieces[right]) for _, left, right in ranked]
 
 
-def bpe_tokenizer(vocabulary: Vocabulary, merges: list[str], pre: str) -> Tokenizer:
+def bpe_tokenizer(vocabulary: Vocabulary, merges: list[str], rule: Rule) -> Tokenizer:
     """A byte-level BPE tokenizer, as GPT-2's and Llama 3's.
 
     Raises:
-        ConvertError: The splitting rule ``pre`` is not known, or a merge is broken.
+        ConvertError: A merge is broken.
     """
-    if pre not in ("llama-bpe", "llama3", "gpt-2"):
-        raise ConvertError(f"the splitting rule {pre[:40]!r} is not known")
     ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
     pairs = []
     for merge in merges:
@@ -156,17 +159,10 @@ def bpe_tokenizer(vocabulary: Vocabulary, merges: list[str], pre: str) -> Tokeni
         if not separator or left not in ids or right not in ids or left + right not in ids:
             raise ConvertError(f"the merge {merge[:60]!r} is not of its own vocabulary")
         pairs.append((left, right))
-    # Llama 3 takes a word that is a token as it is, whatever the merges say.
-    tokenizer = Tokenizer(BPE(ids, pairs, ignore_merges=pre != "gpt-2"))
-    if pre == "gpt-2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    tokenizer = Tokenizer(BPE(ids, pairs, ignore_merges=rule.ignore_merges))
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = rule.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, vocabulary)
     return tokenizer

@@ -11,6 +11,14 @@ from .files import MAX_JSON_BYTES, dump_json, parse_json, read_bytes
 # Copied as they are when they are there.
 JSON_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 OTHER_FILES = ("tokenizer.model",)
+TOKENIZER_FILES = (
+    *JSON_FILES,
+    *OTHER_FILES,
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 # Names that swift-transformers and transformers 4 know, for those of transformers 5.
 TOKENIZER_CLASSES = {
     "TokenizersBackend": "PreTrainedTokenizerFast",
@@ -18,28 +26,44 @@ TOKENIZER_CLASSES = {
     "SentencePieceBackend": "LlamaTokenizer",
 }
 # Tokens that end a turn in chat templates and that a model's eos_token_id often lacks.
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+TURN_ENDS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+)
 
 
-def read_tokenizer(folder: Path) -> dict[str, bytes]:
+def read_tokenizer(path: Path) -> dict[str, bytes]:
     """The tokenizer files of a directory, by name.
 
     Where there is only a sentencepiece ``tokenizer.model``, a ``tokenizer.json`` is built.
 
+    Args:
+        path: The directory, or the one of its files that holds the tokenizer; what stands beside
+            it goes along, but for another tokenizer.
+
     Raises:
         ConvertError: There is no tokenizer, or a file of it is broken.
     """
+    folder, chosen = (path.parent, path) if path.is_file() else (path, None)
+    others = ("tokenizer.json", "tokenizer.model") if chosen else ()
     files: dict[str, bytes] = {}
     for name in (*JSON_FILES, "tokenizer_config.json", "chat_template.json"):
-        path = folder / name
-        if path.exists() or path.is_symlink():
-            files[name] = read_bytes(path, MAX_JSON_BYTES)
-            if not isinstance(parse_json(files[name], str(path)), dict):
-                raise ConvertError(f"{path} must hold a JSON object.")
+        file = folder / name
+        if name not in others and (file.exists() or file.is_symlink()):
+            files[name] = read_object(file)
     for name in (*OTHER_FILES, "chat_template.jinja"):
-        path = folder / name
-        if path.exists() or path.is_symlink():
-            files[name] = read_bytes(path, MAX_JSON_BYTES)
+        file = folder / name
+        if name not in others and (file.exists() or file.is_symlink()):
+            files[name] = read_bytes(file, MAX_JSON_BYTES)
+    if chosen is not None:
+        if chosen.suffix == ".json":
+            files["tokenizer.json"] = read_object(chosen)
+        else:
+            files["tokenizer.model"] = read_bytes(chosen, MAX_JSON_BYTES)
     if "tokenizer.json" not in files:
         if "tokenizer.model" not in files:
             raise ConvertError(
@@ -48,7 +72,8 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
             )
         from .sentencepiece_model import build_tokenizer
 
-        built = build_tokenizer(files["tokenizer.model"], str(folder / "tokenizer.model"))
+        where = str(chosen or folder / "tokenizer.model")
+        built = build_tokenizer(files["tokenizer.model"], where)
         old = _object(files, "tokenizer_config.json")
         files["tokenizer.json"] = built["tokenizer.json"]
         new = parse_json(built["tokenizer_config.json"], "tokenizer_config.json")
@@ -56,6 +81,51 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
         new = {**new, **old, "tokenizer_class": new["tokenizer_class"]}
         files["tokenizer_config.json"] = dump_json(new)
     return files
+
+
+def read_object(file: Path) -> bytes:
+    """A file that holds a JSON object, as it is.
+
+    Raises:
+        ConvertError: It does not.
+    """
+    data = read_bytes(file, MAX_JSON_BYTES)
+    if not isinstance(parse_json(data, str(file)), dict):
+        raise ConvertError(f"{file} must hold a JSON object.")
+    return data
+
+
+def check_tokenizer(files: dict[str, bytes], vocab: int, where: str) -> None:
+    """Refuse a tokenizer that can't be read, or has ids without a row in the embedding.
+
+    Args:
+        files: Contents by name.
+        vocab: Rows of the embedding.
+        where: What to call the tokenizer in an error.
+
+    Raises:
+        ConvertError: It is one of these.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        ids = list(tokenizer.get_vocab(with_added_tokens=True).values())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exceptions, and panics, which are none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConvertError(f"{where}: tokenizer.json can't be read: {reason[:200]}.") from None
+    added = _object(files, "added_tokens.json").values()
+    named = _object(files, "tokenizer_config.json").get("added_tokens_decoder")
+    ids += [i for i in added if isinstance(i, int)]
+    ids += [int(i) for i in (named if isinstance(named, dict) else {}) if i.isdecimal()]
+    if ids and max(ids) >= vocab:
+        raise ConvertError(
+            f"{where}: the tokenizer has ids up to {str(max(ids))[:20]} but the embedding has only "
+            f"{vocab} rows; it does not belong to this model: give the right one with "
+            "--tokenizer-from."
+        )
 
 
 def finish_tokenizer(files: dict[str, bytes], notes: list[str]) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .errors import ConvertError
+from .layers import Layers, Streamed, dequantize
 from .pipeline import STEP_ELEMENTS
 from .sources import SourceOptions, open_source
 from .weights import Affine, Source, Ternary, Weight
@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
     mx.set_cache_limit(CACHE_BYTES)  # a GPU's freed buffers
     job = json.loads(arguments[0])
     reading = SourceOptions(**job["reading"])
-    print(json.dumps(verify(open_source(job["source"], reading), Path(job["folder"]))))
+    source = open_source(job["source"], reading, tokenizer=False)
+    print(json.dumps(verify(source, Path(job["folder"]))))
     return 0
 
 
@@ -79,13 +80,14 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         Leibler divergence (source to result), top-1 agreement and losses on the text; for
         ternary models divergence and loss with int8 activations, too.
     """
-    import mlx_delta
+    from mlx_delta.loading import load
+    from mlx_delta.system.devices import has_gpu
 
-    model, tokenizer = mlx_delta.load(folder, delta=None, lazy=True)
+    model, tokenizer = load(folder, delta=None, lazy=True)
     tokens = _tokens(tokenizer, source)
     layers = Layers(source)
     inputs = mx.array(tokens[:-1])[None]
-    new_hidden = model.model.embed_tokens(inputs).astype(mx.float32)
+    new_hidden = layers.scale(model.model.embed_tokens(inputs).astype(mx.float32))
     old_hidden = layers.embed(tokens[:-1])
     # Ternary layers round activations to int8, which no other loader does: run with and without.
     int8_hidden = new_hidden if set_activation_bits(model) else None
@@ -103,14 +105,14 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
     for i in range(source.arch.layers):
         compare_weights((f"model.layers.{i}.",))
         old_hidden = layers.run(i, old_hidden)
-        layer = model.model.layers[i]
-        if not mlx_delta.loading.has_gpu():
+        layer, mask = model.model.layers[i], layers.mask(i, old_hidden)
+        if not has_gpu():
             unpack_layer(layer)
         if int8_hidden is not None:
-            int8_hidden = layer(int8_hidden, mask="causal").astype(mx.float32)
+            int8_hidden = layer(int8_hidden, mask=mask).astype(mx.float32)
             mx.eval(int8_hidden)
             set_activation_bits(layer, None)
-        new_hidden = layer(new_hidden, mask="causal").astype(mx.float32)
+        new_hidden = layer(new_hidden, mask=mask).astype(mx.float32)
         mx.eval(new_hidden)
         model.model.layers[i] = None  # its weights are not needed any more
     old = layers.head(layers.norm(old_hidden))
@@ -125,45 +127,6 @@ def verify(source: Source, folder: Path) -> dict[str, Any]:
         found |= {"kl_int8": int8.get("kl"), "loss_int8": int8.get("loss_result")}
         found["summary"] += f"; with int8 activations loss {int8.get('loss_result')}"
     return found | {"exact": exact, "wrong": wrong}
-
-
-def dequantize(layer: Any, rows: slice = slice(None)) -> mx.array:
-    """A layer's weights, or some rows of them."""
-    if not hasattr(layer, "scales"):
-        return layer.weight[rows]
-    parts = (layer.weight[rows], layer.scales[rows], layer.biases[rows])
-    return mx.dequantize(*parts, layer.group_size, layer.bits)
-
-
-class Streamed(nn.Module):
-    """A linear layer whose weights are made when they are needed, some rows at a time.
-
-    Args:
-        rows: ``rows(start, stop)`` gives float32 weights [stop - start, in].
-        outputs: Rows in all.
-        step: Rows at a time.
-        bias: What is added, if anything.
-    """
-
-    def __init__(
-        self,
-        rows: Callable[[int, int], mx.array],
-        outputs: int,
-        step: int,
-        bias: mx.array | None = None,
-    ):
-        super().__init__()
-        self._rows, self._outputs, self._step, self._bias = rows, outputs, step, bias
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Multiply x [..., in]; [..., out]."""
-        parts = []
-        for start in range(0, self._outputs, self._step):
-            stop = min(self._outputs, start + self._step)
-            parts.append(x @ self._rows(start, stop).T)
-            mx.eval(parts[-1])
-        y = mx.concatenate(parts, axis=-1)
-        return y if self._bias is None else y + self._bias
 
 
 def stream_quantized(layer: Any) -> Streamed:
@@ -276,79 +239,6 @@ def _same_affine(module: Any, weight: Weight, old: Affine, start: int, stop: int
     if not bool(mx.array_equal(scales, old.scales.astype(mx.float32))):
         return None  # rounded to the type that was asked for
     return True
-
-
-class Layers:
-    """The source's model, float32, one layer in memory at a time."""
-
-    def __init__(self, source: Source):
-        from mlx_lm.models import bitnet, llama
-
-        self.source = source
-        self._module: Any = bitnet if source.arch.model_type == "bitnet" else llama
-        arch = source.arch
-        from .architecture import rope_entries
-
-        self._args = self._module.ModelArgs.from_dict(
-            {
-                **source.config,
-                **rope_entries(arch.rope),
-                "head_dim": arch.head_dim,
-                "num_key_value_heads": arch.kv_heads,
-                "tie_word_embeddings": arch.tied,
-                "attention_bias": arch.attention_bias,
-                "mlp_bias": arch.mlp_bias,
-                "max_position_embeddings": arch.positions,
-            }
-        )
-
-    def _vector(self, name: str) -> mx.array:
-        weight = self.source.weights[name]
-        return weight.dequantized(0, weight.shape[0])
-
-    def _linear(self, path: str) -> Streamed:
-        weight = self.source.weights[path + ".weight"]
-        multiple = weight.row_multiple
-        step = max(multiple, STEP_ELEMENTS // weight.shape[1] // multiple * multiple)
-        bias = self._vector(path + ".bias") if path + ".bias" in self.source.weights else None
-        return Streamed(weight.dequantized, weight.shape[0], step, bias)
-
-    def embed(self, tokens: list[int]) -> mx.array:
-        """[1, L, hidden]: only the rows of these tokens are read."""
-        weight = self.source.weights["model.embed_tokens.weight"]
-        rows = []
-        for token in tokens:
-            start = token // weight.row_multiple * weight.row_multiple
-            part = weight.dequantized(start, min(weight.shape[0], start + weight.row_multiple))
-            rows.append(part[token - start])
-        return mx.stack(rows)[None]
-
-    def run(self, index: int, hidden: mx.array) -> mx.array:
-        """One layer."""
-        layer = self._module.TransformerBlock(self._args)
-        prefix = f"model.layers.{index}."
-        linears = [path for path in self.source.arch.linears() if path.startswith(prefix)]
-        for path in linears:
-            parent, name = path.removeprefix(prefix).split(".")
-            setattr(layer[parent], name, self._linear(path))
-        norms = [
-            (name.removeprefix(prefix), self._vector(name))
-            for name in self.source.weights
-            if name.startswith(prefix) and name.rpartition(".")[0] not in linears
-        ]
-        layer.load_weights(norms, strict=False)
-        output = layer(hidden, mask="causal")
-        mx.eval(output)
-        return output
-
-    def norm(self, hidden: mx.array) -> mx.array:
-        """The last norm."""
-        return mx.fast.rms_norm(hidden, self._vector("model.norm.weight"), self._args.rms_norm_eps)
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Logits [1, L, vocabulary], some rows of the head at a time."""
-        tied = self.source.arch.tied
-        return self._linear("model.embed_tokens" if tied else "lm_head")(hidden)
 
 
 def _compare(old: mx.array, new: mx.array, targets: list[int]) -> dict[str, Any]:

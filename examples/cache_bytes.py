@@ -51,7 +51,7 @@ def bytes_table(args: argparse.Namespace) -> None:
         cache = DeltaKVCache(DeltaConfig(key_bits=key_bits, value_bits=value_bits))
         fill(cache, keys)
         size = cache.config.block_size
-        zeros = np.array(cache.zeros)[:, :, : cache._encoded[0]].mean() / ((size - 1) * HEAD_DIM)
+        zeros = np.array(cache.zeros)[:, :, : cache.encoded[0]].mean() / ((size - 1) * HEAD_DIM)
         name = f"delta, key_bits={key_bits}, value_bits={value_bits}"
         _print_bytes(name, f"{zeros:.3f}", cache.key_nbytes / dense, cache.value_nbytes / dense)
     stock = [("mlx-lm, dense", KVCache())]

@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from mlx_delta import load
-from mlx_delta.loading import find_model, has_gpu
+from mlx_delta.loading import find_model
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.system.devices import has_gpu
 
 
 def speed_table(args: argparse.Namespace) -> None:

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-ThresholdMode = Literal["relative", "absolute"]
+import numpy as np
+
+from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting, shown
+from .notation import read_fields, write_fields
+from .sensitivities import Sensitivities
+
+__all__ = [
+    "KEY_BITS",
+    "MODES",
+    "RUN_MODES",
+    "VALUE_BITS",
+    "DeltaConfig",
+    "RunValue",
+    "ThresholdMode",
+]
+
+ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
-KEY_BITS = (16, 8, 4, 3, 2)
-VALUE_BITS = (16, 8, 4)
+RUN_MODES = ("optimal", "greedy")  # of which a level sets how much is held
+# Of models that were not calibrated: in units of squared scores, so it suits all models alike.
+DEFAULT_LEVEL = 0.03
 
 
 @dataclass(frozen=True)
@@ -27,12 +42,17 @@ class DeltaConfig:
     keys of every older block (DeltaLLM, arXiv 2507.19608, in a blocked form).
 
     Args:
-        threshold: A key value is held until it has changed by more than the threshold. Either
-            one number, or one for each layer, which may itself be a tuple with one for each of
-            the layer's kv heads. 0 holds nothing that has changed.
-        threshold_mode: ``"relative"``: the threshold of a block and kv head is ``threshold``
-            times the root mean square of the block's keys around their mean, so it needs no
-            calibration. ``"absolute"``: ``threshold`` itself, in units of the keys (the paper).
+        threshold: For the modes ``"relative"`` and ``"absolute"``, which it alone asks for
+            (``"relative"`` if no mode is given). A key value is held until it has changed by more
+            than the threshold. Either one number, or one for each layer, which may itself be a
+            tuple with one for each of the layer's kv heads. 0 holds nothing that has changed.
+        threshold_mode: Where a held value ends. ``"optimal"``, the default unless another value
+            given needs ``"relative"``, cuts each channel of
+            a block into runs so that what their errors do to the model's output and the number of
+            runs together cost least; ``"greedy"`` comes near to that in one pass; see
+            :mod:`mlx_delta.method.runs`. ``"relative"``: the threshold of a block and kv head is
+            ``threshold`` times the root mean square of the block's keys around their mean.
+            ``"absolute"``: ``threshold`` itself, in units of the keys (the paper).
         block_size: Tokens in a block.
         window: Tokens before the query's own block that stay exact; a multiple of
             ``block_size``. The exact span is ``window`` to ``window + block_size`` tokens.
@@ -54,13 +74,19 @@ class DeltaConfig:
             multiple of 8, up to 64; a float32 model's keys are rounded to float16.
         value_bits: How values (V) are stored. ``None``: in the model's type. 16: in 16 bits.
             8 or 4: as codes, in mlx-lm's own quantized form.
+        level: For the modes ``"optimal"`` and ``"greedy"``: what a run costs; the higher, the
+            more is held. 0 holds nothing that has changed. ``None``: a safe default.
+        sensitivities: For the same modes: how much the model's output minds errors of each
+            layer's, kv head's and channel's keys. A name is that of a file beside the model, which
+            :func:`mlx_delta.load` reads. ``None``: :func:`mlx_delta.load` weighs
+            channels by the queries of a short sample (unless ``lazy``); all count alike elsewhere.
 
     Raises:
         ValueError: A value is out of range; the message names it.
     """
 
-    threshold: Thresholds = 1.0
-    threshold_mode: ThresholdMode = "relative"
+    threshold: Thresholds | None = None
+    threshold_mode: ThresholdMode | None = None
     block_size: int = 64
     window: int = 64
     sinks: int = 4
@@ -69,84 +95,25 @@ class DeltaConfig:
     block_fraction: float | None = None
     key_bits: int | None = None
     value_bits: int | None = None
+    level: float | None = None
+    sensitivities: Sensitivities | str | None = None
 
     def __post_init__(self) -> None:
-        """Validate every field once, so that the code that uses them can trust them."""
+        """Fill in what follows from the rest, and validate every field once."""
+        if self.threshold_mode is None:
+            given = _needs_threshold(
+                self.threshold, self.keyframes, self.run_value, self.block_fraction
+            )
+            object.__setattr__(self, "threshold_mode", "relative" if given else "optimal")
+        if self.threshold is None and self.threshold_mode in ("relative", "absolute"):
+            object.__setattr__(self, "threshold", 1.0)
         # JSON gives lists; tuples keep the configuration hashable.
         object.__setattr__(self, "threshold", _nested(self.threshold, tuple))
-        layers = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        heads = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
-        if not all([layers, *heads]):
-            raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
-        for value in itertools.chain(*heads):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"[DeltaConfig] threshold must be a number but got {value!r}.")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {value}.")
-        if self.threshold_mode not in ("relative", "absolute"):
-            raise ValueError(
-                "[DeltaConfig] threshold_mode must be 'relative' or 'absolute' but got "
-                f"{self.threshold_mode!r}."
-            )
-        for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {value!r}.")
-            if value < least:
-                raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {value}.")
-        if self.window % self.block_size:
-            raise ValueError(
-                f"[DeltaConfig] window must be a multiple of block_size ({self.block_size}) but "
-                f"got {self.window}."
-            )
-        if not isinstance(self.keyframes, bool):
-            raise ValueError(
-                f"[DeltaConfig] keyframes must be true or false but got {self.keyframes!r}."
-            )
-        self._check_run_value()
-        if self.block_fraction is not None:
-            fraction = self.block_fraction
-            if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-                raise ValueError(
-                    f"[DeltaConfig] block_fraction must be in (0, 1] but got {fraction!r}."
-                )
-            if self.window:
-                raise ValueError(
-                    f"[DeltaConfig] block_fraction needs window=0 but got window={self.window}."
-                )
-        self._check_storage()
-
-    def _check_run_value(self) -> None:
-        """Validate what runs are held as."""
-        if self.run_value not in ("mean", "first"):
-            raise ValueError(
-                f"[DeltaConfig] run_value must be 'mean' or 'first' but got {self.run_value!r}."
-            )
-        if self.run_value == "mean" and not self.keyframes:
-            raise ValueError(
-                "[DeltaConfig] keyframes=False needs run_value='first' but got run_value='mean': "
-                "the mean of a run that goes on in the next block is not known yet."
-            )
-
-    def _check_storage(self) -> None:
-        """Validate how keys and values are stored."""
-        for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value not in widths):
-                known = ", ".join(map(str, widths))
-                raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {value!r}.")
-        if self.key_bits is None:
-            return
-        if not self.keyframes or self.block_fraction is not None:
-            raise ValueError(
-                f"[DeltaConfig] key_bits={self.key_bits} needs keyframes=True and a fixed "
-                "block_size: packed blocks are read independently of each other."
-            )
-        if self.block_size % 8 or self.block_size > 64:
-            raise ValueError(
-                f"[DeltaConfig] key_bits={self.key_bits} needs a block_size that is a multiple "
-                f"of 8, up to 64, but got {self.block_size}."
-            )
+        given_weights: Any = self.sensitivities
+        if isinstance(given_weights, Mapping):
+            read = Sensitivities.from_dict(given_weights)
+            object.__setattr__(self, "sensitivities", read)
+        check_setting(self)
 
     @classmethod
     def paper(cls, threshold: Thresholds = 0.6) -> DeltaConfig:
@@ -167,6 +134,43 @@ class DeltaConfig:
         )
 
     @property
+    def cuts_runs(self) -> bool:
+        """Whether a level sets how much is held, rather than a threshold."""
+        return self.threshold_mode in RUN_MODES
+
+    @property
+    def run_level(self) -> float:
+        """The level, or the default one."""
+        return DEFAULT_LEVEL if self.level is None else self.level
+
+    def changed(self, **fields: Any) -> DeltaConfig:
+        """The setting with other values; one for the other kind of mode drops those of this kind.
+
+        So that ``threshold=0.5`` or ``level=0.1`` alone is enough, whatever the setting is now.
+
+        Raises:
+            ValueError: A value is out of range, or of no field.
+        """
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            raise ValueError(f"[DeltaConfig] unknown setting {unknown[0]!r}.")
+        mode = fields.get("threshold_mode")
+        if mode is None:
+            mode = self.threshold_mode
+            runs = fields.get("level") is not None or fields.get("sensitivities") is not None
+            if runs and not self.cuts_runs:
+                mode = "optimal"
+            elif self.cuts_runs and _needs_threshold(**fields):
+                mode = "relative"
+        fields["threshold_mode"] = mode
+        if mode in RUN_MODES and not self.cuts_runs:
+            fields.setdefault("threshold", None)
+        if mode not in RUN_MODES and self.cuts_runs:
+            fields.setdefault("level", None)
+            fields.setdefault("sensitivities", None)
+        return dataclasses.replace(self, **fields)
+
+    @property
     def window_blocks(self) -> int:
         """Blocks before the query's own block that stay exact."""
         return self.window // self.block_size
@@ -182,7 +186,7 @@ class DeltaConfig:
     def layer_threshold(self) -> float | tuple[float, ...]:
         """The threshold of a setting of one layer; a tuple if its kv heads have their own."""
         if not isinstance(self.threshold, tuple):
-            return self.threshold
+            return 0.0 if self.threshold is None else self.threshold
         if len(self.threshold) > 1:
             raise ValueError("[DeltaConfig] thresholds per layer: call for_layer first.")
         return self.threshold[0]
@@ -204,6 +208,9 @@ class DeltaConfig:
         Raises:
             ValueError: There are thresholds for another number of layers.
         """
+        if self.sensitivities is not None:
+            own = self.loaded_sensitivities.for_layer(layer, n_layers)
+            return dataclasses.replace(self, sensitivities=own)
         if not isinstance(self.threshold, tuple):
             return self
         if len(self.threshold) != n_layers:
@@ -211,11 +218,40 @@ class DeltaConfig:
                 f"[DeltaConfig] threshold has {len(self.threshold)} values but the model has "
                 f"{n_layers} layers."
             )
-        own = self.threshold[layer]
-        return dataclasses.replace(self, threshold=(own,) if isinstance(own, tuple) else own)
+        found = self.threshold[layer]
+        return dataclasses.replace(self, threshold=(found,) if isinstance(found, tuple) else found)
+
+    @property
+    def loaded_sensitivities(self) -> Sensitivities:
+        """The sensitivities themselves.
+
+        Raises:
+            ValueError: There is only the name of their file.
+        """
+        if not isinstance(self.sensitivities, Sensitivities):
+            raise ValueError(
+                f"[DeltaConfig] the sensitivities {self.sensitivities!r} are not loaded; load the "
+                "model with mlx_delta.load, or give them as Sensitivities."
+            )
+        return self.sensitivities
+
+    def channel_weights(self, n_heads: int, head_dim: int) -> np.ndarray:
+        """Of a setting of one layer: the weight of each channel's errors, float32 [Hkv, D].
+
+        Raises:
+            ValueError: The sensitivities are of a layer of another shape, or not loaded.
+        """
+        if self.sensitivities is None:
+            # As if queries had a mean square of 1, and their scores were divided by sqrt(D).
+            return np.full((n_heads, head_dim), 1 / head_dim, np.float32)
+        return self.loaded_sensitivities.of_layer(n_heads, head_dim)
 
     def for_head(self, head: int) -> DeltaConfig:
         """The setting of one kv head; of a setting of one layer."""
+        if self.cuts_runs:
+            if self.sensitivities is None:
+                return self
+            return dataclasses.replace(self, sensitivities=self.loaded_sensitivities.for_head(head))
         threshold = self.layer_threshold
         own = threshold[head] if isinstance(threshold, tuple) else threshold
         return dataclasses.replace(self, threshold=own)
@@ -230,6 +266,8 @@ class DeltaConfig:
         Raises:
             ValueError: There are thresholds for another number of heads.
         """
+        if isinstance(self.sensitivities, Sensitivities):
+            self.sensitivities.check_heads(n_heads)
         own = self.layer_threshold
         if isinstance(own, tuple) and len(own) != n_heads:
             name = "a layer" if layer is None else f"layer {layer}"
@@ -238,11 +276,20 @@ class DeltaConfig:
                 f"has {n_heads} kv heads."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The setting as plain JSON values, as stored under ``delta`` in a config.json."""
-        values = dataclasses.asdict(self)
+    def to_dict(self, whole: bool = False) -> dict[str, Any]:
+        """The setting as plain JSON values, as stored under ``delta`` in a config.json.
+
+        Args:
+            whole: Whether sensitivities that come from a file are written out too, rather than
+                the file's name.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["threshold"] = _nested(self.threshold, list)
-        optional = ("block_fraction", "key_bits", "value_bits")
+        if isinstance(self.sensitivities, Sensitivities):
+            named = None if whole else self.sensitivities.file
+            values["sensitivities"] = named or self.sensitivities.to_dict()
+        optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
+        optional.append("sensitivities")
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod
@@ -250,16 +297,65 @@ class DeltaConfig:
         """The setting written by :meth:`to_dict`; keys left out take their defaults.
 
         Raises:
-            ValueError: An unknown key, or a value out of range.
+            ValueError: They are no mapping, an unknown key, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"[DeltaConfig] the settings must be an object but got {shown(values)}."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        unknown = sorted(map(str, set(values) - names))
         if unknown:
             raise ValueError(
-                f"[DeltaConfig] unknown setting {unknown[0]!r}; known are "
+                f"[DeltaConfig] unknown setting {shown(unknown[0])}; known are "
                 f"{', '.join(sorted(names))}."
             )
         return cls(**values)
+
+    @classmethod
+    def parse(cls, text: str, base: DeltaConfig | None = None) -> DeltaConfig:
+        """The setting that ``key_bits=4,threshold=1.1`` stands for, as on the command lines.
+
+        Any field may be given; thresholds of layers are joined by slashes and those of a layer's
+        heads by colons: ``threshold=0.9:1.1/1.0:1.2``. Of a single one the joint stands alone:
+        ``0.9/``. ``str()`` of a setting is written alike.
+
+        Args:
+            text: Fields and values; empty changes nothing.
+            base: What the other fields are; the default setting if not given.
+
+        Raises:
+            ValueError: A field is unknown, with the nearest ones; or a value is wrong.
+        """
+        return (base or cls()).changed(**read_fields(text, cls))
+
+    def __str__(self) -> str:
+        """What :meth:`parse` reads: the fields that differ from the default setting."""
+        default = DeltaConfig()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {k: v for k, v in values.items() if v != getattr(default, k)}
+        if isinstance(self.sensitivities, Sensitivities):
+            values["sensitivities"] = self.sensitivities.file or self.sensitivities
+            return write_fields(values)
+        # A threshold mostly says the mode as well.
+        short = write_fields({k: v for k, v in values.items() if k != "threshold_mode"})
+        return short if DeltaConfig.parse(short) == self else write_fields(values)
+
+
+def _needs_threshold(
+    threshold: Any = None,
+    keyframes: Any = True,
+    run_value: Any = "mean",
+    block_fraction: Any = None,
+    **_: Any,
+) -> bool:
+    """Whether these values of fields go with the modes that have a threshold."""
+    return (
+        threshold is not None
+        or keyframes is False
+        or run_value == "first"
+        or block_fraction is not None
+    )
 
 
 def _nested(value: Any, kind: type) -> Any:

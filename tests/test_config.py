@@ -67,6 +67,11 @@ def test_a_config_json_without_what_runs_are_held_as_takes_the_default():
         ({"keyframes": False}, "keyframes=False needs run_value='first' but got run_value='mean'"),
         ({"block_fraction": 1.5, "window": 0}, r"block_fraction must be in \(0, 1\] but got 1\.5"),
         ({"block_fraction": 0.05}, "block_fraction needs window=0 but got window=64"),
+        ({"window": 10**9}, "window must be <= 16777216 but got 1000000000"),
+        ({"block_size": 10**30, "window": 0}, "block_size must be <= 16777216 but got 1000000"),
+        ({"threshold": 10**400}, "threshold must be >= 0 but got 1000"),
+        ({"key_bits": 8.0}, r"key_bits must be one of 16, 8, 4, 3, 2 but got 8\.0"),
+        ({"block_fraction": True, "window": 0}, r"block_fraction must be in \(0, 1\] but got True"),
         ({"treshold": 1.0}, "unknown setting 'treshold'"),
     ],
     ids=lambda value: str(value)[:40],
@@ -114,3 +119,72 @@ def test_another_number_of_heads_is_named():
     config.check_heads(3)
     with pytest.raises(ValueError, match="3 values for the heads of layer 7 but it has 2 kv heads"):
         config.check_heads(2, 7)
+
+
+# One way to write a setting down.
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("", {}),
+        ("key_bits=4,threshold=1.1", {"key_bits": 4, "threshold": 1.1}),
+        ("keyframes=false, run_value=first", {"keyframes": False, "run_value": "first"}),
+        ("threshold=0.9/1.1", {"threshold": (0.9, 1.1)}),
+        ("threshold=0.9/", {"threshold": (0.9,)}),
+        ("threshold=0.9:1.1/1/2:3", {"threshold": ((0.9, 1.1), 1, (2, 3))}),
+        ("threshold=1e-05:/", {"threshold": ((1e-05,),)}),
+        ("block_fraction=0.05,window=0", {"block_fraction": 0.05, "window": 0}),
+    ],
+)
+def test_a_setting_is_written_and_read_alike(text, fields):
+    config = DeltaConfig.parse(text)
+    assert config == DeltaConfig(**fields)
+    assert DeltaConfig.parse(str(config)) == config
+
+
+def test_what_is_not_written_stays_as_it_was():
+    base = DeltaConfig(threshold=2.0, key_bits=8)
+    assert DeltaConfig.parse("key_bits=none", base) == DeltaConfig(threshold=2.0)
+    assert str(DeltaConfig(key_bits=4, threshold=1.1)) == "threshold=1.1,key_bits=4"
+    assert str(DeltaConfig()) == ""
+
+
+@given(
+    threshold=st.one_of(
+        st.floats(0, 1e6),
+        st.lists(
+            st.one_of(st.floats(0, 10), st.lists(st.floats(0, 10), min_size=1, max_size=3)),
+            min_size=1,
+            max_size=3,
+        ),
+    ),
+    blocks=st.integers(0, 3),
+    bits=st.sampled_from([None, 16, 8, 4, 3, 2]),
+    mode=st.sampled_from(["relative", "absolute"]),
+)
+def test_every_setting_can_be_written_down(threshold, blocks, bits, mode):
+    config = DeltaConfig(threshold, mode, 16, 16 * blocks, key_bits=bits, value_bits=None)
+    assert DeltaConfig.parse(str(config)) == config
+    assert DeltaConfig.parse(str(config), DeltaConfig()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("treshold=1", "unknown option 'treshold' (did you mean threshold"),
+        ("key_bits", "key_bits lacks a value, as in key_bits=1."),
+        ("key_bits=", "key_bits lacks a value"),
+        ("key_bits=4,key_bits=8", "key_bits is given twice"),
+        ("key_bits=five", "key_bits must be one of 16, 8, 4, 3, 2 but got 'five'"),
+        ("threshold=1/x", "threshold must be a number but got 'x'"),
+        ("threshold=/", "threshold must be a number but got ''"),
+        ("threshold=1//2", "threshold must be a number but got ''"),
+        ("threshold=nan", "threshold must be >= 0 but got nan"),
+        (",", "unknown option ''"),
+    ],
+)
+def test_a_wrongly_written_setting_is_refused_by_name(text, message):
+    with pytest.raises(ValueError) as error:
+        DeltaConfig.parse(text)
+    assert message in str(error.value) and str(error.value).startswith("[DeltaConfig] ")

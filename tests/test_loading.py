@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,9 @@ from mlx_lm.models import llama as stock_llama
 from mlx_lm.utils import load_model as stock_load_model
 
 from mlx_delta import DeltaConfig, load
-from mlx_delta.loading import BUNDLED, find_model, has_gpu
+from mlx_delta.loading import BUNDLED, find_model
 from mlx_delta.models import bitnet, llama
+from mlx_delta.system.devices import has_gpu
 from tests.tiny import (
     LLAMA,
     SMALL,
@@ -41,7 +43,8 @@ def test_a_checkpoint_gives_the_logits_of_its_weights(tmp_path, shards):
 
 def test_the_setting_is_the_callers_then_the_models_then_the_default(tmp_path):
     path = write_llama(tmp_path / "model")
-    assert load(path)[0].args.delta == DeltaConfig()
+    default = load(path)[0].args.delta  # with what its queries look at
+    assert default.changed(sensitivities=None) == DeltaConfig()
     assert load(path, None)[0].args.delta is None
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "delta": SMALL.to_dict()}))
@@ -132,7 +135,7 @@ def _config(**changes):
         (lambda p: (p / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), ValueError, "is not valid JSON"),
         (lambda p: (p / "config.json").write_text("[]"), ValueError, "must hold a JSON object"),
-        (_config(model_type="mamba"), ValueError, "'mamba' has no delta model"),
+        (_config(model_type="gemma5"), ValueError, "Model type gemma5 not supported"),
         (_config(model_type="deepseek_v3"), ValueError, "'deepseek_v3' caches latents"),
         (_config(delta={"threshold": -1}), ValueError, "threshold must be >= 0 but got -1"),
         (_config(delta={"treshold": 1}), ValueError, "unknown setting 'treshold'"),
@@ -185,7 +188,7 @@ def test_a_hub_name_that_can_not_be_fetched(monkeypatch):
     def refuse(*_, **__):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("mlx_delta.loading._download", refuse)
+    monkeypatch.setattr("mlx_delta.checkpoint.find._download", refuse)
     with pytest.raises(FileNotFoundError, match="'owner/name' is neither .* no route to host"):
         load("owner/name")
 
@@ -193,18 +196,123 @@ def test_a_hub_name_that_can_not_be_fetched(monkeypatch):
 def test_a_hub_name_is_fetched(monkeypatch, checkpoint):
     asked = []
     monkeypatch.setattr(
-        "mlx_delta.loading._download", lambda name, revision: asked.append(name) or checkpoint
+        "mlx_delta.checkpoint.find._download",
+        lambda name, revision: asked.append(name) or checkpoint,
     )
     load("owner/name", SMALL)
     assert asked == ["owner/name"]
 
 
-def test_weights_larger_than_the_memory_are_refused(monkeypatch, checkpoint):
-    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}.get)
-    with pytest.raises(MemoryError, match=r"take 0\.0 GB but this machine has 0\.0 GB"):
+def test_weights_larger_than_the_free_memory_are_refused(monkeypatch, checkpoint):
+    monkeypatch.setattr(
+        "mlx_delta.checkpoint.weights.free_memory", lambda: (1000, "this machine's memory")
+    )
+    with pytest.raises(MemoryError, match=r"take 0\.0 GB but this machine's memory leaves 0\.0 GB"):
         load(checkpoint)
 
 
 def test_a_file_is_not_a_model(checkpoint):
     with pytest.raises(FileNotFoundError, match="is a file; give the directory"):
         load(checkpoint / "config.json")
+
+
+def test_a_gguf_is_sent_to_the_converter(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(FileNotFoundError, match=r"convert it: python -m mlx_delta\.convert"):
+            load(given)
+
+
+def test_parts_of_a_gguf_are_to_be_merged(tmp_path):
+    for part in (1, 2):
+        (tmp_path / f"m-0000{part}-of-00002.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path, tmp_path / "m-00001-of-00002.gguf"):
+        with pytest.raises(FileNotFoundError, match=r"several parts; merge them"):
+            load(given)
+
+
+def test_a_shard_missing_without_an_index_is_named(tmp_path):
+    path = write_llama(tmp_path / "model", shards=3)
+    (path / "model.safetensors.index.json").unlink()
+    assert load(path, SMALL)
+    (path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00003-of-00003\.safetensors"):
+        load(path)
+
+
+@pytest.mark.parametrize("spelling", ["absent", "false"])
+def test_a_head_in_the_weights_is_used_unless_tied(tmp_path, spelling):
+    head = mx.array(np.random.default_rng(9).normal(size=(4096, 32)).astype(np.float32))
+    weights = {**dict(tree_flatten(llama_model(None).parameters())), "lm_head.weight": head}
+    config = {**LLAMA, "tie_word_embeddings": False}
+    if spelling == "absent":
+        del config["tie_word_embeddings"]
+    for setting in (SMALL, None):
+        model, _ = load(write_checkpoint(tmp_path / "model", config, weights), setting)
+        assert mx.array_equal(model.lm_head.weight, head)
+    config["tie_word_embeddings"] = True
+    assert "lm_head" not in load(write_checkpoint(tmp_path / "model", config, weights), SMALL)[0]
+
+
+def test_without_a_head_the_embedding_is_the_head(tmp_path):
+    config = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"}
+    weights = dict(tree_flatten(llama_model(None).parameters()))
+    model, _ = load(write_checkpoint(tmp_path / "model", config, weights), SMALL)
+    np.testing.assert_allclose(model(tokens(30)), llama_model(SMALL)(tokens(30)), atol=1e-5)
+
+
+def test_the_setting_may_be_a_dict(checkpoint):
+    assert load(checkpoint, SMALL.to_dict())[0].args.delta == SMALL
+
+
+@pytest.mark.parametrize("delta", ["demo", 3, True, [1.0], 0.5], ids=str)
+def test_a_setting_of_another_type_is_refused(checkpoint, delta):
+    with pytest.raises(ValueError, match=r"\[load\] delta must be a DeltaConfig, a dict of its"):
+        load(checkpoint, delta)
+
+
+def test_no_argument_beside_the_flag_lets_a_tokenizer_run_code(checkpoint):
+    with pytest.raises(ValueError, match="must not hold trust_remote_code"):
+        load(checkpoint, tokenizer_config={"trust_remote_code": True})
+
+
+def test_a_files_flag_lets_nothing_run(checkpoint):
+    """A tokenizer that asks for code of its own: without the flag it is refused or ignored."""
+    (checkpoint / "evil.py").write_text("open('ran', 'w').close()\nclass Evil: pass\n")
+    _edit(checkpoint / "config.json", trust_remote_code=True, model_file="evil.py")
+    auto_map = {"AutoTokenizer": [None, "evil.Evil"]}
+    _edit(checkpoint / "tokenizer_config.json", trust_remote_code=True, auto_map=auto_map)
+    for setting in (SMALL, None):
+        try:
+            load(checkpoint, setting)
+        except ValueError as error:
+            assert "\n" not in str(error)
+    assert not (checkpoint / "ran").exists() and not Path("ran").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    weights = dict(tree_flatten(llama_model(None).parameters()))
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    path = write_checkpoint(tmp_path / "model", LLAMA, weights)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that"
+    ):
+        load(path)
+
+
+def test_weights_of_integers_are_refused(tmp_path):
+    weights = dict(tree_flatten(llama_model(None).parameters()))
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(mx.int32)
+    path = write_checkpoint(tmp_path / "model", LLAMA, weights)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight must be floating point but is"):
+        load(path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    path = write_llama(tmp_path / "model", vocab_size=4000)
+    with pytest.raises(ValueError, match=r"pieces up to 4095 but the model's embedding has 4000"):
+        load(path)
+
+
+def _edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

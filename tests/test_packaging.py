@@ -4,12 +4,14 @@
 That takes some settings in pyproject.toml that are easily broken: these tests build both.
 """
 
+import importlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -133,6 +135,30 @@ def test_a_checkout_works_without_being_installed(name: str, tmp_path: Path):
     code = f"import mlx_delta.{name} as module; print(module.__name__, module.__file__)"
     output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(checkout))
     assert output == f"mlx_delta.{name} {checkout / name / '__init__.py'}"
+
+
+@pytest.mark.parametrize("name", ["tests", "docs", "examples"])
+def test_what_else_stands_beside_the_package_is_not_found_in_it(name: str, tmp_path: Path):
+    checkout = tmp_path / "checkout"
+    for folder in ("mlx_delta", "kernels", "convert"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=NOT_SOURCE)
+    (checkout / name).mkdir()
+    (checkout / name / "__init__.py").write_text("")
+    code = f"import importlib.util as u; print(u.find_spec('mlx_delta.{name}'))"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(checkout)) == "None"
+
+
+def test_every_command_has_a_console_script_and_is_listed():
+    from mlx_delta.__main__ import COMMANDS
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    scripts = project["scripts"]
+    runnable = {p.parent.name for p in (ROOT / "mlx_delta").glob("*/__main__.py")} | {"convert"}
+    assert set(COMMANDS) == runnable
+    assert set(scripts) == {"mlx_delta", *(f"mlx_delta.{name}" for name in runnable)}
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), target
 
 
 def test_an_unknown_kernel_is_an_error_that_names_the_known_ones():

@@ -18,6 +18,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """softmax(q k^T / sqrt(D), causal) v for q [B, H, T, D] and k, v [B, Hkv, T, D]."""
     if q.device.type == "cpu" and q.shape[2] % min(CHUNK, q.shape[2]) == 0:
         return CpuAttention.apply(q, k, v)
+    if q.device.type == "cuda":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

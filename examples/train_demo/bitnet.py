@@ -123,12 +123,12 @@ class BitNet(Llama):
                 module.ternary = ternary
 
 
-def save_bitnet(model: BitNet, folder: Path, delta_threshold: float | None = None) -> None:
+def save_bitnet(model: BitNet, folder: Path) -> None:
     """Write the full-precision weights, as microsoft's -bf16 repository has them, in float32.
 
     mlx_delta loads and converts them: rounded in float32, the codes are those of the training.
     """
-    save_model(model, folder, torch.float32, delta_threshold)
+    save_model(model, folder, torch.float32)
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {
         "architectures": ["BitNetForCausalLM"],

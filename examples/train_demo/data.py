@@ -8,29 +8,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from recall import NAMES, RecallTask
+from recall import NAMES, RecallSample, RecallTask
 from tokenizers import Tokenizer
 
 
-@dataclass
-class Stage:
-    """One stage of training; see `recipe.toml` for what the fields mean."""
+@dataclass(kw_only=True)
+class Mix:
+    """What the batches of a stage are made of; the recipes say what the fields mean."""
 
     name: str
-    tokens: float  # millions
     lengths: dict[str, float]
     prose: float = 0.5
     packed: float = 0.0
     templates: dict[str, float] = field(default_factory=lambda: {"direct": 1.0})
     any_word: float = 0.0
     max_facts: int = 40
+    apart: float = 0.5
+    packed_to: int | None = None
+    wording: bool = True
+
+
+@dataclass(kw_only=True)
+class Stage(Mix):
+    """A stage that lasts for a number of tokens; see `recipe.toml`."""
+
+    tokens: float  # millions
     lr: tuple[float, float] = (1.0, 1.0)
     ternary: bool = True
 
 
-def read_recipe(path: Path) -> list[Stage]:
+def read_recipe(path: Path, kind: type[Mix] = Stage) -> list:
     """The stages of a recipe file."""
-    return [Stage(**stage) for stage in tomllib.loads(path.read_text())["stage"]]
+    return [kind(**stage) for stage in tomllib.loads(path.read_text("utf-8"))["stage"]]
 
 
 def read_text(path: Path, megabytes: float | None = None) -> list[str]:
@@ -70,15 +79,19 @@ class Batches:
         self.task = RecallTask(encode)
         self.any_word_task = RecallTask(encode, common_words(tokenizer))
 
-    def draw(self, stage: Stage, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One batch: ids [B, T + 1], masks [B, T] of the targets told first and of the answers."""
+    def draw(self, stage: Mix, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One batch: ids [B, T + 1], masks [B, T] of the targets without loss and of the answers.
+
+        Without loss are the values where they are told, which are random, and the wording around
+        them where the stage says so.
+        """
         rng = np.random.default_rng((self.seed, step))
         lengths = [int(length) for length in stage.lengths]
         # A step of length T holds the same number of tokens whatever T is.
         length = int(rng.choice(lengths, p=normalised(stage.lengths.values())))
         rows = max(1, self.tokens_per_step // length)
         ids = np.empty((rows, length + 1), np.int64)
-        told, answers = np.zeros((rows, length), bool), np.zeros((rows, length), bool)
+        silent, answers = np.zeros((rows, length), bool), np.zeros((rows, length), bool)
         for row in range(rows):
             sample = None
             if rng.random() >= stage.prose:
@@ -87,13 +100,21 @@ class Batches:
                 start = int(rng.integers(0, len(self.prose) - length - 1))
                 ids[row] = self.prose[start : start + length + 1]
             else:
-                ids[row], told_at, answers_at = sample
-                told[row, told_at - 1] = True
-                answers[row, answers_at - 1] = True
-        return ids, told, answers
+                ids[row, : len(sample.ids)] = sample.ids
+                missing = length + 1 - len(sample.ids)
+                if missing:  # a packed row: fill the rest with prose
+                    start = int(rng.integers(0, len(self.prose) - missing))
+                    ids[row, -missing:] = self.prose[start : start + missing]
+                silent[row, sample.told - 1] = True
+                if not stage.wording:  # the first token of all is nobody's target
+                    silent[row, sample.wording[sample.wording > 0] - 1] = True
+                answers[row, sample.answers - 1] = True
+        return ids, silent, answers
 
-    def _recall_row(self, rng: np.random.Generator, stage: Stage, length: int):
+    def _recall_row(self, rng: np.random.Generator, stage: Mix, length: int) -> RecallSample | None:
         packed = rng.random() < stage.packed
+        if packed and stage.packed_to and length > stage.packed_to + 1:
+            return None
         task = self.any_word_task if rng.random() < stage.any_word else self.task
         names = list(stage.templates)
         count = 1 if rng.random() < 0.7 else len(names)
@@ -106,7 +127,7 @@ class Batches:
             layout = {"questions": (length - 14 * facts) // 10, "prose": None}
         else:
             layout = {"questions": int(rng.integers(1, 2 * facts + 2)), "prose": self.prose}
-            if rng.random() < 0.5:  # told early, asked late: the far end of the distances
+            if rng.random() < stage.apart:  # told early, asked late: the far end of the distances
                 layout |= {
                     "told_until": rng.uniform(0.05, 0.5),
                     "asked_from": rng.uniform(0.5, 0.98),
@@ -119,15 +140,7 @@ class Batches:
             layout["questions"] -= max(1, layout["questions"] // 10)
             if layout["questions"] < 1:
                 return None
-        missing = length - len(sample.ids)
-        if missing:  # a packed row: fill the rest with prose
-            start = int(rng.integers(0, len(self.prose) - missing))
-            return (
-                np.concatenate([sample.ids, self.prose[start : start + missing]]),
-                sample.told,
-                sample.answers,
-            )
-        return sample.ids, sample.told, sample.answers
+        return sample
 
 
 def normalised(shares) -> np.ndarray:

@@ -137,6 +137,19 @@ class Llama(nn.Module):
         return F.linear(self.hidden(ids), self.embed_tokens.weight)
 
 
+def chunk_loss(rows, table, targets, weights):
+    """Of rows [n, C]: each token's cross-entropy [n], and the weighted sum's gradients.
+
+    These are by the rows [n, C] and by the table [V, C].
+    """
+    wanted = targets[:, None]
+    grad = (rows @ table.T).float().softmax(-1)
+    losses = -grad.gather(1, wanted).squeeze(1).clamp_min(1e-30).log()
+    grad.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=grad.dtype))
+    grad = grad.mul_(weights[:, None]).to(rows.dtype)
+    return losses, grad @ table, grad.T @ rows
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Output layer and weighted cross-entropy in one, a chunk of tokens at a time.
 
@@ -145,20 +158,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, kind, chunk=1024):
+    def forward(ctx, hidden, weight, targets, weights, kind, chunk=1024, one_chunk=chunk_loss):
         """From hidden [N, C], weight [V, C], targets [N], weights [N]: sum of w ce, and ce."""
         table = weight.to(kind)
         losses = torch.empty(len(targets), device=hidden.device)
         grad_hidden = torch.empty(hidden.shape, dtype=kind, device=hidden.device)
         grad_weight = torch.zeros_like(weight)
         for i in range(0, len(targets), chunk):
-            rows, wanted = hidden[i : i + chunk].to(kind), targets[i : i + chunk, None]
-            grad = (rows @ table.T).float().softmax(-1)
-            losses[i : i + chunk] = -grad.gather(1, wanted).squeeze(1).clamp_min(1e-30).log()
-            grad.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=grad.dtype))
-            grad = grad.mul_(weights[i : i + chunk, None]).to(kind)
-            grad_hidden[i : i + chunk] = grad @ table
-            grad_weight += (grad.T @ rows).float()
+            part = slice(i, i + chunk)
+            losses[part], grad_hidden[part], grad = one_chunk(
+                hidden[part].to(kind), table, targets[part], weights[part]
+            )
+            grad_weight += grad.float()
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -167,19 +178,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         """The gradients taken in `forward`, times that of the loss."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.float() * grad_loss, grad_weight * grad_loss, None, None, None, None
+        nothing = (None,) * 5
+        return grad_hidden.float() * grad_loss, grad_weight * grad_loss, *nothing
 
 
-def save_model(
-    model: Llama,
-    folder: Path,
-    kind: torch.dtype = torch.float16,
-    delta_threshold: float | None = None,
-) -> None:
-    """Write `model.safetensors` and `config.json` in mlx-lm's own layout.
-
-    delta_threshold: mlx_delta's default for this model; stock mlx-lm ignores it.
-    """
+def save_model(model: Llama, folder: Path, kind: torch.dtype = torch.float16) -> None:
+    """Write `model.safetensors` and `config.json` in mlx-lm's own layout."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         f"model.{name}": value.detach().to("cpu", kind).contiguous()
@@ -198,8 +202,6 @@ def save_model(
         "eos_token_id": 1,
         "torch_dtype": str(kind).removeprefix("torch."),
     }
-    if delta_threshold is not None:
-        config["delta"] = {"threshold": delta_threshold}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -9,14 +9,14 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Drive all singular values of a matrix towards 1 by the quintic Newton-Schulz iteration.
 
     In bfloat16, as in Keller Jordan's "Muon: an optimizer for hidden layers" (2024), whose
-    coefficients these are.
+    coefficients these are. `matrix` may be a stack of them, [..., rows, cols].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16()
-    wide = x.shape[0] <= x.shape[1]
+    wide = x.shape[-2] <= x.shape[-1]
     if not wide:
         x = x.mT
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
@@ -53,10 +53,40 @@ class Muon(torch.optim.Optimizer):
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
 
 
-def make_optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float, map=map):
+class StackedMuon(Muon):
+    """Muon with the matrices of one shape in one product: a GPU would idle between small ones."""
+
+    @torch.no_grad()
+    def step(self):
+        """Update every matrix from its gradient."""
+        for group in self.param_groups:
+            rate, shapes = group["lr"], {}
+            for parameter in group["params"]:
+                shapes.setdefault(tuple(parameter.shape), []).append(parameter)
+            for (rows, cols), matrices in shapes.items():
+                grads = torch.stack([p.grad for p in matrices])
+                state = self.state[matrices[0]]
+                if not state:
+                    state["momentum"] = torch.zeros_like(grads)
+                momentum = state["momentum"].lerp_(grads, 1 - group["momentum"])
+                update = orthogonalise(grads.lerp_(momentum, group["momentum"]))
+                torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+                factor = -rate * max(1, rows / cols) ** 0.5
+                torch._foreach_add_(matrices, list(update.unbind()), alpha=factor)
+
+
+def make_optimizers(
+    model: torch.nn.Module,
+    muon_lr: float,
+    adam_lr: float,
+    weight_decay: float = 0.05,
+    stacked: bool = False,
+    map=map,
+):
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, lr=muon_lr, map=map), adam]
+    kind = StackedMuon if stacked else Muon
+    return [kind(matrices, lr=muon_lr, weight_decay=weight_decay, map=map), adam]

@@ -29,12 +29,13 @@ VALUE_WORDS = 2
 
 @dataclass(frozen=True)
 class RecallSample:
-    """One sequence: `ids` and, as positions in it, the tokens told first and those to recall."""
+    """One sequence: `ids` and, as positions in it, what is told, what is asked and how."""
 
     ids: np.ndarray  # [length]
     told: np.ndarray  # positions of the values where the facts are told: cannot be predicted
     answers: np.ndarray  # positions of the values asked for: the model must know them
     distances: np.ndarray  # of each answer token to the same token where it was told
+    wording: np.ndarray  # positions of what stands before the values: "Remember: the name is"
 
 
 class RecallTask:
@@ -123,11 +124,13 @@ class RecallTask:
                 cuts = wanted.tolist()
 
         ids: list[int] = []
-        told_at, answers, distances, previous = [], [], [], 0
+        told_at, answers, distances, wording, previous = [], [], [], [], 0
         where: dict[int, int] = {}
         for (fact, is_question, before), cut in zip(items, cuts, strict=True):
-            ids += text[previous:cut].tolist() + before
+            ids += text[previous:cut].tolist()
             previous = cut
+            wording += range(len(ids), len(ids) + len(before))
+            ids += before
             spot = range(len(ids), len(ids) + VALUE_WORDS)
             if is_question:
                 answers += spot
@@ -139,5 +142,5 @@ class RecallTask:
         if prose is not None:
             ids += text[previous : previous + length - len(ids)].tolist()
         return RecallSample(
-            *(np.array(x, dtype=np.int64) for x in (ids, told_at, answers, distances))
+            *(np.array(x, dtype=np.int64) for x in (ids, told_at, answers, distances, wording))
         )

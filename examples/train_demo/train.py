@@ -18,13 +18,13 @@ import bitnet
 import model
 import numpy as np
 import torch
-from data import Batches, Stage, encode_documents, read_recipe, read_text
+from data import Batches, Stage, read_recipe
 from evaluate import bits_per_byte, recall
 from model import ChunkedCrossEntropy
 from optimizer import make_optimizers
-from recall import NAMES, WORDS, RecallTask
-from tokenizer import save_tokenizer, train_tokenizer
-from tokenizers import Tokenizer
+from prepare import prepare
+from recall import RecallTask
+from tokenizer import save_tokenizer
 
 ARCHITECTURES = {
     # name: (model, its sizes, what writes it, its recipe)
@@ -63,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup", type=int, default=60, help="steps (default: %(default)s)")
     add("--validate-every", type=int, default=200, help="steps (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    add("--delta-threshold", type=float, default=1.0, help="mlx_delta's default for the model")
     for name, size in vars(model.ModelConfig()).items():
         if isinstance(size, int):
             flag = "--" + name.replace("_", "-")
@@ -79,25 +78,6 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def prepare(arguments: argparse.Namespace) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
-    """The tokenizer, the training tokens and the held-out tokens, made once and then kept.
-
-    A tokenizer that lies in `--work` already, of another model say, is taken as it is.
-    """
-    work = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / "tokens.npy").exists():
-        documents = read_text(arguments.text, arguments.megabytes)
-        if not (work / "tokenizer.json").exists():
-            size = arguments.vocab_size or model.ModelConfig.vocab_size
-            save_tokenizer(train_tokenizer(documents, size, [*NAMES, *WORDS]), work)
-        tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-        np.save(work / "heldout.npy", encode_documents(tokenizer, read_text(arguments.heldout)))
-        np.save(work / "tokens.npy", encode_documents(tokenizer, documents))
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    return tokenizer, np.load(work / "tokens.npy"), np.load(work / "heldout.npy")
 
 
 def current_stage(stages: list[Stage], seen: float) -> tuple[Stage | None, float]:
@@ -155,14 +135,14 @@ class Trainer:
 
     def train_step(self, batch, factor: float) -> tuple[float, float, float]:
         """One step; returns the loss of the prose, the loss of the answers and their recall."""
-        ids, told, answers = (torch.from_numpy(x).to(self.device) for x in batch)
+        ids, silent, answers = (torch.from_numpy(x).to(self.device) for x in batch)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        weights = (~told).float()  # told values are random: nothing to learn there
+        weights = (~silent).float()  # told values are random: nothing to learn there
         weights /= weights.sum()
         weights += ANSWER_WEIGHT * answers / answers.sum().clamp_min(1)
-        rows = max(1, self.tokens_per_part // told.shape[1]) if self.workers else len(ids)
+        rows = max(1, self.tokens_per_part // silent.shape[1]) if self.workers else len(ids)
         parts = list(zip(ids.split(rows), weights.split(rows), strict=True))
         results = list(
             self.workers.map(self.gradients, parts) if self.workers else map(self.gradients, parts)
@@ -174,9 +154,9 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
-        each, plain = torch.cat([losses for _, losses in results]), ~(told | answers)
+        each, plain = torch.cat([losses for _, losses in results]), ~(silent | answers)
         known = (each[answers] < 0.693).float()  # the answer has more than half the probability
-        self.step, self.seen = self.step + 1, self.seen + told.numel()
+        self.step, self.seen = self.step + 1, self.seen + silent.numel()
         return each[plain].mean().item(), each[answers].mean().item(), known.mean().item()
 
     def gradients(self, part) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -212,7 +192,13 @@ def main() -> None:
     """Train stage by stage, with a line every 20 steps and checkpoints in between."""
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
-    tokenizer, tokens, heldout = prepare(arguments)
+    tokenizer, tokens, heldout = prepare(
+        arguments.work,
+        arguments.text,
+        arguments.heldout,
+        arguments.megabytes,
+        arguments.vocab_size or model.ModelConfig.vocab_size,
+    )
     batches = Batches(tokenizer, tokens, arguments.tokens_per_step, arguments.seed)
     task = RecallTask(lambda text: tokenizer.encode(text).ids)
     trainer = Trainer(arguments)
@@ -229,9 +215,7 @@ def main() -> None:
     def checkpoint() -> None:
         trainer.save()
         if arguments.export:
-            trainer.write(
-                trainer.model, arguments.export, delta_threshold=arguments.delta_threshold
-            )
+            trainer.write(trainer.model, arguments.export)
             save_tokenizer(tokenizer, arguments.export)
         print(trainer.validate(tokenizer, heldout, task), flush=True)
 

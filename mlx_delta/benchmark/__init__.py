@@ -3,7 +3,8 @@
 The command line (``python -m mlx_delta.benchmark``) is beside it; see ``--help``.
 """
 
-from .roofline import Ceiling, ceilings
-from .timing import Benchmark, Row, Run, Spread
+from mlx_delta.measure.roofline import Ceiling, ceilings
 
-__all__ = ["Benchmark", "Ceiling", "Row", "Run", "Spread", "ceilings"]
+from .timing import Benchmark, Row, Run, Spread, Tail
+
+__all__ = ["Benchmark", "Ceiling", "Row", "Run", "Spread", "Tail", "ceilings"]

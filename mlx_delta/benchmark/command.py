@@ -10,46 +10,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.evaluate.command import choose_settings
-from mlx_delta.evaluate.results import machine_entry, model_entry
 from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.provenance import machine_entry, model_entry
+from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.table import Table
-from mlx_delta.measure.text import (
-    BUNDLED_TEXT,
-    context_length,
-    encode_text,
-    first_tokens,
-    read_text,
-)
+from mlx_delta.measure.text import BUNDLED_TEXT, context_length, prompt_ids, read_text
+from mlx_delta.ops.backend import has_kernels
+from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.cli import HelpFormatter, run_command
 
-from .roofline import ceilings
-from .table import (
-    roofline_notes,
-    roofline_tables,
-    roofline_values,
-    timing_notes,
-    timing_tables,
-    timing_values,
-)
+from .table import roofline_notes, roofline_tables, timing_notes, timing_tables, timing_values
 from .timing import Benchmark
-
-CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SETTINGS = ("dense", "delta", "delta:key_bits=4,value_bits=4", "kv8", "kv4", "rotating:1024")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that mlx_lm.benchmark has too are named as there."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.benchmark",
+        formatter_class=HelpFormatter,
         description="Time ways to keep keys and values on one model, taking turns; or compute how "
         "fast chips could decode with them.",
     )
@@ -63,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
+    add_delta_argument(parser)
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument(
         "--contexts",
@@ -120,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_output(args.output)
     text = read_text(args.text)
-    delta, settings = choose_settings(args.model, args.settings)
+    delta, settings = choose_settings(args.model, args.settings, args.delta)
     if delta is None:
         raise ValueError(
             f"model {args.model} is neither a Llama nor a BitNet, whose bytes and products are "
@@ -198,16 +185,6 @@ def choose_contexts(args: argparse.Namespace, model: nn.Module) -> list[int]:
     return [context for context in CONTEXTS if context <= limit] or [limit]
 
 
-def prompt_ids(tokenizer: TokenizerWrapper, text: str, length: int) -> list[int]:
-    """The first tokens of a text, which begins again as often as needed."""
-    first = first_tokens(tokenizer)
-    # Fewer characters than that make up a token, so the rest of a book need not be encoded.
-    body = encode_text(tokenizer, text[: 16 * length])
-    if not body:
-        raise ValueError("the text has no tokens; give another --text.")
-    return (first + body * (length // len(body) + 1))[:length]
-
-
 def measure(
     args: argparse.Namespace,
     model: nn.Module,
@@ -235,7 +212,7 @@ def measure(
         benchmark.run(progress=True)
         complete = True
     finally:
-        unpacks = not mx.metal.is_available()
+        unpacks = not has_kernels()
         unpacks &= any(setting.delta and setting.delta.key_bits for setting in settings)
         data |= {"kind": "timing", "complete": complete, "notes": benchmark.notes}
         data["bandwidth_gb_per_s"] = chip.gb_per_s if chip else None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_delta.measure.roofline import Ceiling
 from mlx_delta.measure.table import Table
 from mlx_delta.system.chips import REACHED, Chip
 
-from .roofline import Ceiling
-from .timing import Row, Spread
+from .timing import Row, Spread, Tail
 
 
 def timing_tables(rows: Sequence[Row], chip: Chip | None) -> list[Table]:
     """What was timed, a table for each context; rows without runs are left out."""
-    header = ["setting", "prefill tok/s", "decode tok/s", "first token s", "n"]
+    header = ["setting", "prefill tok/s", "decode tok/s", "first token s", "n", "ms/token"]
     header += ["peak MB", "cache MB", "MB/token", "MMAC/token", "ops/token"]
     if chip is not None:
         header.append(f"of {chip.gb_per_s:g} GB/s")
@@ -36,11 +36,12 @@ def _timing_line(row: Row, chip: Chip | None) -> list[str]:
         format_spread(row.decode_speed),
         format_spread(row.first_token),
         f"{len(row.runs)}",
+        format_tail(row.token_seconds, 1000),
         f"{row.peak_bytes / 1e6:.1f}",
         f"{row.cache_bytes / 1e6:.2f}",
         f"{row.traffic.bytes / 1e6:.2f}",
         f"{row.traffic.macs / 1e6:.2f}",
-        f"{row.operations}",
+        format_tail(row.token_operations),
     ]
     if chip is not None:
         cells.append(f"{row.bandwidth_share(chip.gb_per_s):.0%}")
@@ -51,6 +52,13 @@ def format_spread(spread: Spread) -> str:
     """``median [lower quartile, upper quartile]``."""
     digits = _digits(spread.median)
     return f"{spread.median:.{digits}f} [{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]"
+
+
+def format_tail(tail: Tail, scale: float = 1) -> str:
+    """``median / 95th percentile / most``."""
+    digits = 0 if scale == 1 else _digits(tail.median * scale)
+    values = (tail.median, tail.p95, tail.greatest)
+    return " / ".join(f"{value * scale:.{digits}f}" for value in values)
 
 
 def _digits(value: float) -> int:
@@ -67,10 +75,12 @@ def timing_notes(unpacks: bool) -> list[str]:
     notes = [
         "Speeds and times: median [quartiles] of n runs taking turns; prefill ends with the first "
         "token.",
+        "ms/token and ops/token: median / 95th percentile / most of the tokens after the first; a "
+        "token that finishes a block encodes its keys as well.",
         "Computed for the last token, not measured: MB/token, weights and cache read; MMAC/token, "
         "multiply-accumulates, without those of zero deltas, which no kernel skips yet.",
-        "ops/token: operations in MLX's graph of one token, views left out; on a GPU about as "
-        "many launches.",
+        "ops/token: operations in MLX's graphs of as many tokens as were generated, views left "
+        "out; on a GPU about as many launches.",
         "cache MB: allocated, floats at 16 bits. peak MB: all that MLX held, weights included.",
     ]
     if unpacks:
@@ -98,8 +108,9 @@ def timing_values(rows: Sequence[Row], chip: Chip | None) -> list[dict[str, Any]
             "first_token_seconds": row.first_token.to_dict(),
             "peak_memory_bytes": row.peak_bytes,
             "cache_bytes": row.cache_bytes,
+            "token_seconds": row.token_seconds.to_dict(),
             "traffic_per_token": row.traffic.to_dict(),
-            "operations_per_token": row.operations,
+            "operations_per_token": row.token_operations.to_dict(),
             "runs": [
                 {"first_token_seconds": run.first_token, "decode_seconds": run.decode}
                 for run in row.runs
@@ -161,19 +172,3 @@ def roofline_notes(ceilings: Sequence[Ceiling], longest: int) -> list[str]:
     if any(ceiling.extrapolated for ceiling in ceilings):
         notes.append(f"Extrapolated: from caches filled to {longest} tokens.")
     return notes
-
-
-def roofline_values(ceilings: Sequence[Ceiling], chips: Sequence[Chip]) -> list[dict[str, Any]]:
-    """Decode ceilings as plain JSON values, in tokens per second by chip."""
-    return [
-        {
-            "setting": ceiling.setting,
-            "context": ceiling.context,
-            "extrapolated": ceiling.extrapolated,
-            "weight_bytes": ceiling.weight_bytes,
-            "cache_bytes": ceiling.cache_bytes,
-            "bytes": ceiling.bytes,
-            "ceilings": {chip.label: ceiling.tokens_per_second(chip) for chip in chips},
-        }
-        for ceiling in ceilings
-    ]

@@ -7,6 +7,7 @@ that a slow minute hits all settings alike; the first round warms up and is not 
 from __future__ import annotations
 
 import importlib
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_delta.loading import has_gpu
+from mlx_delta.measure.filling import check_context, generation_steps, memory_needed
+from mlx_delta.measure.operations import decode_operations
 from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
-from mlx_delta.measure.traffic import Traffic, decode_operations, decode_traffic
+from mlx_delta.measure.traffic import Traffic, decode_traffic
 from mlx_delta.system.chips import physical_memory
 
 # ``import mlx_lm.generate`` would give the function of that name.
@@ -34,13 +35,18 @@ class Run:
 
     Attributes:
         first_token: Seconds until the first token was there: the prefill, and one decode step.
-        decode: Seconds for the tokens after the first.
+        tokens: Seconds for each of the tokens after the first.
         peak_bytes: The most memory that MLX held, weights included.
     """
 
     first_token: float
-    decode: float
+    tokens: tuple[float, ...]
     peak_bytes: int
+
+    @property
+    def decode(self) -> float:
+        """Seconds for the tokens after the first."""
+        return sum(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,33 @@ class Spread:
         }
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What most tokens take, and what the few do that take longer.
+
+    Attributes:
+        median: Half of them take no more.
+        p95: 95 of 100 take no more.
+        greatest: None takes more.
+        n: Tokens.
+    """
+
+    median: float
+    p95: float
+    greatest: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Tail:
+        """Quantiles interpolate between neighbouring values."""
+        median, p95, greatest = (float(x) for x in np.percentile(list(values), [50, 95, 100]))
+        return cls(median, p95, greatest, len(values))
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures as plain JSON values."""
+        return {"median": self.median, "p95": self.p95, "max": self.greatest, "n": self.n}
+
+
 @dataclass
 class Row:
     """What was measured of a setting at a context.
@@ -85,7 +118,7 @@ class Row:
         runs: The runs that count.
         traffic: What decoding a token takes at the end of the context; computed.
         cache_bytes: What the caches have allocated then, floats at 16 bits.
-        operations: In the graph of one token.
+        operations: In the graph of each of ``generated`` tokens after the context.
     """
 
     setting: Setting
@@ -94,7 +127,7 @@ class Row:
     runs: list[Run] = field(default_factory=list)
     traffic: Traffic | None = None
     cache_bytes: int = 0
-    operations: int = 0
+    operations: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> int:
@@ -115,6 +148,16 @@ class Row:
     def first_token(self) -> Spread:
         """Seconds until the first token."""
         return Spread.of([run.first_token for run in self.runs])
+
+    @property
+    def token_seconds(self) -> Tail:
+        """Seconds for a token after the first, over all tokens of all runs."""
+        return Tail.of([seconds for run in self.runs for seconds in run.tokens])
+
+    @property
+    def token_operations(self) -> Tail:
+        """Operations in the graph of a token."""
+        return Tail.of(self.operations)
 
     @property
     def peak_bytes(self) -> int:
@@ -234,7 +277,7 @@ class Benchmark:
             return
         row.traffic = decode_traffic(self.model, caches)
         row.cache_bytes = cache_nbytes(caches)
-        row.operations = decode_operations(self.model, caches)
+        row.operations = decode_operations(self.model, caches, row.generated)
 
 
 def round_order(rows: Sequence[Any], seed: int, context: int, turn: int) -> list[Any]:
@@ -263,76 +306,10 @@ def time_once(
     times = []
     with _mlx_lm.wired_limit(model, [_mlx_lm.generation_stream]):
         start = time.perf_counter()
-        for _ in _steps(model, setting, ids, caches, generated, prefill_step):
+        for _ in generation_steps(model, setting, ids, caches, generated, prefill_step):
             times.append(time.perf_counter())
-    run = Run(times[0] - start, times[-1] - times[0], mx.get_peak_memory())
+    tokens = tuple(after - before for before, after in itertools.pairwise(times))
+    run = Run(times[0] - start, tokens, mx.get_peak_memory())
     # The step after the last token is under way: it completes the context.
     mx.eval([cache.state for cache in caches])
     return run, caches
-
-
-def prefill(
-    model: nn.Module,
-    setting: Setting,
-    prompt: Sequence[int],
-    caches: list[Any],
-    prefill_step: int = PREFILL_STEP,
-) -> None:
-    """Feed a prompt, or more of one, to caches, as mlx-lm does for a user."""
-    for _ in _steps(model, setting, mx.array(list(prompt)), caches, 0, prefill_step):
-        pass
-    mx.eval([cache.state for cache in caches])
-
-
-def _steps(
-    model: nn.Module,
-    setting: Setting,
-    prompt: mx.array,
-    caches: list[Any],
-    generated: int,
-    prefill_step: int,
-) -> Any:
-    return _mlx_lm.generate_step(
-        prompt,
-        model,
-        max_tokens=generated,
-        prompt_cache=caches,
-        prefill_step_size=prefill_step,
-        kv_bits=setting.kv_bits,
-        quantized_kv_start=0,
-    )
-
-
-def check_context(name: str, model: nn.Module, context: int) -> None:
-    """Refuse a context longer than the model's.
-
-    Raises:
-        ValueError: It is.
-    """
-    limit = getattr(model.args, "max_position_embeddings", None)
-    if limit is not None and context > limit:
-        raise ValueError(
-            f"[{name}] a context of {context} tokens is longer than the model's, which is {limit}."
-        )
-
-
-def memory_needed(model: nn.Module, setting: Setting, context: int, prefill_step: int) -> int:
-    """About the bytes that a run takes at most: weights, caches and scores.
-
-    Where attention is not fused (without a GPU, and in mlx-lm's quantized caches) a chunk of
-    queries writes its scores, and their softmax, for every key.
-    """
-    args = model.args
-    parameters: Any = tree_flatten(model.parameters())
-    weights = sum(weight.nbytes for _, weight in parameters)
-    item = 2 if has_gpu() else 4
-    heads = args.num_attention_heads
-    kv_heads = args.num_key_value_heads or heads
-    head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
-    kept = context if setting.max_size is None else min(context, setting.max_size + prefill_step)
-    # While a cache grows, the old buffers are there beside the new ones; so are packed keys and
-    # what they are packed from.
-    caches = 2 * len(model.layers) * kept * kv_heads * 2 * head_dim * item
-    fused = has_gpu() and setting.kv_bits is None
-    scores = 0 if fused else 2 * heads * min(prefill_step, context) * kept * item
-    return weights + caches + scores

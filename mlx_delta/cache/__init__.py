@@ -1,1 +1,11 @@
 """Held keys and their values: stores, the caches that mlx-lm works with, and files of them."""
+
+from . import in_mlx_lm
+from .batch import BatchDeltaKVCache
+from .held import HeldKeys
+from .rewinding import length_of, rewind
+from .single import DeltaKVCache
+
+in_mlx_lm.enter()
+
+__all__ = ["BatchDeltaKVCache", "DeltaKVCache", "HeldKeys", "length_of", "rewind"]

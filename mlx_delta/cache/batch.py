@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from .single import DeltaKVCache, HeldKeys
-from .values import ValueStore
+from .held import HeldKeys
+from .single import DeltaKVCache
 
 
 class BatchDeltaKVCache(HeldKeys):
@@ -31,7 +33,6 @@ class BatchDeltaKVCache(HeldKeys):
         super().__init__(config)
         self._lengths = [-int(padding) for padding in left_padding]
         self._encoded = [0] * len(self._lengths)
-        self._make_stores()
 
     @property
     def offset(self) -> mx.array:
@@ -96,8 +97,9 @@ class BatchDeltaKVCache(HeldKeys):
     def filter(self, batch_indices: list[int] | mx.array) -> None:
         """Keep these rows only, in this order."""
         kept = [int(index) for index in batch_indices]
-        self._keys.take(kept)
-        self._values.take(mx.array(kept, mx.int32))
+        if self._keys is not None and self._values is not None:
+            self._keys.take(kept)
+            self._values.take(kept)
         self._lengths = [self._lengths[row] for row in kept]
         self._encoded = [self._encoded[row] for row in kept]
 
@@ -119,24 +121,37 @@ class BatchDeltaKVCache(HeldKeys):
         cache = DeltaKVCache(self.config)
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
-        length = max(1, cache.offset)
-        cache._keys = self._keys.row(idx, length)
-        cache._values = self._values.row(idx, length)
+        if self._keys is not None and self._values is not None:
+            length = max(1, cache.offset)
+            cache._keys = self._keys.row(idx, length)
+            cache._values = self._values.row(idx, length)
         cache._model, cache._item_size = self._model, self._item_size
+        cache._held_from = min(self._held_from, cache.offset)
         return cache
 
-    def _append_rows(self, caches: list) -> None:
+    def _append_rows(self, caches: list[Any]) -> None:
         """Become the rows of all these caches, padded at the end to one length."""
         filled = [cache for cache in caches if not cache.empty()]
         for cache in filled:
             _check_same_model(cache, filled[0])
         if filled:
-            self._model, self._item_size = filled[0]._model, filled[0]._item_size
-        counts = [len(cache._lengths) for cache in caches]
-        self._keys = type(caches[0]._keys).join([cache._keys for cache in caches], counts)
-        self._values = ValueStore.join([cache._values for cache in caches], counts)
-        for name in ("_lengths", "_encoded"):
-            setattr(self, name, [x for cache in caches for x in getattr(cache, name)])
+            first = filled[0]
+            self._model, self._item_size = first._model, first._item_size
+            stores = [
+                (cache._keys, cache._values)
+                if not cache.empty()
+                else (first._keys.blank(rows), first._values.blank(rows))
+                for cache in caches
+                for rows in [len(cache._lengths)]
+            ]
+            keys, values = zip(*stores, strict=True)
+            self._keys, self._values = type(keys[0]).join(keys), type(values[0]).join(values)
+        self._lengths = [n for cache in caches for n in cache._lengths]
+        self._encoded = [n for cache in caches for n in cache._encoded]
+        self._held_from = max(cache._held_from for cache in caches)
+
+
+DeltaKVCache.batch_class = BatchDeltaKVCache
 
 
 def _check_same_model(cache: HeldKeys, other: HeldKeys) -> None:

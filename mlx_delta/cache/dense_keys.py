@@ -3,57 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.hold import hold_blocks
+from mlx_delta.ops.blocks import hold
 
 from .buffers import equal_rows, grow, pad_to, write_tokens
-
-
-@dataclass(frozen=True)
-class KeyView:
-    """Keys that an update leaves for attention.
-
-    Attributes:
-        held: [B, Hkv, capacity, D]; held keys in every block that is far from the last query.
-        full: [B, Hkv, capacity, D]; full keys in every block that is near to the first query.
-    """
-
-    held: mx.array
-    full: mx.array
+from .store import KeyParts, spread, token_bytes
 
 
 class DenseKeys:
-    """The keys of a layer, [B, Hkv, capacity, D]: held far away, full near.
+    """The keys of a layer, [B, Hkv, capacity, D]: held far away, full near. A ``KeyStore``.
 
     Args:
         config: The setting of this layer.
-        rows: Rows that are told apart; 1 where all agree.
+        keys: [B, Hkv, capacity, D]; becomes the store's buffer.
+        zeros: int32 [B, Hkv, blocks], zero deltas of encoded blocks.
+        spare: [B, Hkv, block_size, D]; full keys of the last encoded block: one block of slack, so
+            that rewinding by up to a block is exact.
+        held: Blocks of each row that are held.
+        spare_valid: Whether each row's spare is its last held block.
     """
 
-    def __init__(self, config: DeltaConfig, rows: int):
+    n_arrays = 3
+
+    def __init__(
+        self,
+        config: DeltaConfig,
+        keys: mx.array,
+        zeros: mx.array,
+        spare: mx.array,
+        held: list[int],
+        spare_valid: list[bool],
+    ):
         self.config = config
-        self.keys: Any = None
-        self.zeros: Any = None  # [B, Hkv, blocks], zero deltas of encoded blocks
-        # Blocks of each row that are held. After a long rewind more than are encoded, since held
-        # keys stand in for full ones: held a second time, they would drift.
-        self._held = [0] * rows
-        # Full keys of the last encoded block, [B, Hkv, block_size, D]: one block of slack, so
-        # that rewinding by up to a block is exact.
-        self._spare: Any = None
-        self._spare_valid = [False] * rows
+        self.keys = keys
+        self.zeros = zeros
+        self.spare = spare
+        self.held = held
+        self.spare_valid = spare_valid
+
+    @classmethod
+    def make(cls, config: DeltaConfig, keys: mx.array, rows: int | None = None) -> DenseKeys:
+        """An empty store for keys of this shape and type."""
+        B, H, _, D = keys.shape
+        B = B if rows is None else rows
+        return cls(
+            config,
+            mx.zeros((B, H, 0, D), keys.dtype),
+            mx.zeros((B, H, 0), mx.int32),
+            mx.zeros((B, H, config.block_size, D), keys.dtype),
+            [0] * B,
+            [False] * B,
+        )
+
+    def with_setting(self, config: DeltaConfig) -> DenseKeys:
+        """The same keys, none of which are held yet, under another setting."""
+        store = DenseKeys.make(config, self.keys)
+        store.keys = self.keys
+        return store
+
+    @staticmethod
+    def check_new(config: DeltaConfig, keys: mx.array) -> None:
+        """Every kind of key can be stored in full."""
 
     @property
     def head_dim(self) -> int:
         """D."""
         return self.keys.shape[3]
 
-    def check_new(self, keys: mx.array) -> None:
-        """Every kind of key can be stored in full."""
+    @property
+    def full_from(self) -> list[int]:
+        """Position in each row from which on all keys are at hand in full."""
+        blocks = [n - valid for n, valid in zip(self.held, self.spare_valid, strict=True)]
+        return [n * self.config.block_size for n in blocks]
 
     def append(
         self,
@@ -61,30 +86,19 @@ class DenseKeys:
         starts: Sequence[int],
         targets: Sequence[int],
         capacity: int,
-    ) -> KeyView:
-        """Write keys [B, Hkv, L, D] from ``starts`` on, and encode blocks up to ``targets``.
-
-        Args:
-            keys: The new keys.
-            starts: Each row's position of the first of them.
-            targets: Blocks of each row that are to be encoded.
-            capacity: Tokens to make room for.
-        """
-        self._reserve(keys, capacity)
-        self.keys = write_tokens(self.keys, keys, starts)
-        full = self.keys[...]  # a handle of its own: encoding replaces blocks in place
-        self._encode(targets)
-        return KeyView(self.keys, full)
-
-    def _reserve(self, keys: mx.array, capacity: int) -> None:
+    ) -> KeyParts:
+        """Write new keys, and encode blocks up to ``targets``; see ``KeyStore``."""
         B, H, _, D = keys.shape
         blocks = -(-capacity // self.config.block_size)
         self.keys = grow(self.keys, (B, H, capacity, D), keys.dtype)
         self.zeros = grow(self.zeros, (B, H, blocks), mx.int32)
-        self._spare = grow(self._spare, (B, H, self.config.block_size, D), keys.dtype)
+        self.keys = write_tokens(self.keys, keys, starts)
+        full = self.keys[...]  # a handle of its own: encoding replaces blocks in place
+        self._encode(targets)
+        return self.keys, full, [0] * B
 
     def _encode(self, targets: Sequence[int]) -> None:
-        for (done, target), rows in equal_rows(self._held, targets).items():
+        for (done, target), rows in equal_rows(self.held, targets).items():
             if target <= done:
                 continue
             start, end = done * self.config.block_size, target * self.config.block_size
@@ -92,102 +106,98 @@ class DenseKeys:
             previous = None
             if not self.config.keyframes and start:
                 previous = self.keys[rows, :, start - 1]
-            held, zeros = hold_blocks(keys, self.config, done, previous)
-            self._spare[rows] = keys[:, :, -self.config.block_size :]
+            held, zeros = hold(keys, self.config, done, previous)
+            self.spare[rows] = keys[:, :, -self.config.block_size :]
             self.keys[rows, :, start:end] = held
             self.zeros[rows, :, done:target] = zeros
         for row, target in enumerate(targets):
-            if target > self._held[row]:
-                self._held[row], self._spare_valid[row] = target, True
+            if target > self.held[row]:
+                self.held[row], self.spare_valid[row] = target, True
 
-    def rewind(
-        self, encoded: Sequence[int], targets: Sequence[int], lengths: Sequence[int]
-    ) -> None:
-        """Give back full keys to blocks from ``targets`` on: those of the slack block.
-
-        Args:
-            encoded: Blocks of each row that are encoded so far.
-            targets: Blocks of each row that are to stay so.
-            lengths: Tokens of each row that are left.
-        """
+    def rewind(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
+        """Forget that blocks from ``targets`` on are encoded; see ``KeyStore``."""
         size = self.config.block_size
-        groups = equal_rows(encoded, targets, self._spare_valid)
-        for (done, target, spare_valid), rows in groups.items():
-            if target < done and spare_valid:
-                self.keys[rows, :, (done - 1) * size : done * size] = self._spare[rows]
-        for row, (done, target) in enumerate(zip(encoded, targets, strict=True)):
-            if target < done:
-                self._held[row] -= self._spare_valid[row]
-                self._spare_valid[row] = False
-            self._held[row] = min(self._held[row], max(0, lengths[row]) // size)
+        for (held, target, valid), rows in equal_rows(self.held, targets, self.spare_valid).items():
+            if target == held - 1 and valid:
+                self.keys[rows, :, target * size : held * size] = self.spare[rows]
+        for row, target in enumerate(targets):
+            if target < self.held[row]:
+                # Before the blocks that are full again, no other is: the spare is used up.
+                self.held[row], self.spare_valid[row] = target, False
 
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""
         return self.keys[..., :length, :]
 
+    def read_bytes(self, tokens: int, far: int, float_bytes: int | None = None) -> int:
+        """Bytes that a query reads: all that it sees, held or not."""
+        return token_bytes(self.keys, float_bytes) * tokens
+
     # Rows.
+
+    def blank(self, rows: int) -> DenseKeys:
+        """A store of this shape and type for so many rows without tokens."""
+        return DenseKeys.make(self.config, self.keys, rows)
 
     def take(self, rows: list[int]) -> None:
         """Keep these rows only, in this order."""
         index = mx.array(rows, mx.int32)
-        self.keys, self.zeros, self._spare = (
-            None if x is None else x[index] for x in (self.keys, self.zeros, self._spare)
-        )
-        self._held = [self._held[row] for row in rows]
-        self._spare_valid = [self._spare_valid[row] for row in rows]
+        self.keys, self.zeros, self.spare = (x[index] for x in (self.keys, self.zeros, self.spare))
+        self.held = [self.held[row] for row in rows]
+        self.spare_valid = [self.spare_valid[row] for row in rows]
 
     def row(self, index: int, length: int) -> DenseKeys:
         """One row as a store of its own."""
-        store = DenseKeys(self.config, 1)
-        store._held, store._spare_valid = [self._held[index]], [self._spare_valid[index]]
-        if self.keys is not None:
-            blocks = -(-length // self.config.block_size)
-            store.keys = mx.contiguous(self.keys[index : index + 1, :, :length])
-            store.zeros = mx.contiguous(self.zeros[index : index + 1, :, :blocks])
-            store._spare = mx.contiguous(self._spare[index : index + 1])
-        return store
+        one = slice(index, index + 1)
+        blocks = -(-length // self.config.block_size)
+        return DenseKeys(
+            self.config,
+            mx.contiguous(self.keys[one, :, :length]),
+            mx.contiguous(self.zeros[one, :, :blocks]),
+            mx.contiguous(self.spare[one]),
+            self.held[one],
+            self.spare_valid[one],
+        )
 
     @classmethod
-    def join(cls, stores: Sequence[DenseKeys], counts: Sequence[int]) -> DenseKeys:
-        """The rows of all stores, padded at the end to one length; ``counts`` rows of each."""
-        joined = cls(stores[0].config, 0)
-        joined._held = [held for store in stores for held in store._held]
-        joined._spare_valid = [valid for store in stores for valid in store._spare_valid]
-        filled = [store for store in stores if store.keys is not None]
-        if filled:
-            for name in ("keys", "zeros", "_spare"):
-                largest = max((getattr(s, name) for s in filled), key=lambda x: x.shape[2])
-                parts = []
-                for store, count in zip(stores, counts, strict=True):
-                    buffer = getattr(store, name)
-                    if buffer is None:
-                        buffer = mx.zeros((count, *largest.shape[1:]), largest.dtype)
-                    parts.append(pad_to(buffer, largest.shape[2]))
-                setattr(joined, name, mx.concatenate(parts))
-        return joined
+    def join(cls, stores: Sequence[DenseKeys]) -> DenseKeys:
+        """The rows of all stores, padded at the end to one length."""
+        capacity = max(store.keys.shape[2] for store in stores)
+        blocks = max(store.zeros.shape[2] for store in stores)
+        return cls(
+            stores[0].config,
+            mx.concatenate([pad_to(store.keys, capacity) for store in stores]),
+            mx.concatenate([pad_to(store.zeros, blocks) for store in stores]),
+            mx.concatenate([store.spare for store in stores]),
+            [held for store in stores for held in store.held],
+            [valid for store in stores for valid in store.spare_valid],
+        )
 
     # State.
-
-    n_arrays = 3
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(x.nbytes for x in (self.keys, self.zeros, self._spare) if x is not None)
+        return self.keys.nbytes + self.zeros.nbytes + self.spare.nbytes
 
     def arrays(self) -> list[Any]:
-        """The buffers, ``None`` for each before the first write."""
-        return [self.keys, self.zeros, self._spare]
+        """The buffers."""
+        return [self.keys, self.zeros, self.spare]
 
     def header(self) -> dict[str, Any]:
         """What belongs to the state besides the buffers, as JSON values."""
-        return {"held": self._held, "spare_valid": self._spare_valid}
+        return {"held": self.held, "spare_valid": self.spare_valid}
 
-    def restore(self, header: dict[str, Any], arrays: list[Any]) -> None:
-        """Take over a state."""
-        self._held = [int(held) for held in header.get("held", header["encoded"])]
-        self._spare_valid = header["spare_valid"]
-        self.keys, self.zeros, self._spare = arrays
+    @classmethod
+    def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> DenseKeys:
+        """The store of a state."""
+        keys, zeros, spare = arrays
+        held = spread(header.get("held", header["encoded"]), keys.shape[0])
+        valid = header["spare_valid"]
+        if any(type(x) is not bool for x in valid):
+            raise ValueError(f"it has spare_valid {str(valid)[:40]}")
+        valid = valid * keys.shape[0] if len(valid) == 1 else valid
+        return cls(config, keys, zeros, spare, held, valid)
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> int:
         """Refuse a state whose parts do not fit together; returns its capacity in tokens."""
@@ -195,14 +205,14 @@ class DenseKeys:
         size = self.config.block_size
         expected = {
             "zeros": (self.zeros.shape, (B, H, -(-capacity // size))),
-            "spare": (self._spare.shape, (B, H, size, head_dim)),
+            "spare": (self.spare.shape, (B, H, size, head_dim)),
         }
         for what, (shape, wanted) in expected.items():
             if tuple(shape) != wanted:
                 raise ValueError(f"[{name}] saved {what} have shape {shape}, expected {wanted}.")
-        if len(self._held) != len(lengths):
+        if not len(self.held) == len(self.spare_valid) == len(lengths):
             raise ValueError(f"[{name}] saved state counts held blocks for other rows than tokens.")
-        for length, done, held in zip(lengths, encoded, self._held, strict=True):
+        for length, done, held in zip(lengths, encoded, self.held, strict=True):
             if not done <= held <= max(done, length // size):
                 raise ValueError(
                     f"[{name}] saved state counts {done} encoded blocks and {held} held ones of "

@@ -9,26 +9,25 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.pack import LARGEST, PackedBlocks
+from mlx_delta.ops.pack import HEAD_DIMS, LARGEST, PackedBlocks
 
-HEAD_DIMS = range(16, 257, 16)  # for which there are kernels
 BUFFERS = ("near", "masks", "payload", "offsets", "grid", "sinks", "zeros")
 
 
-def check_shapes(
-    name: str, config: DeltaConfig, buffers: Mapping[str, Any], rows: Mapping[str, int]
-) -> None:
+def check_shapes(config: DeltaConfig, buffers: Mapping[str, Any], rows: Mapping[str, int]) -> None:
     """Refuse buffers that do not fit the setting or each other.
 
     Args:
-        name: Of the class, for the message.
         config: The setting that came with them.
         buffers: By the names in ``BUFFERS``.
-        rows: How many rows the state counts ``ends``, ``firsts`` and ``lengths`` for.
+        rows: How many rows the state counts ``ends`` and ``firsts`` for.
     """
+    needed = ("near", "masks", "payload", "offsets", "zeros")
+    if any(not isinstance(buffers[what], mx.array) for what in needed):
+        raise ValueError("it lacks one of its buffers")
     near, masks = buffers["near"], buffers["masks"]
     if near.ndim != 4 or masks.ndim != 5:
-        raise ValueError(f"[{name}] saved near keys or masks do not have the right dimensions.")
+        raise ValueError("saved near keys or masks do not have the right dimensions")
     B, H, room, D = near.shape
     blocks, size = masks.shape[2], config.block_size
     codes = config.key_bits != 16
@@ -53,10 +52,10 @@ def check_shapes(
     payload = buffers["payload"]
     if payload.dtype != mx.uint32 or payload.ndim != 2 or len(payload) != B:
         wrong.append("payload")
-    if rows["ends"] != B or rows["firsts"] != rows["lengths"]:
+    if rows["ends"] != B or rows["firsts"] != B:
         wrong.append("row counts")
     if wrong:
-        raise ValueError(f"[{name}] saved {wrong[0]} do not fit the setting or each other.")
+        raise ValueError(f"saved {wrong[0]} do not fit the setting or each other")
 
 
 def check_runs(
@@ -68,7 +67,7 @@ def check_runs(
     values = np.bitwise_count(masks).sum(axis=(3, 4), dtype=np.int64) + blocks.head_dim
     words = -(-values // (32 // blocks.bits))
     for row in range(B):
-        needed, done = encoded[row if len(encoded) > 1 else 0], len(ends[row])
+        needed, done = encoded[row], len(ends[row])
         if not 0 <= needed <= done or done > capacity:
             raise ValueError(
                 f"[{name}] saved state counts {needed} encoded blocks and {done} packed ones of "

@@ -34,6 +34,18 @@ class WindowOnlyCache(DeltaKVCache):
         dropped = size - mx.clip(sinks - size * mx.arange(zeros.shape[2]), 0, size)
         return mx.broadcast_to(dropped * self.head_dim, zeros.shape)
 
+    @property
+    def seen_tokens(self) -> int:
+        """Near tokens and sinks of the first row."""
+        far = self.encoded[0] * self.config.block_size
+        return self.lengths[0] - far + min(self.config.sinks, far)
+
+    def read_bytes(self, float_bytes: int | None = None) -> int:
+        """Bytes of keys and values of the tokens that are seen."""
+        assert self._values is not None
+        keys = self._stored.read_bytes(self.seen_tokens, 0, float_bytes)
+        return keys + self._values.read_bytes(self.seen_tokens, float_bytes)
+
     def kept_nbytes(self, stored: int) -> int:
         """The share of ``stored`` bytes that a cache without the far tokens would keep."""
         capacity = -(-self.size() // self.step) * self.step

@@ -17,20 +17,19 @@ from typing import Any, Literal
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tqdm import tqdm
 
 from mlx_delta.config import DeltaConfig, ThresholdMode
-from mlx_delta.measure.text import context_length, encode_text, first_tokens
+from mlx_delta.measure.text import context_length
 
 from .family import Family, Per, beyond
 from .loss import mean_loss, sparsest_within
 from .record import Recording, highest_sparsity, record
 from .sensitivity import Sensitivity, measure_sensitivity, passes
 from .solve import Curve
+from .windows import ProgressBar, check_length, cut_windows
 
 Cost = Literal["kl", "attention"]
 
-LENGTH = 2048
 WINDOWS = 8
 KL_WINDOWS = 2  # a pass for each layer and threshold: more are rarely worth the time
 BISECTIONS = 8
@@ -186,7 +185,9 @@ def calibrate(
             f"[calibrate] cost is {cost!r} but one threshold for all layers leaves nothing to "
             "share out; drop --cost or --uniform."
         )
-    if mode is not None:
+    if base.cuts_runs:
+        base = base.changed(threshold_mode=mode or "relative", threshold=1.0)
+    elif mode is not None:
         base = dataclasses.replace(base, threshold_mode=mode)
     length = check_length(length, context_length(model), base)
     check_wish(sparsity, loss, base, length)
@@ -201,20 +202,20 @@ def calibrate(
         held_back = parts[2::3] or parts[1:]
         recorded = [part for part in parts if not any(part is other for other in held_back)]
 
-    with _Bar(len(recorded), "recording", progress) as bar:
+    with ProgressBar(len(recorded), "recording", progress) as bar:
         recording = record(model, recorded, base, np.random.default_rng(seed), bar)
     measured = None
     if per != "model" and cost != "attention":
         count = min(len(recorded), KL_WINDOWS if windows is None else windows)
         scored = [recorded[i * len(recorded) // count] for i in range(count)]
         measured = _measure(model, scored, base, recording, per, progress)
-    family = Family(base, recording, len(model.layers), per, measured)
+    family = Family(base, recording, len(model.make_cache()), per, measured)
     found = None
     if loss is None:
         assert sparsity is not None
         wanted = sparsity
     else:
-        with _Bar((BISECTIONS + 3) * len(held_back), "measuring losses", progress) as bar:
+        with ProgressBar((BISECTIONS + 3) * len(held_back), "measuring losses", progress) as bar:
             wanted, found = _within_loss(model, held_back, family, loss, bar)
     config = family.setting(wanted)
     divergence = None
@@ -232,28 +233,6 @@ def calibrate(
         divergence=divergence,
         loss=found,
     )
-
-
-def check_length(length: int | None, context: int | None, config: DeltaConfig) -> int:
-    """Tokens of a window.
-
-    Raises:
-        ValueError: Longer than the context, or so short that no query sees a held key.
-    """
-    if length is None:
-        length = min(LENGTH, context or LENGTH)
-    if context is not None and length > context:
-        raise ValueError(
-            f"[calibrate] a window of {length} tokens is longer than the model's context of "
-            f"{context}; give a smaller --length."
-        )
-    if length < 2 or highest_sparsity(config, length) == 0:
-        exact = config.window + config.resolve(max(1, length)).block_size
-        raise ValueError(
-            f"[calibrate] nothing can be skipped in {length} tokens: a query sees up to {exact} "
-            "tokens exactly; give a larger --length."
-        )
-    return length
 
 
 def check_wish(
@@ -277,30 +256,6 @@ def check_wish(
         raise ValueError(beyond(sparsity, length, highest))
 
 
-def cut_windows(
-    tokenizer: TokenizerWrapper, text: str | Sequence[int], length: int, windows: int
-) -> list[list[int]]:
-    """Windows of a text, spread evenly over it; BOS comes first where texts begin with one.
-
-    Raises:
-        ValueError: The text is shorter than a window.
-    """
-    if windows < 1:
-        raise ValueError(f"[calibrate] windows must be >= 1 but got {windows}.")
-    ids = encode_text(tokenizer, text) if isinstance(text, str) else list(text)
-    first = first_tokens(tokenizer)
-    fresh = length - len(first)
-    available = len(ids) // fresh
-    if not available:
-        raise ValueError(
-            f"[calibrate] the text has {len(ids)} tokens but a window takes {fresh}; give a "
-            "longer --text or a smaller --length."
-        )
-    count = min(windows, available)
-    starts = [i * available // count * fresh for i in range(count)]
-    return [first + ids[start : start + fresh] for start in starts]
-
-
 def _measure(
     model: nn.Module,
     windows: Sequence[Sequence[int]],
@@ -312,7 +267,7 @@ def _measure(
     """KL divergences of the recorded layers, or of their heads."""
     heads = recording.sparsity.shape[1] if per == "head" else None
     total = passes(len(recording.layers), heads or 1, len(windows), base)
-    with _Bar(total, f"measuring {per}s", progress, "pass") as bar:
+    with ProgressBar(total, f"measuring {per}s", progress, "pass") as bar:
         return measure_sensitivity(model, windows, base, recording, heads, bar)
 
 
@@ -335,16 +290,3 @@ def _within_loss(
     if sparsity not in losses:
         rise(sparsity)  # nothing held: no more than rounding
     return sparsity, LossRise(dense, losses[sparsity])
-
-
-class _Bar:
-    """A progress bar to be called after each step."""
-
-    def __init__(self, total: int, name: str, shown: bool, unit: str = "window"):
-        self._bar = tqdm(total=total, desc=name, unit=unit, leave=False, disable=not shown)
-
-    def __enter__(self) -> Callable[[], None]:
-        return lambda: self._bar.update()
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

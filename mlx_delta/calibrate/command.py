@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mlx_delta.config import DeltaConfig
+from mlx_delta.config import MODES, RUN_MODES, DeltaConfig
 from mlx_delta.loading import DEMO, find_model, load, read_config
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import read_delta
-from mlx_delta.system.cli import run_command
+from mlx_delta.sensitivities import FILE_NAME, Sensitivities
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
 
-from . import KL_WINDOWS, WINDOWS, Calibration, calibrate
+from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, runs
+from .divergence import Comparison
 from .family import Per
 from .sensitivity import GRID
 from .write import ENTRY, check_file, check_target, copy_model, merged, write_setting, write_text
@@ -29,26 +32,51 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.calibrate",
-        description="Choose thresholds for a wanted sparsity or loss, and write them into a "
-        "model's config.json. The sparsity of all thresholds takes one pass of the model over each "
-        "window; what they cost, see --cost.",
+        formatter_class=HelpFormatter,
+        description="Measure how much a model's output minds errors of its keys, choose how much "
+        "to hold for a wanted sparsity or loss, and write both beside the model. With --mode "
+        "relative or absolute: choose thresholds instead, whose cost --cost says how to measure.",
     )
     add = parser.add_argument
     add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
     add("--text", type=Path, default=BUNDLED_TEXT, help="Prose, .txt or .xz. Default: bundled.")
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument(
-        "--sparsity", type=float, help="Wanted share of QK^T that a prompt of --length skips."
+        "--sparsity",
+        type=float,
+        help="Wanted share of the keys' deltas outside the window that are zero; for thresholds, "
+        "of QK^T that a prompt of --length skips.",
     )
     wish.add_argument(
-        "--loss", type=float, help="Or: how much the loss may rise, in nats per token."
+        "--kl", type=float, help="Or: KL divergence from dense attention, in nats per token."
     )
-    add("--length", type=int, help="Tokens of a window. Default: 2,048, or the model's context.")
+    wish.add_argument(
+        "--loss",
+        type=float,
+        help="Or, for thresholds: how much the loss may rise, in nats per token.",
+    )
+    add(
+        "--length",
+        type=int,
+        help=f"Tokens of a window. Default: {runs.LENGTH:,}, for thresholds 2,048, or the model's "
+        "context.",
+    )
+    add(
+        "--weights",
+        choices=("gradients", "queries"),
+        help="What sensitivities are made from: gradients of the model's output (default), or, "
+        "for models that pass none on, the queries. Ternary models: queries.",
+    )
+    add(
+        "--uncorrected",
+        action="store_true",
+        help="Leave out the pass for each layer that corrects its sensitivities.",
+    )
     add(
         "--windows",
         type=int,
-        help=f"At most so many windows of the text. Default: {WINDOWS}, of which {KL_WINDOWS} "
-        "serve for --cost kl.",
+        help=f"For thresholds: at most so many windows of the text. Default: {WINDOWS}, of which "
+        f"{KL_WINDOWS} serve for --cost kl.",
     )
     per = parser.add_mutually_exclusive_group()
     for name, what in (
@@ -71,15 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--mode",
-        choices=("relative", "absolute"),
-        help="Thresholds relative to each block's spread of keys, or in the keys' own units, as in "
-        "the paper. Default: the model's setting.",
+        choices=MODES,
+        default="optimal",
+        help="optimal (default) or greedy runs; or thresholds, relative to each block's spread of "
+        "keys or in the keys' own units (absolute), as in the paper.",
     )
     add(
         "--seed",
         type=int,
         default=0,
-        help="Of the queries that --cost attention samples. Default: 0.",
+        help="Of what is sampled: labels for gradients, queries for --cost attention. Default: 0.",
     )
     add(
         "--output",
@@ -87,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Write a calibrated copy of the model there, and leave the model as it is.",
     )
+    add_delta_argument(parser)
     add("--dry-run", action="store_true", help="Only report; write no setting.")
     add("--curve", type=Path, metavar="FILE.json", help="Write the curves there.")
     add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
@@ -114,7 +144,8 @@ def run(args: argparse.Namespace) -> None:
     path = find_model(args.model)
     entries = read_config(path)
     get_model_classes(entries)  # refuses a model without keys to hold
-    base = read_delta(entries.get(ENTRY)) or DeltaConfig()
+    check_flags(args)
+    base = DeltaConfig.parse(args.delta or "", read_delta(entries.get(ENTRY)))
     if args.output is not None and args.dry_run:
         raise ValueError("--output and --dry-run contradict each other; drop one.")
     if not args.dry_run:
@@ -122,9 +153,55 @@ def run(args: argparse.Namespace) -> None:
     if args.curve is not None:
         check_file(args.curve)
     text = read_text(args.text)
-    # Without thresholds of its own: those of the file may be what is to be mended.
-    base = dataclasses.replace(base, threshold=1.0)
+    # Without a level or thresholds of its own: those of the file may be what is to be mended.
+    if args.mode in RUN_MODES:
+        base = base.changed(threshold_mode=args.mode, level=None, sensitivities=None)
+    else:
+        base = base.changed(threshold_mode=args.mode, threshold=1.0)
     model, tokenizer = load(path, base, trust_remote_code=args.trust_remote_code)
+    if base.cuts_runs:
+        lines, config, curve = _sensitivities(args, model, tokenizer, text)
+    else:
+        lines, config, curve = _thresholds(args, model, tokenizer, text)
+    print("\n".join(lines))
+    shown = config
+    if isinstance(config.sensitivities, Sensitivities):
+        shown = config.changed(sensitivities=FILE_NAME)
+    print(f'\n"{ENTRY}": {json.dumps(merged(entries.get(ENTRY), shown))}')
+    if args.curve is not None:
+        curve = {"model": str(args.model), "text": str(args.text), **curve}
+        write_text(args.curve, json.dumps(curve, indent=1) + "\n")
+        print(f"Curves written to {args.curve}.")
+    if args.dry_run:
+        print("Dry run: no setting written.")
+    elif args.output is not None:
+        copy_model(path, args.output, config)
+        print(f"Calibrated copy of the model written to {args.output}.")
+    else:
+        write_setting(path / "config.json", config)
+        print(f"Written to {path / 'config.json'}.")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that the mode has no use for.
+
+    Raises:
+        ValueError: There is one.
+    """
+    run_flags = {"--kl": args.kl, "--weights": args.weights, "--uncorrected": args.uncorrected}
+    threshold_flags = {"--loss": args.loss, "--cost": args.cost, "--windows": args.windows}
+    threshold_flags["--per-head or --uniform"] = None if args.per == "layer" else args.per
+    cuts_runs = args.mode in RUN_MODES
+    for flag, value in (threshold_flags if cuts_runs else run_flags).items():
+        if value not in (None, False):
+            other = "relative or absolute" if cuts_runs else "optimal or greedy"
+            raise ValueError(f"{flag} is for --mode {other}; drop it, or give that mode.")
+
+
+def _thresholds(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
+    """What to print, the setting, and what to write as curves."""
     per: Per = args.per
     found = calibrate(
         model,
@@ -136,25 +213,40 @@ def run(args: argparse.Namespace) -> None:
         windows=args.windows,
         per=per,
         cost=args.cost,
-        mode=args.mode,
         seed=args.seed,
         progress=sys.stderr.isatty(),
     )
-    print("\n".join(report(found)))
-    entry = merged(entries.get(ENTRY), found.config)
-    print(f'\n"{ENTRY}": {json.dumps(entry)}')
-    if args.curve is not None:
-        curve = {"model": str(args.model), "text": str(args.text), **found.to_dict()}
-        write_text(args.curve, json.dumps(curve, indent=1) + "\n")
-        print(f"Curves written to {args.curve}.")
-    if args.dry_run:
-        print("Dry run: no setting written.")
-    elif args.output is not None:
-        copy_model(path, args.output, found.config)
-        print(f"Calibrated copy of the model written to {args.output}.")
-    else:
-        write_setting(path / "config.json", found.config)
-        print(f"Written to {path / 'config.json'}.")
+    return report(found), found.config, found.to_dict()
+
+
+def _sensitivities(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
+    """The same for runs that are cut by what their errors cost."""
+    found = runs.calibrate_text(
+        model,
+        tokenizer,
+        text,
+        sparsity=args.sparsity,
+        kl=args.kl,
+        way=args.weights,
+        corrected=not args.uncorrected,
+        length=args.length,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+    lines = [
+        f"Levels of {found.config.threshold_mode} runs, the second half of {found.length} tokens:",
+        "    level   zeros       KL   top-1",
+    ]
+    for level, result in found.curve:
+        lines.append(_row(level, result))
+    lines += ["Chosen:", _row(found.config.run_level, found.chosen)]
+    return lines, found.config, found.to_dict()
+
+
+def _row(level: float, found: Comparison) -> str:
+    return f"{level:9.4g}  {found.zeros:6.3f}  {found.divergence:.5f}  {found.top1:6.3f}"
 
 
 def report(found: Calibration) -> list[str]:

@@ -7,19 +7,16 @@ thresholds, and forgotten again: only the sums stay.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.sparsity import causal_pairs, queries_of_blocks
-from mlx_delta.models.common import project
+from mlx_delta.models.anatomy import watched_caches
 from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.ops.pack import block_grid, decode_values, encode_values, to_storage
 
@@ -70,7 +67,6 @@ def record(
         progress: Called after each window.
     """
     config = config.resolve(len(windows[0]))
-    layers = [i for i, layer in enumerate(model.layers) if not getattr(layer, "use_sliding", False)]
     grids: dict[int, np.ndarray] = {}
     sums: dict[int, np.ndarray] = {}
 
@@ -83,12 +79,11 @@ def record(
         found = measure_layer(queries, keys, scale, config, grids[layer], positions)
         sums[layer] = sums.get(layer, 0) + np.stack(found)
 
-    dense = Setting("dense", "dense")
     for window in windows:
-        with _watched(model, layers, see):
-            hidden = model.model(mx.array(list(window))[None], cache=dense.make_caches(model))
-            mx.eval(hidden)
+        # `see` computes what it needs; the logits are left alone.
+        model(mx.array(list(window))[None], cache=watched_caches(model, see))
         progress()
+    layers = sorted(sums)
     sparsity, cost = np.stack([sums[i] for i in layers], axis=1) / len(windows)
     thresholds = np.stack([grids[i] for i in layers])
     return Recording(tuple(layers), thresholds, sparsity, cost)
@@ -215,40 +210,3 @@ def _decoded(values: mx.array, keys: mx.array, config: DeltaConfig) -> mx.array:
     grid = block_grid(blocks, config.key_bits, keys.dtype)
     codes = encode_values(coded, grid, config.key_bits)
     return decode_values(codes, grid, keys.dtype).reshape(keys.shape)
-
-
-class _Watched(nn.Module):
-    """An attention layer that shows its queries and keys before it attends."""
-
-    def __init__(self, inner: nn.Module, see: Callable[[mx.array, mx.array, float], None]):
-        super().__init__()
-        self.inner = inner
-        self._see = see
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        queries, keys, _ = project(self.inner, x, cache.offset)
-        self._see(queries, keys, self.inner.scale)
-        return self.inner(x, mask, cache)
-
-
-@contextmanager
-def _watched(
-    model: nn.Module,
-    layers: Sequence[int],
-    see: Callable[[int, mx.array, mx.array, float], None],
-) -> Iterator[None]:
-    """The model with ``see`` called on the queries and keys of these layers."""
-
-    def watch(i: int) -> _Watched:
-        return _Watched(
-            model.layers[i].self_attn, lambda queries, keys, scale: see(i, queries, keys, scale)
-        )
-
-    watched = {i: watch(i) for i in layers}
-    try:
-        for i, layer in watched.items():
-            model.layers[i].self_attn = layer
-        yield
-    finally:
-        for i, layer in watched.items():
-            model.layers[i].self_attn = layer.inner

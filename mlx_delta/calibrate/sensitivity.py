@@ -149,7 +149,7 @@ class _Reference:
         self, config: DeltaConfig, layer: int, threshold: float | tuple[float, ...]
     ) -> float:
         """Mean KL(p_dense || p_held) in nats, with one layer held and the others dense."""
-        n_layers = len(self._model.layers)
+        n_layers = len(Setting("dense", "dense").make_caches(self._model))
         thresholds = tuple(threshold if i == layer else 0.0 for i in range(n_layers))
         held = Setting("delta", "delta", dataclasses.replace(config, threshold=thresholds))
         caches = Setting("dense", "dense").make_caches(self._model)

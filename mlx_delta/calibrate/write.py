@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_delta.config import DeltaConfig
+from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 
 ENTRY = "delta"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -67,9 +68,29 @@ def write_setting(file: Path, config: DeltaConfig) -> None:
     Raises:
         OSError: It can't be written.
     """
+    if isinstance(config.sensitivities, Sensitivities):
+        # First: until config.json names it, nothing reads it.
+        config = config.changed(sensitivities=write_sensitivities(file, config.sensitivities))
     with file.open(encoding="utf-8", newline="") as stream:  # line ends as they are
         text = stream.read()
     write_text(file, with_entry(text, ENTRY, merged(json.loads(text).get(ENTRY), config)))
+
+
+def write_sensitivities(file: Path, sensitivities: Sensitivities) -> Sensitivities:
+    """Write sensitivities beside a config.json; returned with their file's name.
+
+    Raises:
+        OSError: They can't be written.
+    """
+    target = file.resolve().with_name(FILE_NAME)
+    temporary = target.with_name(f".{FILE_NAME}.tmp.safetensors")
+    try:
+        sensitivities.save(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return Sensitivities(sensitivities.layers, sensitivities.curve, FILE_NAME)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -121,11 +142,9 @@ def merged(old: Any, config: DeltaConfig) -> dict[str, Any]:
     old = dict(old or {})
     before = DeltaConfig.from_dict(old).to_dict()
     new = config.to_dict()
-    return old | {
-        key: value
-        for key, value in new.items()
-        if key == "threshold" or key in old or value != before.get(key)
-    }
+    always = ("threshold", "level", "sensitivities")
+    changed = {k: v for k, v in new.items() if k in (*always, *old) or v != before.get(k)}
+    return {k: v for k, v in old.items() if k in new} | changed
 
 
 def with_entry(text: str, key: str, value: dict[str, Any]) -> str:

@@ -6,18 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mlx_delta.config import DeltaConfig
-from mlx_delta.loading import DEMO, find_model, load, read_config
-from mlx_delta.measure.settings import Setting, parse_settings
-from mlx_delta.measure.table import render
+from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.provenance import model_entry
+from mlx_delta.measure.results_file import read_results
 from mlx_delta.measure.text import BUNDLED_TEXT
-from mlx_delta.models import get_model_classes
-from mlx_delta.models.common import read_delta
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
 
 from .language import LanguageOptions
 from .recall import TEMPLATES, RecallOptions
-from .results import Results, model_entry, read_results
+from .results import Results
+from .table import render
 from .tasks import TASKS, Session, Text, check_tasks
 
 SETTINGS = ("dense", "delta", "window-only", "kv8", "kv4")
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the harness are named as in mlx_lm.evaluate."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.evaluate",
+        formatter_class=HelpFormatter,
         description="Measure what ways to keep keys and values save and cost on a model.",
     )
     add = parser.add_argument
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
+    add_delta_argument(parser)
     add("--seed", type=int, default=0, help="Seed of all that is random. Default: 0.")
     add("--output", type=Path, metavar="FILE.json", help="Keep results here, and go on from them.")
     add("--restart", action="store_true", help="Replace what --output holds.")
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Put requests into the model's chat template.",
+        help="Put requests into the model's chat template. Default: not.",
     )
     add("--max-seq-lengths", type=int, nargs="+", metavar="N", help="Tokens of RULER's texts.")
     return parser
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     check_tasks(args.tasks, args.data_dir)
     text = Text.read(args.text)
     harness = harness_options(args) if set(args.tasks) - set(TASKS) else None
-    delta, settings = choose_settings(args.model, args.settings)
+    delta, settings = choose_settings(args.model, args.settings, args.delta)
     results = Results(model_entry(args.model, args.adapter_path), args.output, args.restart)
     model, tokenizer = load(
         args.model,
@@ -125,31 +127,6 @@ def run(args: argparse.Namespace) -> None:
     finally:
         results.save(force=True)
     print(render(results.data, args.markdown))
-
-
-def choose_settings(model: str, names: list[str]) -> tuple[DeltaConfig | None, list[Setting]]:
-    """The delta to load a model with, and the settings of these names.
-
-    A model is loaded with the delta's attention, which is dense on a dense cache; one of a kind
-    that has none is loaded as it is, for settings that need none.
-
-    Raises:
-        ValueError: A setting is unknown, or the model can't have it.
-    """
-    config = read_config(find_model(model))
-    delta = read_delta(config.get("delta")) or DeltaConfig()
-    settings = parse_settings(names, delta)
-    try:
-        get_model_classes(config)
-    except ValueError as error:
-        needing = [setting.name for setting in settings if setting.delta is not None]
-        if needing:
-            raise ValueError(
-                f"setting {needing[0]!r} needs a delta model: {error} Settings without it are "
-                "dense, kv8, kv4 and rotating:N."
-            ) from error
-        return None, settings
-    return delta, settings
 
 
 def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_delta.measure.settings import Setting
+from mlx_delta.models.anatomy import context_length
 
 from .harness_squad import question_scores, squad_v2
 
@@ -131,7 +132,7 @@ def run_harness(
     from .harness_data import load_tasks
     from .harness_model import HarnessModel, average_cost
 
-    context = getattr(model.args, "max_position_embeddings", None) or RULER_LENGTH
+    context = context_length(model) or RULER_LENGTH
     metadata = {
         "tokenizer": tokenizer.name_or_path,
         "max_seq_lengths": options.max_seq_lengths or [min(RULER_LENGTH, context)],

@@ -26,7 +26,7 @@ import jinja2.meta
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
-from mlx_delta.measure.settings import nearest
+from mlx_delta.wording import nearest
 
 from .harness_files import Splits, find_files
 

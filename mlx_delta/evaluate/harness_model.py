@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from mlx_delta.measure.settings import Setting
+from mlx_delta.models.anatomy import context_length
 
 from .harness_rows import Cost, Score, can_batch, generate_texts, score_texts
 
@@ -97,7 +98,7 @@ class HarnessModel(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that fit the model's context; the harness's default where it does not say."""
-        return getattr(self._model.args, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        return context_length(self._model) or DEFAULT_MAX_LENGTH
 
     @property
     def eot_token_id(self) -> int:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
 from mlx_delta.measure.sparsity import measure_sparsity
 

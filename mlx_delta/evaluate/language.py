@@ -20,7 +20,7 @@ from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.stats import mean, ratio
 from mlx_delta.measure.text import encode_text, first_tokens
 
-from .measure import cache_figures, mean_figures
+from .figures import cache_figures, mean_figures
 
 LENGTH = 2048
 CHUNK = 32  # tokens at a time: logits of a whole window are too many to keep

@@ -25,7 +25,7 @@ from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.stats import wilson
 from mlx_delta.measure.text import encode_piece, encode_text, first_tokens
 
-from .measure import cache_figures, mean_figures
+from .figures import cache_figures, mean_figures
 
 FACTS = json.loads((Path(__file__).parent / "facts.json").read_text("utf-8"))
 TEMPLATES: dict[str, dict[str, str]] = FACTS["templates"]

@@ -3,90 +3,26 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_delta.loading import find_model, has_gpu
+from mlx_delta.measure.provenance import machine_entry
+from mlx_delta.measure.results_file import VERSION, read_results
 from mlx_delta.measure.settings import Setting
+from mlx_delta.version import VERSION as RELEASE
 
 from .language import summarize_kld, summarize_perplexity
 from .recall import summarize_recall
 
-VERSION = 1
 SAVE_EVERY = 3.0  # seconds
 SUMMARIES = {
     "recall": summarize_recall,
     "perplexity": summarize_perplexity,
     "kld": summarize_kld,
 }
-_SAMPLE = 1 << 16  # bytes read of a weight file at each of three places
-
-
-def fingerprint(path: Path, adapter_path: Path | None = None) -> str:
-    """A hash that tells models apart without reading all of their weights.
-
-    Of config.json, and of each weight file its name, size, and bytes at its start, middle and end;
-    the adapters' too.
-    """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    adapters = [] if adapter_path is None else sorted(adapter_path.glob("*.safetensors"))
-    for file in [*sorted(path.glob("*.safetensors")), *adapters]:
-        size = file.stat().st_size
-        digest.update(f"\0{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-                stream.seek(max(0, start))
-                digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()[:16]
-
-
-def model_entry(name: str, adapter_path: str | None = None) -> dict[str, str]:
-    """A results file's ``model``: the name as it was given, and the fingerprint."""
-    adapters = None if adapter_path is None else Path(adapter_path)
-    return {"name": name, "fingerprint": fingerprint(find_model(name), adapters)}
-
-
-def machine_entry() -> dict[str, str]:
-    """A results file's ``machine``."""
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(mx.device_info()["device_name"]) if has_gpu() else "CPU",
-        "mlx": importlib.metadata.version("mlx"),
-        "mlx_lm": importlib.metadata.version("mlx-lm"),
-    }
-
-
-def read_results(file: str | Path) -> dict[str, Any]:
-    """A results file's contents.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not a results file, or of a later version.
-    """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"[evaluate] there is no results file {str(file)!r}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data["version"]
-        if not (isinstance(data["runs"], list) and isinstance(data["model"]["fingerprint"], str)):
-            raise TypeError("runs or model are not as expected")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"[evaluate] {file} is not a results file: {error}.") from error
-    if version != VERSION:
-        raise ValueError(
-            f"[evaluate] {file} has version {version} of the results format but this release reads "
-            f"{VERSION}; use another --output."
-        )
-    return dict(data)
 
 
 class Results:
@@ -104,11 +40,9 @@ class Results:
     def __init__(self, model: dict[str, str], file: str | Path | None, restart: bool = False):
         self.path = None if file is None else Path(file).expanduser()
         self._saved = 0.0
-        from mlx_delta import __version__
-
         self.data: dict[str, Any] = {
             "version": VERSION,
-            "mlx_delta": __version__,
+            "mlx_delta": RELEASE,
             "model": model,
             "machine": machine_entry(),
             "runs": [],

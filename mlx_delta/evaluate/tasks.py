@@ -12,8 +12,9 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_delta.measure.settings import Setting, nearest
+from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.text import context_length, read_text
+from mlx_delta.wording import nearest
 
 from .language import LanguageOptions, make_windows, measure_window
 from .recall import RecallOptions, RecallTask, measure_sample

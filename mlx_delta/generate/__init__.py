@@ -18,6 +18,15 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.models.anatomy import dense_caches
+from mlx_delta.models.common import model_setting
+
+from .checks import check_caches_fit, check_options, check_prompt, encode_prompt, limit_answer
+from .memory import check_memory
+
+MAX_TOKENS, BATCH_MAX_TOKENS = 256, 128  # mlx-lm's defaults
+
 
 def generate(
     model: nn.Module,
@@ -59,9 +68,10 @@ def stream_generate(
     Raises:
         ValueError: An empty prompt, one longer than the model's context, or an option that does
             not go together with the delta.
+        MemoryError: The caches would not fit the memory that is free.
     """
     tokens = _prepare("stream_generate", model, tokenizer, prompt, kwargs)
-    yield from mlx_lm_stream_generate(model, tokenizer, mx.array(tokens), **kwargs)
+    return mlx_lm_stream_generate(model, tokenizer, mx.array(tokens), **kwargs)
 
 
 def batch_generate(
@@ -83,79 +93,63 @@ def batch_generate(
             window depends on the prompt's length.
     """
     name = "batch_generate"
+    if not isinstance(prompts, (list, tuple)) or any(isinstance(p, int) for p in prompts):
+        raise ValueError(
+            f"[{name}] prompts must be a list of texts, or of lists of token ids, but got "
+            f"{type(prompts).__name__}; for a single prompt give [prompt]."
+        )
     if not prompts:
         raise ValueError(f"[{name}] there are no prompts.")
-    tokens = []
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt)
-        check_prompt(name, model, len(ids))
-        tokens.append(ids)
     check_options(name, model, kwargs)
-    delta = getattr(model.args, "delta", None)
+    delta = model_setting(model)
     if delta is not None and delta.block_fraction is not None:
         raise ValueError(
             f"[{name}] block_fraction (the paper's window) is measured on each prompt and can't be "
             "shared by a batch; give a fixed block_size, or generate one prompt at a time."
         )
-    return mlx_lm_batch_generate(model, tokenizer, tokens, **kwargs)
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    caches = _for_each(name, "prompt_caches", kwargs.get("prompt_caches"), tokens)
+    most = kwargs.get("max_tokens", BATCH_MAX_TOKENS)
+    limits = _for_each(name, "max_tokens", most, tokens)
+    for i, (ids, cache) in enumerate(zip(tokens, caches, strict=True)):
+        check_prompt(name, model, ids, cache)
+        if cache is not None:
+            check_caches_fit(name, model, cache, kwargs)
+        given = "max_tokens" in kwargs
+        length = len(ids) + cached_tokens(cache or [])
+        limits[i] = limit_answer(name, model, length, limits[i], given)
+    return mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
 
 
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
-    """Token ids of a prompt, as mlx-lm encodes it: with a BOS token unless it begins with one."""
-    if isinstance(prompt, mx.array):
-        return [int(token) for token in prompt]
-    if not isinstance(prompt, str):
-        return list(prompt)
-    bos = tokenizer.bos_token
-    add_special_tokens = bos is None or not prompt.startswith(bos)
-    return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-
-
-def check_prompt(name: str, model: nn.Module, prompt_tokens: int, cached_tokens: int = 0) -> None:
-    """Refuse an empty prompt, and one longer than the model's context.
-
-    Raises:
-        ValueError: Either of these.
-    """
-    if not prompt_tokens:
-        raise ValueError(f"[{name}] the prompt is empty; give at least one token.")
-    context = getattr(model.args, "max_position_embeddings", None)
-    if context is not None and prompt_tokens + cached_tokens > context:
+def _for_each(name: str, option: str, value: Any, prompts: list[list[int]]) -> list[Any]:
+    """One value of an option for each prompt; a single one counts for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
+    if len(values) != len(prompts):
         raise ValueError(
-            f"[{name}] the prompt has {prompt_tokens + cached_tokens} tokens but the model's "
-            f"context has {context}; shorten the prompt."
+            f"[{name}] {option} has {len(values)} values but there are {len(prompts)} prompts."
         )
-
-
-def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
-    """Refuse options of mlx-lm's that would silently do nothing to held keys.
-
-    Raises:
-        ValueError: One of these is given for a model with the delta on.
-    """
-    if getattr(model.args, "delta", None) is None:
-        return
-    for option in ("max_kv_size", "kv_bits"):
-        if options.get(option) is not None:
-            raise ValueError(
-                f"[{name}] {option}={options[option]} does not go together with the delta; leave "
-                "it out, or load the model with delta=None (--no-delta)."
-            )
+    return values
 
 
 def _prepare(
     name: str, model: nn.Module, tokenizer: TokenizerWrapper, prompt: Any, options: dict[str, Any]
 ) -> list[int]:
-    """Check prompt and options; make the caches when the setting depends on the prompt."""
+    """Check prompt and options; make the caches, whose setting may depend on the prompt."""
     tokens = encode_prompt(tokenizer, prompt)
-    caches = options.get("prompt_cache")
-    cached = caches[0].size() if caches else 0
-    check_prompt(name, model, len(tokens), cached)
+    caches, draft = options.get("prompt_cache"), options.get("draft_model")
+    check_prompt(name, model, tokens, caches)
     check_options(name, model, options)
     if caches is None:
-        options["prompt_cache"] = make_caches(model, len(tokens), options.get("max_kv_size"))
-        if options.get("draft_model") is not None:
-            options["prompt_cache"] += make_prompt_cache(options["draft_model"])
+        caches = make_caches(model, len(tokens), options.get("max_kv_size"))
+    check_caches_fit(name, model, caches, options)
+    if draft is not None and len(caches) == len(dense_caches(model)):
+        caches = [*caches, *make_caches(draft, len(tokens))]
+    options["prompt_cache"] = caches
+    length = len(tokens) + cached_tokens(caches)
+    given = "max_tokens" in options
+    most = options.get("max_tokens", MAX_TOKENS)
+    options["max_tokens"] = limit_answer(name, model, length, most, given)
+    check_memory(name, model, length, options)
     return tokens
 
 
@@ -170,7 +164,7 @@ def make_caches(
         max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
             ignores it where a model makes its own caches; here it is honoured.
     """
-    if getattr(model.args, "delta", None) is not None:
+    if model_setting(model) is not None:
         return model.make_cache(prompt_length=prompt_tokens)
     caches = make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:

@@ -1,99 +1,43 @@
-"""The command line: mlx-lm's flags, and the delta's."""
+"""The command line: load, generate, print."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
-import importlib
 import json
+import secrets
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse, generate_step
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_delta.cache import prompt_file as prompt_cache
-from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
-from mlx_delta.loading import DEMO, MODEL_SETTING, find_model, load, read_config
-from mlx_delta.models.common import read_delta
+from mlx_delta.cache import prompt_file
+from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.config import DeltaConfig
+from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.models.anatomy import dense_caches
+from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.arguments import delta_fields
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 
-from . import check_options, check_prompt, encode_prompt, make_caches, stream_generate
+from . import make_caches, stream_generate
+from .checks import check_caches_fit, check_options, check_prompt, room_for_answer
+from .conversation import check_length, closing, encode, read_prompt, uses_template
+from .flags import build_parser, check_flags, given_wish
+from .memory import check_memory
 from .report import Report
-
-DEFAULT_PROMPT = "Once upon a time"
+from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
 
 # Prompts shorter than this are prefilled before a progress bar could be read.
 PROGRESS_FROM = 4096
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """mlx-lm's own flags, and those of the delta."""
-    # ``import mlx_lm.generate`` would give the function of that name.
-    parent = importlib.import_module("mlx_lm.generate").setup_arg_parser()
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_delta.generate",
-        description="Generate text with hybrid delta attention.",
-        parents=[parent],
-        conflict_handler="resolve",
-        add_help=False,
-    )
-    parser.add_argument(
-        "--model",
-        default=None,
-        help=f"A directory, a Hugging Face repository, or a bundled model. Default: {DEMO!r}.",
-    )
-    parser.add_argument(
-        "--prompt", "-p", default=None, help="Message to the model ('-' reads from stdin)."
-    )
-    parser.add_argument("--prompt-file", help="A text file with the message to the model.")
-    parser.add_argument(
-        "--save-prompt-cache",
-        metavar="FILE",
-        help="Write the caches of the prompt to a file that --prompt-cache-file reads.",
-    )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead.")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="Generate a second time without the delta and show where the texts first differ.",
-    )
-    delta = parser.add_argument_group("hybrid delta attention")
-    delta.add_argument("--delta-threshold", type=float, help="Change up to which a key is held.")
-    delta.add_argument(
-        "--delta-threshold-mode",
-        choices=("relative", "absolute"),
-        help="Threshold relative to each block's spread of keys, or in the keys' own units.",
-    )
-    delta.add_argument("--delta-window", type=int, help="Tokens before a query's block kept exact.")
-    delta.add_argument("--delta-block-size", type=int, help="Tokens in a block.")
-    delta.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
-    delta.add_argument(
-        "--delta-key-bits",
-        type=int,
-        choices=KEY_BITS,
-        help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
-    )
-    delta.add_argument(
-        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
-    )
-    delta.add_argument(
-        "--delta-paper",
-        action="store_true",
-        help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
-    )
-    delta.add_argument("--no-delta", action="store_true", help="Attend densely.")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,174 +53,142 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: A flag, file or prompt that can't be used; the message names it.
         OSError: A file that can't be read or written.
+        MemoryError: Model or caches are larger than the memory.
     """
     check_flags(args)
-    if args.save_prompt_cache:
-        prompt_cache.check_writable(args.save_prompt_cache)
+    if args.save_prompt_cache is not None:
+        prompt_file.check_writable(args.save_prompt_cache)
     text = read_prompt(args)
-    caches: list[Any] | None = None
-    metadata: dict[str, str] = {}
-    if args.prompt_cache_file:
-        caches, metadata = prompt_cache.load(args.prompt_cache_file)
-        if args.model not in (None, metadata.get("model")):
-            raise ValueError(
-                f"--model {args.model} is not the model of the prompt cache "
-                f"({metadata.get('model')}); leave --model out, or use another cache."
-            )
-    name = args.model if args.model is not None else metadata.get("model", DEMO)
+    caches, metadata = open_caches(args)
+    name = choose_model(args, caches, metadata)
+    # What was begun without a template goes on without one.
+    args.ignore_chat_template |= metadata.get("chat_template") == "false"
 
     model, tokenizer = load(
         name,
-        choose_delta(args, name),
-        tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}")),
+        choose_delta(args, name) if caches is None else setting_of(caches),
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
+    check_length(model, tokenizer, text)
+    if caches is not None:
+        check_model_fits(model, caches)
     tokens = encode(args, tokenizer, text, caches)
+    rest = closing(args, tokenizer) if args.save_prompt_cache is not None else []
+    seed = choose_seed(args)
     options = generation_options(args, model, tokenizer)
-    cached = caches[0].size() if caches else 0
-    check_prompt("generate", model, len(tokens), cached)
+    cached = cached_tokens(caches or [])
+    length = cached + len(tokens) + len(rest)
+    check_prompt("generate", model, tokens + rest, caches)
     check_options("generate", model, options)
-    room_for_answer(options, model, len(tokens) + cached)
-    if caches is not None and len(caches) != len(model.layers):
-        raise ValueError(
-            f"the prompt cache has {len(caches)} layers but the model has {len(model.layers)}."
-        )
-    caches = caches or new_caches(model, options, len(tokens))
-    dense_caches = [KVCache() for _ in model.layers] if args.compare else None
-    if args.save_prompt_cache:
-        metadata = {"model": name, "tokenizer_config": "{}"}
-        tokens = save_prompt(args.save_prompt_cache, model, tokens, caches, metadata)
+    options["max_tokens"], note = room_for_answer(model, length, args.max_tokens)
+    if note is not None:
+        print(f"note: {note}.", file=sys.stderr)
+    if caches is None:
+        caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
+    check_caches_fit("generate", model, caches, options)
+    check_memory("generate", model, length, options, first=True)
+    draft_caches = []
+    if "draft_model" in options:
+        draft_caches = make_caches(options["draft_model"], length)
+        if cached:
+            print(
+                "note: the draft model has not seen what the prompt cache holds, and guesses "
+                "without it.",
+                file=sys.stderr,
+            )
+    compared = dense_caches(model) if args.compare else None
 
-    if args.verbose and not args.json:
-        if status := blas_status():
-            print(status, file=sys.stderr)
-        print("=" * 10)
-    report = produce(model, tokenizer, tokens, caches, cached, options, show=not args.json)
+    fed, failed = Fed(), None
+    whole = tokens + rest
+    if args.save_prompt_cache is not None:
+        known = {
+            "model": name,
+            "tokenizer_config": "{}",
+            "adapter_path": args.adapter_path or "",
+            "chat_template": str(uses_template(args, tokenizer)).lower(),
+        }
+
+        def write(filled: list[Any]) -> None:
+            nonlocal failed
+            try:
+                prompt_file.save(args.save_prompt_cache, filled, known)
+            except OSError as error:
+                failed = error  # the prompt has been read: answer first
+
+        tokens, fed = save_prompt(write, model, tokens, rest, caches, options, draft_caches)
+
+    def header() -> None:
+        if args.verbose and not args.json:
+            if status := blas_status():
+                print(status, file=sys.stderr)
+            print("=" * 10)
+
+    report = produce(
+        model, tokenizer, tokens, caches, options, header, not args.json, fed, cached, draft_caches
+    )
+    report = dataclasses.replace(report, seed=seed)
     dense = None
-    if dense_caches is not None:
-        mx.random.seed(args.seed or 0)
-        dense = produce(model, tokenizer, tokens, dense_caches, 0, options, show=False)
+    if compared is not None:
+        mx.random.seed(seed or 0)
+        dense = produce(model, tokenizer, whole, compared, options, header, show=False)
     if args.json:
-        print(json.dumps(report.to_dict(name, model.args.delta, dense), ensure_ascii=False))
+        ran = setting_of(caches, getattr(model, "args", None))
+        print(json.dumps(report.to_dict(name, ran, dense), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
         print("\n".join(report.lines(dense)))
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse combinations of flags that contradict each other.
-
-    Raises:
-        ValueError: One of these.
-    """
-    delta_flags = [
-        f"--{name.replace('_', '-')}"
-        for name, value in vars(args).items()
-        if name.startswith("delta_") and value not in (None, False)
-    ]
-    if args.no_delta and delta_flags:
-        raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
-    if args.no_delta and args.compare:
-        raise ValueError("--compare needs the delta; drop --no-delta.")
-    if args.compare and (args.prompt_cache_file or args.draft_model):
-        raise ValueError("--compare works from the prompt alone; drop the cache or draft model.")
-    if args.prompt is not None and args.prompt_file is not None:
-        raise ValueError("--prompt and --prompt-file are both given; drop one.")
-    if args.image:
-        raise ValueError("--image is given, but the models here read text only.")
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        raise ValueError(f"--max-tokens must be positive (or -1) but got {args.max_tokens}.")
-    if args.prefill_step_size < 1:
-        raise ValueError(f"--prefill-step-size must be >= 1 but got {args.prefill_step_size}.")
-
-
-def read_prompt(args: argparse.Namespace) -> str:
-    """The message: from --prompt-file, stdin or --prompt."""
-    if args.prompt_file is not None:
-        try:
-            return Path(args.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 text.") from error
-        except OSError as error:
-            reason = (error.strerror or "it can't be read").lower()
-            raise OSError(
-                f"--prompt-file {args.prompt_file}: {reason}; give a text file."
-            ) from error
-    if args.prompt == "-":
-        return sys.stdin.read()
-    if args.prompt is None:
-        return DEFAULT_PROMPT
-    return args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if failed is not None:
+        raise failed
 
 
 def choose_delta(args: argparse.Namespace, model: str) -> Any:
     """The setting that the flags ask for: what they do not name stays the model's own."""
     if args.no_delta:
         return None
-    names = ["threshold", "threshold_mode", "window", "block_size", "sinks"]
-    names += ["key_bits", "value_bits"]
-    given = {n: v for n in names if (v := getattr(args, f"delta_{n}")) is not None}
+    given, wish = delta_fields(args), given_wish(args)
     if args.delta_paper:
-        return dataclasses.replace(DeltaConfig.paper(), **given)
-    if not given:
+        return DeltaConfig.paper().changed(**given)
+    if not given and wish is None:
         return MODEL_SETTING
-    own = read_delta(read_config(find_model(model)).get("delta")) or DeltaConfig()
-    return dataclasses.replace(own, **given)
+    path = find_model(model)
+    own = read_setting(path, read_config(path)) or DeltaConfig()
+    if wish is not None:
+        if not isinstance(own.sensitivities, Sensitivities):
+            raise ValueError(
+                f"{wish} needs a calibrated model, but {model!r} has no sensitivities; run "
+                f"`python -m mlx_delta.calibrate --model {model} --sparsity 0.65` first, or set "
+                "--delta-level."
+            )
+        given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
+    return own.changed(**given)
 
 
-def encode(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, text: str, caches: list[Any] | None
-) -> list[int]:
-    """Token ids of the message, in the chat template if there is one.
-
-    Raises:
-        ValueError: The message is empty, or the template's options are not JSON.
-    """
-    if not text.strip():
-        raise ValueError("the prompt is empty; give --prompt or --prompt-file some text.")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        if caches is None:
-            return encode_prompt(tokenizer, text)
-        # A prompt cache already holds the beginning of the text.
-        return tokenizer.encode(text, add_special_tokens=False)
-    try:
-        template = json.loads(args.chat_template_config or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat-template-config is not JSON: {error}.") from error
-    messages = [{"role": "user", "content": text}]
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    prefilled = args.prefill_response is not None
-    if prefilled:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-
-    def apply() -> str:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **template,
-        )
-
-    prompt = apply()
-    if caches is not None:
-        # The cache holds what comes before the message: keep what begins with it.
-        marker = "<query>"
-        messages[-1]["content"] = marker
-        prompt = prompt[apply().index(marker) :]
-    return tokenizer.encode(prompt, add_special_tokens=False)
+def choose_seed(args: argparse.Namespace) -> int | None:
+    """Seed the random numbers; returns the seed, or ``None`` if nothing is drawn."""
+    seed = args.seed if args.seed is not None else secrets.randbits(32)
+    mx.random.seed(seed)
+    return None if args.temp == 0 else seed
 
 
 def generation_options(
     args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper
 ) -> dict[str, Any]:
-    """mlx-lm's options for its generators."""
-    mx.random.seed(args.seed or 0)
+    """mlx-lm's options for its generators.
+
+    Raises:
+        ValueError: One does not fit the model.
+    """
+    vocabulary = getattr(getattr(model, "args", None), "vocab_size", None)
+    for flag, value in (
+        ("--top-k", args.top_k + 1),
+        ("--min-tokens-to-keep", args.min_tokens_to_keep),
+    ):
+        if vocabulary is not None and value > vocabulary:
+            raise ValueError(f"{flag} asks for more tokens than the model's {vocabulary}.")
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
@@ -296,7 +208,9 @@ def generation_options(
         "quantized_kv_start": args.quantized_kv_start,
     }
     if args.draft_model is not None:
-        draft_model, draft_tokenizer = load(args.draft_model)
+        draft_model, draft_tokenizer = load(
+            args.draft_model, trust_remote_code=args.trust_remote_code
+        )
         if draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"--draft-model {args.draft_model} has {draft_tokenizer.vocab_size} tokens but the "
@@ -306,55 +220,32 @@ def generation_options(
     return options
 
 
-def room_for_answer(options: dict[str, Any], model: nn.Module, prompt_tokens: int) -> None:
-    """Stop at the end of the model's context, and say so."""
-    context = getattr(model.args, "max_position_embeddings", None)
-    if context is None:
-        return
-    room = max(1, context - prompt_tokens)
-    if not 0 < options["max_tokens"] <= room:
-        print(
-            f"note: at most {room} tokens fit the model's context of {context} after the prompt.",
-            file=sys.stderr,
-        )
-        options["max_tokens"] = room
-
-
-def new_caches(model: nn.Module, options: dict[str, Any], prompt_tokens: int) -> list[Any]:
-    """Empty caches for a prompt; of the draft model too, if there is one."""
-    caches = make_caches(model, prompt_tokens, options.get("max_kv_size"))
-    if "draft_model" in options:
-        caches += make_prompt_cache(options["draft_model"])
-    return caches
-
-
-def save_prompt(
-    file: str, model: nn.Module, tokens: list[int], caches: list[Any], metadata: dict[str, str]
-) -> list[int]:
-    """Prefill the prompt, write its caches, and return the tokens still to be fed.
-
-    All but the last token go into ``caches``, since the last one's logits begin the answer; the
-    file holds them all.
-    """
-    if len(tokens) > 1:
-        for _ in generate_step(mx.array(tokens[:-1]), model, max_tokens=0, prompt_cache=caches):
-            pass
-    whole = copy.deepcopy(caches)
-    mx.eval(model(mx.array(tokens[-1:])[None], cache=whole))
-    prompt_cache.save(file, whole, metadata)
-    return tokens[-1:]
-
-
 def produce(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     tokens: list[int],
     caches: list[Any],
-    cached: int,
     options: dict[str, Any],
+    header: Callable[[], None],
     show: bool,
+    fed: Fed = Fed(),  # noqa: B008 (frozen)
+    cached: int = 0,
+    draft_caches: list[Any] | None = None,
 ) -> Report:
-    """Generate, printing the text as it comes, and take stock."""
+    """Generate, printing the text as it comes, and take stock.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tokens: What is still to be fed.
+        caches: The model's.
+        options: mlx-lm's.
+        header: Prints what comes before the text.
+        show: Print the text.
+        fed: What was fed before.
+        cached: Tokens that came from a prompt cache.
+        draft_caches: The draft model's, if there is one.
+    """
     start = time.perf_counter()
     bar = None
     if "draft_model" not in options:
@@ -364,12 +255,17 @@ def produce(
     text = ""
     ids: list[int] = []
     response: GenerationResponse | None = None
+    # mlx-lm may put quantized caches into the list: without a draft it has to be this very one.
+    both = [*caches, *draft_caches] if draft_caches else caches
     responses: Iterator[GenerationResponse] = stream_generate(
-        model, tokenizer, tokens, prompt_cache=caches, **options
+        model, tokenizer, tokens, prompt_cache=both, **options
     )
     for response in responses:
-        if bar is not None and not ids:
-            bar.close()
+        if not ids:
+            if bar is not None:
+                bar.close()
+            if show:
+                header()
         text += response.text
         ids.append(response.token)
         if show:
@@ -377,4 +273,5 @@ def produce(
     if show:
         print()
     assert response is not None  # mlx-lm always ends with one
-    return Report.of(text, ids, response, caches, cached, time.perf_counter() - start)
+    seconds = fed.seconds + time.perf_counter() - start
+    return Report.of(text, ids, response, caches, cached, seconds, fed, draft_caches or [])

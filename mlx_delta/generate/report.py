@@ -7,9 +7,12 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
+
+from .saved import Fed
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Report:
     sparsity: Sparsity
     cache_bytes: int
     dense_cache_bytes: int
+    draft_cache_bytes: int | None = None
+    seed: int | None = None
 
     @classmethod
     def of(
@@ -38,23 +43,39 @@ class Report:
         caches: list[Any],
         cached_tokens: int,
         seconds: float,
+        fed: Fed,
+        draft_caches: list[Any],
     ) -> Report:
-        """Take stock after the last response; ``cached_tokens`` came from a prompt cache."""
+        """Take stock after the last response.
+
+        Args:
+            text: The answer.
+            tokens: The answer's.
+            response: mlx-lm's last one.
+            caches: The model's.
+            cached_tokens: How many came from a prompt cache.
+            seconds: The whole time.
+            fed: Tokens of the prompt that mlx-lm's response does not count.
+            draft_caches: A draft model's, if there is one.
+        """
+        prompt_tokens = fed.tokens + response.prompt_tokens
+        prompt_seconds = fed.seconds + response.prompt_tokens / response.prompt_tps
         return cls(
             text=text,
             tokens=tokens,
-            prompt_tokens=response.prompt_tokens,
-            prompt_tps=response.prompt_tps,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / prompt_seconds,
             generation_tokens=response.generation_tokens,
             generation_tps=response.generation_tps,
             finish_reason=response.finish_reason,
             peak_memory_gb=response.peak_memory,
             seconds=seconds,
-            sparsity=measure_sparsity(caches, cached_tokens + response.prompt_tokens),
+            sparsity=measure_sparsity(caches, cached_tokens + prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
             dense_cache_bytes=sum(
-                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches
+                c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in leaves(caches)
             ),
+            draft_cache_bytes=sum(c.nbytes for c in draft_caches) if draft_caches else None,
         )
 
     def lines(self, dense: Report | None = None) -> list[str]:
@@ -70,6 +91,10 @@ class Report:
             f"Cache: {self.cache_bytes / megabyte:.2f} MB "
             f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
         ]
+        if self.draft_cache_bytes is not None:
+            lines.append(f"Draft model's cache: {self.draft_cache_bytes / megabyte:.2f} MB")
+        if self.seed is not None:
+            lines.append(f"Seed: {self.seed} (--seed {self.seed} repeats this text)")
         if dense is not None:
             lines.append(self._comparison(dense))
         return lines
@@ -94,10 +119,10 @@ class Report:
     def to_dict(
         self, model: str, delta: DeltaConfig | None, dense: Report | None = None
     ) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """The same as plain JSON values; ``delta`` is the setting that the caches ran with."""
         values = {
             "model": model,
-            "delta": None if delta is None else delta.to_dict(),
+            "delta": _setting(delta),
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
@@ -112,8 +137,21 @@ class Report:
             "peak_memory_gb": self.peak_memory_gb,
             "finish_reason": self.finish_reason,
             "seconds": self.seconds,
+            "seed": self.seed,
         }
+        if self.draft_cache_bytes is not None:
+            values["draft_cache_bytes"] = self.draft_cache_bytes
         if dense is not None:
             values["dense_text"] = dense.text
             values["first_difference"] = self.first_difference(dense)
         return values
+
+
+def _setting(delta: DeltaConfig | None) -> dict[str, Any] | None:
+    """The setting as JSON values, its sensitivities by name: there are thousands of numbers."""
+    if delta is None:
+        return None
+    values = delta.to_dict()
+    if isinstance(values.get("sensitivities"), dict):
+        values["sensitivities"] = repr(delta.sensitivities)
+    return values

@@ -6,20 +6,20 @@ only a way to make caches, so the weights are shared and the settings can take t
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_delta.cache.single import DeltaKVCache
+from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
+from mlx_delta.wording import nearest
 
 KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only")
 
@@ -46,27 +46,28 @@ class Setting:
     max_size: int | None = None
 
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
-        """New caches for a model, one per layer; ``prompt_tokens`` as for its ``make_cache``.
+        """New caches for a model; ``prompt_tokens`` as for its ``make_cache``.
 
-        Sliding-window layers get mlx-lm's own cache, whatever the setting.
+        Layers with windows or recurrent states get mlx-lm's own, whatever the setting. A setting
+        that has no sensitivities takes those that the model was loaded with.
         """
         delta = self.delta
         if delta is not None and prompt_tokens is not None:
             delta = delta.resolve(prompt_tokens)
-        layers = model.layers
-        return [self._layer_cache(layers, i, delta, model) for i in range(len(layers))]
+        own = getattr(getattr(model, "args", None), "delta", None)
+        if delta is not None and delta.cuts_runs and delta.sensitivities is None and own:
+            delta = delta.changed(sensitivities=own.sensitivities)
+        caches = make_prompt_cache(model)
 
-    def _layer_cache(
-        self, layers: Sequence[Any], index: int, delta: DeltaConfig | None, model: nn.Module
-    ) -> Any:
-        if getattr(layers[index], "use_sliding", False):
-            return RotatingKVCache(max_size=model.model.sliding_window)
-        if delta is not None:
-            cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
-            return cache(delta.for_layer(index, len(layers)))
-        if self.max_size is not None:
-            return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
-        return KVCache()
+        def make(index: int) -> Any:
+            if delta is not None:
+                cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
+                return cache(delta.for_layer(index, len(caches)))
+            if self.max_size is not None:
+                return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
+            return KVCache()
+
+        return replace_ordinary(caches, make)
 
     def forward(self, model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> mx.array:
         """Logits [L, vocabulary] of the next ``tokens``; evaluated, and the caches updated.
@@ -98,7 +99,7 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        if self.max_size is not None and caches[0].offset > 0:
+        if self.max_size is not None and cached_tokens(caches) > 0:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
         return iter([tokens])
@@ -112,12 +113,11 @@ class Setting:
     def _settle(self, caches: list[Any]) -> None:
         """Compute what the caches hold, quantized if it is to be."""
         if self.kv_bits is not None:
-            _quantize(caches, 0, 64, self.kv_bits)
+            # As mlx-lm does; but it gives up at a cache with a window, which has no such form.
+            for i, cache in enumerate(caches):
+                if type(cache) is KVCache:
+                    caches[i] = cache.to_quantized(group_size=64, bits=self.kv_bits)
         mx.eval([cache.state for cache in caches])
-
-
-# ``import mlx_lm.generate`` would give the function of that name.
-_quantize = importlib.import_module("mlx_lm.generate").maybe_quantize_kv_cache
 
 
 def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> list[Setting]:
@@ -125,7 +125,7 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
 
     ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``rotating:1024`` (mlx-lm's
     ``--max-kv-size``), ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
-    :class:`DeltaConfig`; thresholds of layers are joined by slashes), ``paper:threshold=0.6`` (the
+    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``paper:threshold=0.6`` (the
     paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
 
     Args:
@@ -165,46 +165,9 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         return Setting(name, kind, max_size=int(rest))
     base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
     try:
-        return Setting(name, kind, delta=dataclasses.replace(base, **_options(rest)))
+        return Setting(name, kind, delta=DeltaConfig.parse(rest, base))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
-
-
-def _options(text: str) -> dict[str, Any]:
-    """``key=value,key=value`` as fields of a DeltaConfig."""
-    fields = [field.name for field in dataclasses.fields(DeltaConfig)]
-    options: dict[str, Any] = {}
-    for part in text.split(",") if text else []:
-        key, equals, value = part.partition("=")
-        if key not in fields:
-            raise ValueError(
-                f"unknown option {key!r}{nearest(key, fields)}; known are {', '.join(fields)}."
-            )
-        if not equals or not value:
-            raise ValueError(f"{key} lacks a value, as in {key}=1.")
-        options[key] = _value(value)
-    return options
-
-
-def _value(text: str) -> Any:
-    """A number, a word, or numbers joined by slashes."""
-    if "/" in text:
-        return tuple(_value(part) for part in text.split("/"))
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint at what was meant."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.4)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def cache_nbytes(caches: Sequence[Any]) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
 
 
@@ -46,17 +47,17 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     counted.
 
     Args:
-        caches: The caches of a model, one per layer.
+        caches: The caches of a model.
         prompt_tokens: How many of the tokens were prefilled.
         row: Which row of the batch.
 
     Returns:
         The figures, averaged over layers and kv heads.
     """
-    layers = [c for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    layers = [c for c in leaves(caches) if isinstance(c, HeldKeys) and not c.empty()]
     if not layers:
         return Sparsity(0.0, 0.0, 0.0, 0.0, np.zeros((0, 0)), np.zeros((0, 0)))
-    length = layers[0]._lengths[row if len(layers[0]._lengths) > 1 else 0]
+    length = layers[0].lengths[row]
     prompt = min(prompt_tokens, length)
     prefill = np.stack([_skipped(c, 0, prompt, row) for c in layers])
     decode = np.stack([_skipped(c, prompt, length, row) for c in layers])
@@ -71,6 +72,17 @@ def measure_sparsity(caches: Sequence[Any], prompt_tokens: int, row: int = 0) ->
     )
 
 
+def share_of_zeros(caches: Sequence[Any], row: int = 0) -> float:
+    """Share of the deltas of all held keys that are zero, whichever queries see them.
+
+    Over the elements of encoded blocks, keyframes among them; 0 if there are none.
+    """
+    layers = [_block_zeros(c, row) for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    sizes = [c.config.block_size for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    total = sum(z.size * size * head_dim for (z, head_dim), size in zip(layers, sizes, strict=True))
+    return float(sum(z.sum() for z, _ in layers) / total) if total else 0.0
+
+
 def causal_pairs(first: int, end: int) -> int:
     """Pairs of a query in [first, end) and a key up to it."""
     return (end * (end + 1) - first * (first + 1)) // 2
@@ -82,6 +94,7 @@ def _skipped(cache: HeldKeys, first: int, end: int, row: int) -> np.ndarray:
     In units of a whole key: zeros / head_dim.
     """
     zeros, head_dim = _block_zeros(cache, row)
+    first = max(first, min(end, cache.held_from))  # those before saw full keys only
     return zeros @ queries_of_blocks(cache.config, zeros.shape[1], first, end) / head_dim
 
 
@@ -96,8 +109,7 @@ def queries_of_blocks(config: DeltaConfig, n_blocks: int, first: int, end: int) 
 
 def _block_zeros(cache: HeldKeys, row: int) -> tuple[np.ndarray, int]:
     """Zero deltas of each encoded block [Hkv, blocks], and head_dim."""
-    encoded = cache._encoded[row if len(cache._encoded) > 1 else 0]
-    return np.array(cache.zeros[row, :, :encoded], np.int64), cache.head_dim
+    return np.array(cache.zeros[row, :, : cache.encoded[row]], np.int64), cache.head_dim
 
 
 def _paper(cache: HeldKeys, length: int, row: int) -> float:

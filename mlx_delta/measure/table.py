@@ -1,21 +1,8 @@
-"""A results file as tables, one per task, for the terminal or in Markdown.
-
-Figures are the same on every run: no times are in them.
-"""
+"""Tables of strings, as aligned text or Markdown."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from .stats import mean, ratio
-
-# Kinds of settings whose keys can be skipped; for others a sparsity of 0 would be no finding.
-_SPARSE = ("delta", "paper", "window-only")
-_DIGITS = {"bits_per_byte": 4, "kld": 5}
-_NAMES = {"bits_per_byte": "bits per byte", "kld": "KL divergence"}
 
 
 @dataclass(frozen=True)
@@ -48,118 +35,6 @@ class Table:
     @property
     def _columns(self) -> range:
         return range(len(self.header))
-
-
-def render(data: dict[str, Any], markdown: bool = False) -> str:
-    """All tables of a results file; an empty string if nothing was measured yet."""
-    tables = make_tables(data)
-    return "\n\n".join(table.markdown() if markdown else table.text() for table in tables)
-
-
-def make_tables(data: dict[str, Any]) -> list[Table]:
-    """One table for each task of a results file, in the order in which they were begun."""
-    runs = [run for run in data["runs"] if run["summary"]]
-    return [
-        _table(data["model"]["name"], [run for run in runs if run["task"] == task])
-        for task in dict.fromkeys(run["task"] for run in runs)
-    ]
-
-
-def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
-    summary = runs[0]["summary"]
-    metric = summary["metric"]
-    digits = _DIGITS.get(metric, 3)
-    dense = next((run for run in runs if run["kind"] == "dense"), None)
-    distances = [name for name in summary["metrics"] if name.startswith("accuracy@")]
-    header = ["setting", _NAMES.get(metric, metric.replace("_", " "))]
-    if metric != "kld":
-        header.append("vs dense")
-    header += [name[len("accuracy") :] for name in distances]
-    header += {"bits_per_byte": ["perplexity"], "kld": ["top-1"]}.get(metric, [])
-    header += ["prefill", "decode", "overall", "cache", "of dense"]
-    rows = []
-    for run in runs:
-        summary = run["summary"]
-        metrics = summary["metrics"]
-        row = [run["setting"], _with_error(summary, digits)]
-        if len(run["records"]) < run["planned"] and run["records"]:
-            row[0] += f" ({len(run['records'])} of {run['planned']})"
-        if metric != "kld":
-            row.append(_difference(run, dense, digits))
-        for name in distances:
-            row.append(
-                _interval(
-                    metrics[name],
-                    *(metrics[name.replace("accuracy", end)] for end in ("low", "high")),
-                )
-            )
-        if metric == "bits_per_byte":
-            row.append(f"{metrics['perplexity']:.3f}")
-        elif metric == "kld":
-            row.append(f"{metrics['top1']:.4f}")
-        for name in ("prefill", "decode", "overall"):
-            value = summary[f"{name}_sparsity"]
-            row.append("–" if value is None or run["kind"] not in _SPARSE else f"{value:.3f}")
-        row.append(format_bytes(summary["cache_bytes"]))
-        share = summary["cache_bytes"] / dense["summary"]["cache_bytes"] if dense else None
-        row.append("–" if share is None else f"{share:.3f}")
-        rows.append(row)
-    return Table(_caption(model, runs), header, rows)
-
-
-def _interval(value: float, low: float, high: float, digits: int = 3) -> str:
-    """A value and its interval; of an uneven one the wider side."""
-    return f"{value:.{digits}f} ±{max(high - value, value - low):.{digits}f}"
-
-
-def _with_error(summary: dict[str, Any], digits: int) -> str:
-    """A score and its interval; a single sample has none, nor have some metrics."""
-    if summary["low"] == summary["high"]:
-        return f"{summary['score']:.{digits}f}"
-    return _interval(summary["score"], summary["low"], summary["high"], digits)
-
-
-def _difference(run: dict[str, Any], dense: dict[str, Any] | None, digits: int) -> str:
-    """The difference to dense; over the samples both have, with its interval."""
-    if dense is None or run is dense:
-        return "–"
-    pairs = list(zip(run["records"], dense["records"], strict=False))
-    if not pairs:
-        value = low = high = run["summary"]["score"] - dense["summary"]["score"]
-    elif run["task"] == "recall":
-        value, low, high = mean([_share(a) - _share(b) for a, b in pairs])
-    else:
-        bits = [(a["nats"] - b["nats"]) / math.log(2) for a, b in pairs]
-        value, low, high = ratio(bits, [a["bytes"] for a, _ in pairs])
-    text = f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0
-    # Where all samples differ alike, these samples can't say how others would.
-    return text if low == high else f"{text} ±{(high - low) / 2:.{digits}f}"
-
-
-def _share(record: dict[str, Any]) -> float:
-    """Of a recall sample's answers, those that were right."""
-    return float(sum(record["right"].values()) / len(record["right"]))
-
-
-def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
-    task, options = runs[0]["task"], runs[0]["options"]
-    samples = max(run["summary"]["samples"] for run in runs)
-    if task == "recall":
-        what = (
-            f"{samples * len(options['distances'])} answers, asked by "
-            f"{' and '.join(options['templates'])} in {samples} samples of {options['length']} "
-            f"tokens with {options['facts']} facts each, seed {options['seed']}"
-        )
-    elif task in ("perplexity", "kld"):
-        what = f"{samples} windows of {options['length']} tokens, the second half scored" + (
-            ", against the same model with a dense cache" if task == "kld" else ""
-        )
-    else:
-        what = f"{samples} samples"
-        if options.get("num_shots") is not None:
-            what += f", {options['num_shots']} shots"
-    text = f", {options['text']}" if "text" in options else ""
-    return f"{task}, {model}: {what}{text}"
 
 
 def format_bytes(size: float) -> str:

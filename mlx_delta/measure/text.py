@@ -6,6 +6,8 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.models.anatomy import context_length as context_length  # for those who make texts
+
 BUNDLED_TEXT = Path(__file__).parent / "texts" / "hound.txt"
 
 _ANCHOR = "a"
@@ -59,6 +61,11 @@ def first_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids and ids[0] == bos else []
 
 
-def context_length(model: Any) -> int | None:
-    """How many tokens a model was made for, where it says so."""
-    return getattr(model.args, "max_position_embeddings", None)
+def prompt_ids(tokenizer: Any, text: str, length: int) -> list[int]:
+    """The first tokens of a text, which begins again as often as needed."""
+    first = first_tokens(tokenizer)
+    # Fewer characters than that make up a token, so the rest of a book need not be encoded.
+    body = encode_text(tokenizer, text[: 16 * length])
+    if not body:
+        raise ValueError("[prompt_ids] the text has no tokens; give another --text.")
+    return (first + body * (length // len(body) + 1))[:length]

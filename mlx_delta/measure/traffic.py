@@ -7,8 +7,6 @@ run in float32; floats are then counted at the 16 bits that they take on a Mac.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,17 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_delta.cache.packed_keys import PackedKeys
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.window_only import WindowOnlyCache
-from mlx_delta.loading import has_gpu
+from mlx_delta.models.anatomy import query_heads
+from mlx_delta.system.devices import has_gpu
 from mlx_delta.ternary.linear import TernaryLinear
-
-# Operations of MLX's that only look at a buffer in another way: no kernel runs for them.
-VIEWS = frozenset(
-    "AsStrided Broadcast BroadcastAxes Copy ExpandDims Flatten Reshape Slice Split Squeeze "
-    "StopGradient Transpose Unflatten View".split()
-)
 
 
 @dataclass(frozen=True)
@@ -70,21 +63,19 @@ def decode_traffic(model: nn.Module, caches: Sequence[Any]) -> Traffic:
 
     Args:
         model: From :func:`mlx_delta.load`.
-        caches: One per layer, each with a single text.
+        caches: The model's, each with a single text.
     """
-    seen = [_seen(cache) for cache in caches]
-    heads = [layer.self_attn.n_heads for layer in model.layers]
+    single, heads = leaves(caches), query_heads(model)
+    pairs = [(_seen(cache), n) for cache, n in zip(single, heads, strict=True) if n is not None]
+    states = sum(cache.nbytes for cache, n in zip(single, heads, strict=True) if n is None)
     return Traffic(
         weight_bytes=weight_bytes(model),
-        cache_bytes=sum(layer.bytes for layer in seen),
+        cache_bytes=sum(layer.bytes for layer, _ in pairs) + states,
         projection_macs=projection_macs(model),
         attention_macs=sum(
-            layer.tokens * n * (layer.key_dim + layer.value_dim)
-            for layer, n in zip(seen, heads, strict=True)
+            layer.tokens * n * (layer.key_dim + layer.value_dim) for layer, n in pairs
         ),
-        skippable_macs=sum(
-            layer.zeros * n // layer.kv_heads for layer, n in zip(seen, heads, strict=True)
-        ),
+        skippable_macs=sum(layer.zeros * n // layer.kv_heads for layer, n in pairs),
     )
 
 
@@ -194,48 +185,18 @@ def _seen(cache: Any) -> _Seen:
 
 def _seen_held(cache: HeldKeys) -> _Seen:
     """Of held keys: those of far blocks as they are stored, near ones and values in full."""
-    assert cache._model is not None
-    kv_heads, key_dim, value_dim = cache._model
-    tokens, (far,), size = cache.size(), cache._encoded, cache.config.block_size
-    keys, values = cache._keys, cache._values
-    value_bytes = sum(_token_bytes(array) for array in values.buffers or ())
-    if isinstance(cache, WindowOnlyCache):
-        kept = tokens - far * size + min(cache.config.sinks, far * size)
-        key_bytes = _key_bytes(keys, kept, 0)
-        return _Seen(kept, key_dim, value_dim, kv_heads, key_bytes + value_bytes * kept)
+    (far,) = cache.encoded
+    zeros = 0
+    if not isinstance(cache, WindowOnlyCache):
+        zeros = int(np.array(cache.zeros[:, :, :far], np.int64).sum())
     return _Seen(
-        tokens,
-        key_dim,
-        value_dim,
-        kv_heads,
-        _key_bytes(keys, tokens, far) + value_bytes * tokens,
-        int(np.array(cache.zeros[:, :, :far], np.int64).sum()),
+        cache.seen_tokens,
+        cache.head_dim,
+        cache.value_dim,
+        cache.kv_heads,
+        cache.read_bytes(None if has_gpu() else 2),
+        zeros,
     )
-
-
-def _key_bytes(keys: Any, tokens: int, far: int) -> int:
-    """Bytes of keys: what the kernel ``delta_decode`` loads, where they are packed.
-
-    Per far block and head a mask bit for every element but the keyframe's, the words of the
-    values that changed, an offset, and with codes a grid; the sinks; then the near keys.
-    """
-    if not isinstance(keys, PackedKeys):
-        return _token_bytes(keys.keys) * tokens
-    near = (tokens - far * keys.config.block_size) * _token_bytes(keys._near)
-    if not far:
-        return near
-    heads = keys._near.shape[1]
-    block_bytes = sum(x[0, 0, 0].nbytes for x in (keys._masks, keys._grid) if x is not None) + 4
-    sinks = 0 if keys._sinks is None else keys._sinks.nbytes
-    return near + far * heads * block_bytes + 4 * _payload_words(keys) + sinks
-
-
-def _payload_words(keys: PackedKeys) -> int:
-    """Words of the values that changed, the last block's included."""
-    words, pending = keys._end(0), keys._pending[0]
-    if pending is not None:
-        words += int((-(-np.array(pending) // (32 // keys.bits))).sum())
-    return words
 
 
 def _token_bytes(array: mx.array) -> int:
@@ -244,29 +205,3 @@ def _token_bytes(array: mx.array) -> int:
 
 
 # Operations.
-
-
-def count_operations(*outputs: mx.array) -> int:
-    """Operations in the graph of arrays that are not evaluated yet; views are left out.
-
-    MLX offers no count of kernel launches. On a GPU most operations are one launch each; MLX's CPU
-    back end builds norms, RoPE and attention from several, so counts compare on one machine only.
-    """
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *outputs)
-    names = re.findall(r'\[label ="([^"]*)", shape=rectangle\]', graph.getvalue())
-    return sum(name not in VIEWS for name in names)
-
-
-def decode_operations(model: nn.Module, caches: list[Any], token: int = 0) -> int:
-    """Operations in the graph of one token; decodes three tokens, so the caches grow by three.
-
-    The median of the three counts: once in a block, a token also encodes a block, and may evaluate
-    part of its graph on the way.
-    """
-    counts = []
-    for _ in range(3):
-        logits = model(mx.array([[token]]), cache=caches)
-        counts.append(count_operations(logits))
-        mx.eval(logits, [cache.state for cache in caches])
-    return sorted(counts)[1]

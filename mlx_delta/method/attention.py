@@ -15,6 +15,8 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 
+from .runs import block_runs
+
 
 def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
     """The threshold of one complete block of keys [block_size, D].
@@ -39,8 +41,11 @@ def find_runs(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
 
     ``keys[t, d]`` propagates if it differs from its run's first value by more than the block's
     threshold. That is the last value that *propagated*, so errors never add up. NaN propagates.
-    An unfinished last block is never far from any query: all of it propagates.
+    An unfinished last block is never far from any query: all of it propagates. Settings that cut
+    runs by their costs have rules of their own, see :mod:`mlx_delta.method.runs`.
     """
+    if config.cuts_runs:
+        return hold_by_cost(keys, config)[1]
     keys = keys.astype(np.float32)
     starts = np.ones(keys.shape, bool)
     first = np.zeros(keys.shape[1], np.float32)  # of each channel's run
@@ -59,6 +64,8 @@ def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
     ``held[t, d]`` is ``held[t - 1, d]`` unless ``keys[t, d]`` propagates. It differs from
     ``keys[t, d]`` by at most the threshold with first values, by at most twice that with means.
     """
+    if config.cuts_runs:
+        return hold_by_cost(keys, config)[0]
     keys = keys.astype(np.float32)
     starts = find_runs(keys, config)
     if config.run_value == "mean":
@@ -67,6 +74,23 @@ def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
     for t in range(1, len(keys)):
         held[t] = np.where(starts[t], keys[t], held[t - 1])
     return held
+
+
+def hold_by_cost(keys: np.ndarray, config: DeltaConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Held keys [N, D] in the modes that cut runs, and which elements start one."""
+    held = keys.astype(np.float32)
+    starts = np.ones(keys.shape, bool)
+    weights = config.channel_weights(1, keys.shape[1])[0]
+    for start in range(0, len(keys) - config.block_size + 1, config.block_size):
+        block = slice(start, start + config.block_size)
+        held[block], starts[block] = block_runs(
+            held[block],
+            weights,
+            config.run_level,
+            optimal=config.threshold_mode == "optimal",
+            sinks=config.sinks - start,
+        )
+    return held, starts
 
 
 def run_means(keys: np.ndarray, starts: np.ndarray, sinks: int) -> np.ndarray:

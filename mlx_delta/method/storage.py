@@ -16,7 +16,8 @@ A code stands for ``low + code * step``. ``low`` is the channel's smallest key o
 lies above the grid: large changes carry what attention recalls, and are never clipped. What is
 stored is always the code of a value, not of a difference.
 
-The value of a run is its mean, or its first key, as the setting's ``run_value`` says.
+The value of a run is its mean, or its first key, as the setting's ``run_value`` says; in the modes
+that cut runs by their costs (:mod:`mlx_delta.method.runs`) its weighted mean.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def pack_block(
     sinks: int,
     run_value: RunValue,
 ) -> PackedBlock:
-    """Pack keys [n, D], float32 values of the 16-bit type ``dtype``."""
+    """Pack keys [n, D], float32 values of the 16-bit type ``dtype``, held by a threshold."""
     n, head_dim = keys.shape
     grid = block_grid(keys, bits, dtype) if bits < 16 else None
     if run_value == "mean":
@@ -164,6 +165,14 @@ def pack_block(
         held = hold_block(keys, stored, threshold, first_position, sinks)
         changed = np.ones((n, head_dim), bool)
         changed[1:] = held[1:] != held[:-1]
+    return pack_runs(values, changed, grid, bits, dtype)
+
+
+def pack_runs(
+    values: np.ndarray, changed: np.ndarray, grid: np.ndarray | None, bits: int, dtype: str
+) -> PackedBlock:
+    """Pack the values [n, D] of the runs that start where ``changed``, on the keys' grid."""
+    n, head_dim = values.shape
     if grid is not None:
         codes = encode_values(values, grid, bits)
     elif dtype == "float16":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_lm.utils import MODEL_REMAPPING
+from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from mlx_delta.ternary.model import is_ternary_llama
 
 from . import bitnet, bitnet_llama, llama
+from .common import normalize_rope
 
+# Those that have the delta built in. To all others it is applied, by ``any.py``.
 MODELS = {"llama": llama, "bitnet": bitnet}
 
 # Their attention caches latents that stand for keys of all heads: there is no key to hold.
@@ -18,10 +20,10 @@ MLA_MODELS = frozenset(
 
 
 def get_model_classes(config: dict) -> tuple[type, type]:
-    """The model and argument classes for a config.json.
+    """The model and argument classes for a config.json of a model that is to hold keys.
 
     Raises:
-        ValueError: Its model_type has no delta model.
+        ValueError: It has no keys to hold, or mlx-lm has no such model.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -34,15 +36,21 @@ def get_model_classes(config: dict) -> tuple[type, type]:
             f"[load] model_type {model_type!r} caches latents instead of keys (multi-head latent "
             "attention), which can't be held; run it with mlx_lm, or pass delta=None (--no-delta)."
         )
-    if name not in MODELS:
-        known = ", ".join(sorted(m for m in {*MODELS, *MODEL_REMAPPING} if _known(m)))
-        raise ValueError(
-            f"[load] model_type {model_type!r} has no delta model; there is one for {known}. "
-            "Run it with mlx_lm, or pass delta=None (--no-delta)."
-        )
+    if not has_class(config):
+        return _mlx_lm_classes(config)
     module = bitnet_llama if name == "llama" and is_ternary_llama(config) else MODELS[name]
     return module.Model, module.ModelArgs
 
 
-def _known(model_type: str) -> bool:
+def has_class(config: dict) -> bool:
+    """Whether a config.json's model has the delta built in; to others it is applied."""
+    model_type = str(config.get("model_type"))
     return MODEL_REMAPPING.get(model_type, model_type) in MODELS
+
+
+def _mlx_lm_classes(config: dict) -> tuple[type, type]:
+    """mlx-lm's own classes, with arguments that take rope settings in either spelling."""
+    model, arguments = _get_classes(config)
+    read = arguments.from_dict
+    entrance = {"from_dict": staticmethod(lambda params: read(normalize_rope(params)))}
+    return model, type(arguments.__name__, (arguments,), entrance)

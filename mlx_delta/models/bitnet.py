@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import bitnet
 from mlx_lm.models.cache import KVCache
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
 from mlx_delta.ternary.model import TernaryArgs, TernaryModel
 
 from .common import attend, make_delta_caches, normalize_rope, read_delta
@@ -61,7 +61,7 @@ class Model(TernaryModel, bitnet.Model):
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Logits [B, L, vocabulary] of inputs [B, L]."""
         if cache is None and self.args.delta is not None:
-            cache = self.make_cache()
+            cache = self.make_cache(prompt_length=inputs.shape[1])
         return super().__call__(inputs, cache)
 
     def make_cache(self, prompt_length: int | None = None) -> list[Any]:

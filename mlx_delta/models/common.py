@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.cache.single import DeltaKVCache, HeldKeys
+from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 
 
@@ -74,3 +74,8 @@ def make_delta_caches(
     if prompt_length is not None:
         config = config.resolve(prompt_length)
     return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+
+
+def model_setting(model: nn.Module) -> DeltaConfig | None:
+    """The setting that a model attends with; ``None`` is dense."""
+    return getattr(getattr(model, "args", None), "delta", None)

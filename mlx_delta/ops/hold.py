@@ -5,9 +5,15 @@ Agrees with :func:`mlx_delta.method.attention.hold`; works on all blocks, kv hea
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.config import DeltaConfig
+
+from .runs import hold_runs
 
 
 def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
@@ -65,10 +71,11 @@ def hold_blocks(
     return held.astype(keys.dtype), zeros
 
 
+@np.errstate(all="ignore")  # NaN and infinities have their own rule
 def hold_means(
     blocks: mx.array, config: DeltaConfig, first_block: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean of each element's run, as :func:`mlx_delta.method.attention.run_means` defines it.
+    """The mean of each element's run, as the specification defines it for the setting's mode.
 
     Args:
         blocks: float32 [B, Hkv, n_blocks, block_size, D], the keys.
@@ -79,29 +86,33 @@ def hold_means(
         The means, float32, and which elements start a run, boolean, both shaped as ``blocks``;
         and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
+    if config.cuts_runs:
+        return hold_runs(blocks, config, first_block)
     size, n_blocks = config.block_size, blocks.shape[2]
     firsts, starts = _hold_firsts(blocks, config, first_block)
-    deviations = blocks - firsts
-    total = mx.zeros_like(blocks[:, :, :, 0])
-    totals = [total]  # up to each token, added up in their order
-    for t in range(1, size):
-        total = mx.where(starts[:, :, :, t], 0, total + deviations[:, :, :, t])
-        totals.append(total)
-    token = mx.arange(size)[:, None]
-    begin = mx.cummax(mx.where(starts, token, 0), axis=3)
-    means = firsts + mx.stack(totals, axis=3) / (token - begin + 1).astype(mx.float32)
-    exact = config.sinks - size * mx.arange(first_block, first_block + n_blocks)
-    means = mx.where(begin < exact[:, None, None], firsts, means)
+    xp = _module(config)
+    keys, firsts, starts = (_by_token(xp, x) for x in (blocks, firsts, starts))
+    token = xp.arange(size)[:, None, None]
+    begin = _cummax(xp, xp.where(starts, token, 0))
+    means = firsts + _run_totals(xp, keys - firsts, starts) / (token - begin + 1).astype(xp.float32)
+    # Block b's sinks are exact: of each lane, of which blocks are the innermost.
+    exact = config.sinks - size * (first_block + xp.arange(n_blocks))
+    lanes = keys.shape[1] // n_blocks
+    exact = xp.broadcast_to(exact, (lanes, n_blocks)).reshape(1, -1, 1)
+    means = xp.where(begin < exact, firsts, means)
     # So far they are means up to each token: the last one of a run is that of all of it.
-    mean = means[:, :, :, -1]
+    mean = means[size - 1]
     rows = [mean]
     for t in range(size - 2, -1, -1):
-        mean = mx.where(starts[:, :, :, t + 1], means[:, :, :, t], mean)
+        mean = xp.where(starts[t + 1], means[t], mean)
         rows.append(mean)
+    held = _by_block(xp.stack(rows[::-1]), blocks.shape)
+    starts = _by_block(starts, blocks.shape)
     zeros = mx.logical_not(starts).sum(axis=(3, 4)).astype(mx.int32)
-    return mx.stack(rows[::-1], axis=3), starts, zeros
+    return held, starts, zeros
 
 
+@np.errstate(all="ignore")
 def _hold_firsts(
     blocks: mx.array,
     config: DeltaConfig,
@@ -113,45 +124,89 @@ def _hold_firsts(
 
     Both are [B, Hkv, n_blocks, block_size, D]; without keyframes of one block as long as the text.
     """
-    B, H, n_blocks, block_size, D = blocks.shape
-    thresholds = block_thresholds(blocks, config)[..., None]  # [B, Hkv, n_blocks, 1]
-    first_position = first_block * block_size
+    B, H, n_blocks, size, D = blocks.shape
+    thresholds = block_thresholds(blocks, config)  # [B, Hkv, n_blocks]
     targets = blocks if stored is None else stored.astype(mx.float32).reshape(blocks.shape)
-
     if config.keyframes:
         # Blocks are independent: step through the tokens of all blocks side by side.
-        lanes, steps, lane_stride = n_blocks, block_size, block_size
-        held = targets[:, :, :, 0]
+        thresholds = thresholds.reshape(1, -1, 1)
+        previous = None
     else:
-        lanes, steps, lane_stride = 1, n_blocks * block_size, 0
-        blocks = targets = blocks.reshape(B, H, 1, steps, D)
-        thresholds = mx.repeat(thresholds, block_size, axis=2)  # one per token
-        held = blocks[:, :, :, 0] if previous is None else previous[:, :, None].astype(mx.float32)
+        blocks = targets = blocks.reshape(B, H, 1, n_blocks * size, D)
+        thresholds = mx.repeat(thresholds, size, axis=2)  # one per token
+        thresholds = thresholds.reshape(B * H, -1).T[:, :, None]
+    xp = _module(config)
+    steps, lanes = blocks.shape[3], blocks.shape[2]
+    held = None if previous is None else _array(xp, previous.astype(mx.float32)).reshape(-1, D)
+    keys = _by_token(xp, blocks)
+    values = keys if targets is blocks else _by_token(xp, targets)
+    thresholds = _array(xp, thresholds)
+    position = first_block * size + np.arange(steps)[:, None] + size * np.arange(lanes)
+    exact = position < config.sinks  # [steps, lanes]: they stand for themselves
+    sinks = [_array(xp, mx.array(np.tile(row, B * H)[:, None])) for row in exact if row.any()]
 
-    rows, starts = [], []
+    firsts, starts = [], []
     for t in range(steps):
-        key = blocks[:, :, :, t]  # [B, Hkv, lanes, D]
-        if t == 0 and (config.keyframes or previous is None):
-            rows.append(held)
-            starts.append(mx.ones(held.shape, mx.bool_))
-            continue
-        threshold = thresholds if config.keyframes else thresholds[:, :, t : t + 1]
-        # "not more than" rather than "less than": a NaN compares false and so propagates.
-        keep = mx.abs(key - held) <= threshold
-        exact_lanes = _lanes_before(config.sinks, first_position + t, lanes, lane_stride)
-        if exact_lanes:
-            keep = keep & (mx.arange(lanes) >= exact_lanes)[:, None]
-        held = mx.where(keep, held, targets[:, :, :, t])
-        rows.append(held)
-        starts.append(mx.logical_not(keep))
-    return mx.stack(rows, axis=3), mx.stack(starts, axis=3)
+        if held is None:  # the first value of a block, or of the text
+            held = values[0]
+            starts.append(xp.ones(held.shape, xp.bool_))
+        else:
+            # "not more than" rather than "less than": a NaN compares false and so propagates.
+            keep = xp.abs(keys[t] - held) <= thresholds[t if len(thresholds) > 1 else 0]
+            if exact[t].any():
+                keep = keep & ~sinks[t]
+            held = xp.where(keep, held, values[t])
+            starts.append(~keep)
+        firsts.append(held)
+    return _by_block(xp.stack(firsts), blocks.shape), _by_block(xp.stack(starts), blocks.shape)
 
 
-def _lanes_before(position: int, first: int, lanes: int, stride: int) -> int:
-    """How many of the lanes at first, first + stride, ... lie before a position."""
-    if first >= position:
-        return 0
-    return lanes if stride == 0 else min(lanes, -(-(position - first) // stride))
+# A step along the tokens is a few thousand numbers. On a GPU that is a launch of MLX's; without one
+# NumPy does it several times faster than MLX's CPU operations, which also weigh on the graph.
+
+
+def _module(config: DeltaConfig) -> ModuleType:
+    """Whose arrays the steps are made of: MLX's for blocks on a GPU, else NumPy's.
+
+    One chain over a chunk of a prompt has a step for each of its tokens: too many launches.
+    """
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return mx if on_gpu and config.keyframes else np
+
+
+def _array(xp: Any, x: Any) -> Any:
+    """MLX's array as one of the module's."""
+    if xp is not np:
+        return x
+    mx.eval(x)  # said, not left to NumPy: so that it is seen by who counts
+    return np.asarray(x)
+
+
+def _by_token(xp: Any, x: mx.array) -> Any:
+    """[B, Hkv, n, T, D] as [T, lanes, D]."""
+    steps = x.transpose(3, 0, 1, 2, 4).reshape(x.shape[3], -1, x.shape[4])
+    return np.ascontiguousarray(_array(xp, steps)) if xp is np else steps
+
+
+def _by_block(x: Any, shape: tuple[int, ...]) -> mx.array:
+    """[T, lanes, D] as [B, Hkv, n, T, D]."""
+    B, H, n, steps, D = shape
+    return mx.array(x).reshape(steps, B, H, n, D).transpose(1, 2, 3, 0, 4)
+
+
+def _cummax(xp: Any, x: Any) -> Any:
+    return np.maximum.accumulate(x, axis=0) if xp is np else mx.cummax(x, axis=0)
+
+
+def _run_totals(xp: Any, deviations: Any, starts: Any) -> Any:
+    """Sums [T, ..] of each run up to each token, added up in the order of the tokens."""
+    total = xp.zeros_like(deviations[0])
+    totals = [total]
+    zero = xp.zeros_like(total)
+    for t in range(1, len(deviations)):
+        total = xp.where(starts[t], zero, total + deviations[t])
+        totals.append(total)
+    return xp.stack(totals)
 
 
 def _count_zeros(

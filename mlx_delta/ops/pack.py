@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.config import DeltaConfig
 
 from .hold import hold_blocks, hold_means
 
+HEAD_DIMS = range(16, 257, 16)  # for which there are kernels
 LARGEST = {mx.float16: 65504.0, mx.bfloat16: 3.3895313892515355e38}
 
 
@@ -149,6 +151,27 @@ def _runs(
     changed = held[:, :, :, 1:] != held[:, :, :, :-1]  # a code may repeat: not stored again
     first = mx.ones((*blocks.shape[:3], 1, blocks.shape[4]), mx.bool_)
     return blocks, mx.concatenate([first, changed], axis=3), zeros
+
+
+def run_together(runs: mx.array, words: np.ndarray) -> mx.array:
+    """The first words of each run, one run after another.
+
+    Args:
+        runs: [n, room].
+        words: How many of each run, at least one; [n].
+
+    Returns:
+        [sum of words].
+    """
+    ends = np.cumsum(words)
+    begins = ends - words
+    shifts = np.arange(len(words)) * runs.shape[1] - begins
+    begins, shifts = mx.array(np.stack([begins, shifts]).astype(np.int32))
+    # Word i of the result is in the run whose number is how many begin at 1 to i.
+    index = mx.arange(int(ends[-1]))
+    marks = mx.zeros(index.shape, mx.int32)
+    marks[begins[1:]] = 1
+    return runs.reshape(-1)[index + shifts[mx.cumsum(marks)]]
 
 
 def unpack_blocks(packed: PackedBlocks) -> mx.array:

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from mlx_delta.kernels import kernel_source
 
-SIMD = 32  # lanes of a simdgroup
+from .launching import SIMD, check_shapes
+
 SIMDGROUPS = 8  # of a threadgroup
 OUTPUTS = 4 * SIMDGROUPS  # of a threadgroup
 MAX_ROWS = 4  # whose activations and sums a thread's registers hold
@@ -44,8 +45,25 @@ def ternary_matvec(x: mx.array, weight: mx.array, scales: mx.array, quantize: bo
             out is a multiple of 4.
         scales: [out, groups]; the first one is the scale of all weights.
         quantize: Whether to round each row of x to int8 first.
+
+    Raises:
+        ValueError: A shape that the kernel does not take.
     """
+    check_shapes(
+        "ternary_matvec",
+        {
+            "x": (x, (None, None)),
+            "weight": (weight, (None, x.shape[-1] // 16)),
+            "scales": (scales, (weight.shape[0], None)),
+        },
+        {"weight": mx.uint32},
+    )
     rows, outputs = x.shape[0], weight.shape[0]
+    if not 0 < rows <= MAX_ROWS or x.shape[1] % 16 or outputs % 4 or not scales.size:
+        raise ValueError(
+            f"[ternary_matvec] takes 1 to {MAX_ROWS} rows, inputs in multiples of 16 and outputs "
+            f"in multiples of 4 but got x {tuple(x.shape)} and weight {tuple(weight.shape)}."
+        )
     (out,) = matvec_kernel()(
         inputs=[x, weight, scales],
         template=[

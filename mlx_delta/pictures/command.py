@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import difflib
 import importlib.util
 import sys
 from pathlib import Path
 
 from mlx_delta.loading import DEMO
-from mlx_delta.system.cli import run_command
+from mlx_delta.system.arguments import add_delta_argument
+from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.wording import nearest
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
 KINDS = ("tradeoff", "heads", "keys", "roofline")
@@ -20,13 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     """A command for each kind, and the flags that all have."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_delta.pictures",
+        formatter_class=HelpFormatter,
         description="Pictures of what the delta keeps and costs, as PNG and SVG, for light and "
         "dark pages.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
-        sub = kinds.add_parser(name, help=text, description=text)
+        sub = kinds.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         sub.add_argument(
             "-o",
             "--output",
@@ -100,16 +102,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"A directory, a hub name or a bundled model ({DEMO}).")
     parser.add_argument("--text", type=Path, metavar="FILE", help="Prose. Default: bundled.")
+    add_delta_argument(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-") and argv[0] not in KINDS:
-        near = difflib.get_close_matches(argv[0], KINDS, n=2, cutoff=0.4)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         print(
-            f"error: unknown kind of picture {argv[0]!r}{hint}; known are {', '.join(KINDS)}.",
+            f"error: unknown kind of picture {argv[0]!r}{nearest(argv[0], KINDS)}; known are "
+            f"{', '.join(KINDS)}.",
             file=sys.stderr,
         )
         return 1

@@ -51,12 +51,15 @@ def draw_keys(
     figure = new_figure(height)
     config = record.config
     unit = "× spread of each block" if config.threshold_mode == "relative" else "(absolute)"
+    held = f"Threshold {config.head_threshold:g} {unit}"
+    if config.cuts_runs:
+        held = f"{str(config.threshold_mode).capitalize()} runs at level {config.run_level:g}"
     top = headline(
         figure,
         theme,
         f"{model}, layer {record.layer}, kv head {record.head}: what delta attention holds of "
         f"{len(record.keys):,} keys",
-        f"Threshold {config.head_threshold:g} {unit}. {record.zero_share:.1%} of the far deltas "
+        f"{held}. {record.zero_share:.1%} of the far deltas "
         f"are zero; prefill skips {record.sparsity:.1%} of this head's QKᵀ.",
     )
     _legend(figure, theme, record, 1 - top / height)
@@ -98,13 +101,13 @@ def matrix_colors(record: HeadRecord, theme: Theme) -> np.ndarray:
 
 
 def _thresholds(record: HeadRecord) -> np.ndarray:
-    """The threshold at each token [N]; that of its block."""
-    size = record.config.block_size
+    """The threshold at each token [N]; that of its block. Where there is none, its spread."""
+    size, config = record.config.block_size, record.config
+    if config.cuts_runs:
+        config = config.changed(threshold=1.0)
     values = np.full(len(record.keys), np.inf, np.float32)
     for start in range(0, len(record.keys) - size + 1, size):
-        values[start : start + size] = block_threshold(
-            record.keys[start : start + size], record.config
-        )
+        values[start : start + size] = block_threshold(record.keys[start : start + size], config)
     return values
 
 
@@ -203,7 +206,10 @@ def _legend(figure: Figure, theme: Theme, record: HeadRecord, top: float) -> Non
     whole = "keyframes and sinks" if record.config.keyframes else "sinks"
     handles: list[Patch | Line2D] = [
         Patch(fc=theme.ramp[0], ec=theme.quiet, lw=0.5, label="held: a zero"),
-        Patch(fc=ramp(0.4), label="changes by 1 threshold"),
+        Patch(
+            fc=ramp(0.4),
+            label=f"changes by 1 {'spread' if record.config.cuts_runs else 'threshold'}",
+        ),
         Patch(fc=ramp(1.0), label=f"by {LARGEST:g} or more"),
         Patch(fc=theme.accents[1], label=f"{whole}: stored whole"),
         Patch(fc=theme.grid, label="window of the last query"),

@@ -8,12 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_delta.benchmark.command import CONTEXTS, SETTINGS, prompt_ids
-from mlx_delta.benchmark.roofline import ceilings
-from mlx_delta.benchmark.table import roofline_values
 from mlx_delta.config import DeltaConfig
-from mlx_delta.evaluate.command import choose_settings
 from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.sparsity import measure_sparsity
 from mlx_delta.measure.text import (
@@ -21,8 +19,10 @@ from mlx_delta.measure.text import (
     context_length,
     encode_piece,
     encode_text,
+    prompt_ids,
     read_text,
 )
+from mlx_delta.models.common import model_setting
 from mlx_delta.system.chips import find_chips
 
 from . import names
@@ -138,7 +138,9 @@ def _roofline_of_model(args: argparse.Namespace) -> Roofline:
     ids = prompt_ids(tokenizer, read_text(args.text or BUNDLED_TEXT), longest)
     rows = ceilings(model, settings, ids, contexts, longest, PREFILL_STEP, progress=True)
     values = roofline_values(rows, chips)
-    return Roofline(args.model or DEMO, model.args.delta.to_dict(), args.today, values)
+    setting = model_setting(model)
+    assert setting is not None
+    return Roofline(args.model or DEMO, setting.to_dict(), args.today, values)
 
 
 def _one_source(args: argparse.Namespace) -> None:
@@ -147,14 +149,15 @@ def _one_source(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Both are given.
     """
-    if args.results is not None and (args.model is not None or args.text is not None):
-        raise ValueError(f"{args.results} and --model or --text are both given; drop one.")
+    flags = [name for name in ("model", "text", "delta") if getattr(args, name) is not None]
+    if args.results is not None and flags:
+        raise ValueError(f"{args.results} and --{flags[0]} are both given; drop one.")
 
 
 def _load(args: argparse.Namespace, wanted: list[str]) -> tuple[Any, Any, list[Setting]]:
     """The model, its tokenizer, and settings on it."""
     name = args.model or DEMO
-    delta, settings = choose_settings(name, wanted)
+    delta, settings = choose_settings(name, wanted, args.delta)
     if delta is None:
         raise ValueError(f"model {name} holds no keys: it is neither a Llama nor a BitNet.")
     assert isinstance(delta, DeltaConfig)

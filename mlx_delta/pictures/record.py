@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_delta.cache.single import HeldKeys
+from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.sparsity import measure_sparsity

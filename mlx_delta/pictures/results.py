@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_delta.evaluate.results import read_results
-from mlx_delta.measure.settings import nearest
+from mlx_delta.measure.results_file import read_results
+from mlx_delta.wording import nearest
 
 from . import names
 

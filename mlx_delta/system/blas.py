@@ -8,8 +8,8 @@ nothing on any other installation. It never raises: without an OpenBLAS everythi
 slowly.
 
 Set ``MLX_DELTA_BLAS=off`` to keep MLX's own BLAS, or to the path of a library to load that one.
-OpenBLAS takes as many threads as there are cores; ``OPENBLAS_NUM_THREADS`` is its own variable
-for fewer.
+:mod:`mlx_delta.system.threads` chooses its number of threads; ``OPENBLAS_NUM_THREADS`` is its own
+variable for another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ _SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 # The wheel scipy-openblas32 puts this before each name, to keep out of other libraries' way.
 _WHEEL_PREFIX = "scipy_"
 
+# What sets the number of threads, in the system's library and in the wheel's.
+_SET_THREADS = ("openblas_set_num_threads", "scipy_openblas_set_num_threads")
+
 _status = ""
+_library: ctypes.CDLL | None = None
 
 
 def preload_blas() -> None:
@@ -78,6 +82,19 @@ def blas_status() -> str:
     return _status or "BLAS: MLX's own (preload_blas() has not run)."
 
 
+def set_blas_threads(threads: int) -> bool:
+    """Make the OpenBLAS that :func:`preload_blas` loaded use so many threads.
+
+    Returns:
+        Whether it is one, and can be told.
+    """
+    for name in _SET_THREADS if _library is not None else ():
+        if hasattr(_library, name):
+            getattr(_library, name)(ctypes.c_int(threads))
+            return True
+    return False
+
+
 def _has_reference_blas() -> bool:
     """Return whether MLX is the Linux wheel for machines without a GPU."""
     if sys.platform != "linux" or not _installed("mlx-cpu"):
@@ -95,10 +112,12 @@ def _installed(distribution: str) -> bool:
 
 def _load(library: str | Path) -> None:
     """Put a library's symbols before those of libraries loaded later; OSError when it cannot."""
+    global _library
     handle = ctypes.CDLL(os.fspath(library), mode=ctypes.RTLD_GLOBAL)
     missing = [name for name in _SYMBOLS if not hasattr(handle, name)]
     if missing:
         raise OSError(f"{library} has no {', '.join(missing)}")
+    _library = handle
 
 
 def _load_openblas() -> str:

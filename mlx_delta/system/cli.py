@@ -1,10 +1,45 @@
-"""What the command lines share: one line for an error, and the exit status."""
+"""What the command lines share: help, output on any terminal, errors in a line, exit status."""
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import io
 import logging
 import sys
 from collections.abc import Callable
+
+# What stands for characters of our tables and messages where a terminal has ASCII only.
+_PLAIN = {"±": "+-", "–": "-", "—": "-", "×": "x", "θ": "t", "ᵀ": "^T", "…": "...", "’": "'"}
+_PLAIN |= {"“": '"', "”": '"'}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that says each option's default, where its text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        none = action.default in (None, (), [], argparse.SUPPRESS) or action.nargs == 0
+        if text is None or none or "default" in text.lower():
+            return text
+        return f"{text}{'' if text.endswith('.') else '.'} Default: %(default)s."
+
+
+def plain_output() -> None:
+    """Let the terminal show what it can: no character that it lacks ends a command."""
+    codecs.register_error("mlx_delta.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        # Streams that are not Python's own (in a notebook, a test) take all characters.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="mlx_delta.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that can't be encoded; a codec's error handler."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
 
 
 def run_command(run: Callable[[], None], smaller: str, interrupted: str = "Interrupted.") -> int:
@@ -19,6 +54,7 @@ def run_command(run: Callable[[], None], smaller: str, interrupted: str = "Inter
     Returns:
         The exit status: 0, 1 after an error, 130 after Ctrl-C.
     """
+    plain_output()
     # It warns of texts beyond the context, for which the commands have words of their own.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.ternary_matvec import MAX_ROWS, ternary_matvec
 from mlx_delta.ternary import codes as ternary
 
@@ -130,7 +131,7 @@ class TernaryLinear(nn.QuantizedLinear):
         """
         return (
             on_gpu()
-            and mx.metal.is_available()
+            and has_kernels()
             and not self.training
             and self.one_scale
             and rows.shape[0] <= MAX_ROWS

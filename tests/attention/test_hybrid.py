@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig, DeltaKVCache
-from mlx_delta.attention.hybrid import QUERY_CHUNK, delta_attention
+from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.attention.operations import QUERY_CHUNK
 from mlx_delta.method import attention as reference
 from tests.tiny import SMALL, smooth_keys
 
@@ -107,7 +108,9 @@ def test_a_window_longer_than_the_text_is_dense_attention_bit_for_bit():
 def test_threshold_zero_is_dense_attention(config):
     queries, keys, values = (mx.array(x) for x in inputs(200))
     dense = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=SCALE, mask="causal")
-    cache = DeltaKVCache(DeltaConfig(**{**config.to_dict(), "threshold": 0.0}))
+    cache = DeltaKVCache(
+        config.changed(**({"level": 0.0} if config.cuts_runs else {"threshold": 0.0}))
+    )
     output = delta_attention(queries, keys, values, cache, SCALE)
     np.testing.assert_allclose(output, dense, atol=2e-6)
 

@@ -8,20 +8,19 @@ import pytest
 
 from mlx_delta.benchmark import (
     Benchmark,
-    Ceiling,
     Row,
     Run,
     Spread,
-    ceilings,
+    Tail,
     command,
-    roofline,
     timing,
 )
 from mlx_delta.benchmark.command import main
-from mlx_delta.benchmark.roofline import extrapolate
-from mlx_delta.benchmark.timing import memory_needed, round_order, time_once
+from mlx_delta.benchmark.table import timing_tables
+from mlx_delta.benchmark.timing import round_order, time_once
+from mlx_delta.measure.filling import memory_needed
 from mlx_delta.measure.settings import parse_settings
-from mlx_delta.measure.traffic import Traffic, decode_traffic
+from mlx_delta.measure.traffic import Traffic
 from mlx_delta.system import chips
 from mlx_delta.system.chips import Chip, find_chips, this_chip
 from tests.tiny import SMALL, llama_model, tokens, write_llama
@@ -77,9 +76,12 @@ def test_spread_is_median_and_quartiles():
 def test_speeds_are_tokens_by_seconds():
     (setting,) = parse_settings(["dense"])
     traffic = Traffic(900_000, 100_000, 0, 0, 0)
-    row = Row(setting, 100, 11, [Run(0.5, 0.2, 7), Run(1.0, 0.1, 5), Run(2.0, 0.4, 6)], traffic)
+    seconds = [(0.5, 0.02, 7), (1.0, 0.01, 5), (2.0, 0.04, 6)]
+    runs = [Run(first, (each,) * 10, peak) for first, each, peak in seconds]
+    row = Row(setting, 100, 11, runs, traffic)
     assert row.prefill_speed.median == 89 / 1.0  # until the first token
     assert row.decode_speed.median == pytest.approx(10 / 0.2)  # after it
+    assert row.token_seconds == Tail(0.02, 0.04, 0.04, 30)
     assert row.first_token.q3 == 1.5 and row.peak_bytes == 7
     # 50 tokens a second of a megabyte each are a twentieth of 1 GB/s.
     assert row.bandwidth_share(1.0) == pytest.approx(0.05)
@@ -90,7 +92,8 @@ def test_a_run_fills_the_context(model, ids, name):
     (setting,) = parse_settings([name], SMALL)
     run, caches = time_once(model, setting, ids[:90], 10, prefill_step=32)
     assert [cache.offset for cache in caches] == [100] * 3
-    assert run.first_token > 0 < run.decode and run.peak_bytes > 1e6
+    assert len(run.tokens) == 9 and min(run.tokens) > 0 < run.first_token
+    assert run.decode == sum(run.tokens) and run.peak_bytes > 1e6
     assert (type(caches[0]).__name__ == "QuantizedKVCache") == (name == "kv8")
 
 
@@ -109,7 +112,7 @@ def test_settings_take_turns_and_the_first_round_is_dropped(model, ids, monkeypa
         calls.append((len(prompt) + generated, setting.name))
         caches = setting.make_caches(model)
         setting.prefill(model, list(prompt), caches)
-        return Run(1.0, 1.0, len(calls)), caches
+        return Run(1.0, (1.0,), len(calls)), caches
 
     monkeypatch.setattr(timing, "time_once", recorded)
     settings = parse_settings(["dense", "delta", "kv8"], SMALL)
@@ -153,7 +156,27 @@ def test_misuse_in_code(model, ids, arguments, message):
         Benchmark(model, **{**values, **arguments})
 
 
-# Ceilings.
+def test_tokens_that_take_longer_are_told(model, ids):
+    assert Tail.of([1] * 98 + [6, 6]) == Tail(1, 1, 6, 100)
+    assert Tail.of([2, 4]).to_dict() == {"median": 3, "p95": 3.9, "max": 4, "n": 2}
+    settings = parse_settings(["delta"], SMALL)
+    bench = Benchmark(model, settings, ids, [64], generated=SMALL.block_size, trials=1)
+    for row in bench.run():
+        # One of eight tokens encodes a block of eight as well.
+        assert len(row.operations) == 8 and len(set(row.operations)) == 2
+        assert row.token_operations.greatest > 1.2 * row.token_operations.median
+        cells = dict(zip(*table_of(row), strict=True))
+        assert cells["ops/token"].endswith(f" / {max(row.operations)}")
+        assert cells["ms/token"].count(" / ") == 2
+
+
+def table_of(row: Row) -> tuple[list[str], list[str]]:
+    """Header and cells of a row's table."""
+    (table,) = timing_tables([row], None)
+    return table.header, table.rows[0]
+
+
+# Chips.
 
 
 def test_chips_by_name_family_and_all():
@@ -196,59 +219,6 @@ def test_without_apples_chip_there_is_no_bandwidth(monkeypatch):
     assert chips._output("no-such-command-here") == ""
 
 
-def test_a_ceiling_is_bandwidth_by_bytes():
-    ceiling = Ceiling("dense", 1000, 900_000_000, 100_000_000, False)
-    chip = Chip("M0", 50)
-    assert ceiling.tokens_per_second(chip) == 50
-    assert ceiling.expected(chip) == (35, pytest.approx(42.5))
-
-
-def test_a_line_through_two_points():
-    assert extrapolate([(100, 1000), (200, 1500)], 1000) == 5500
-    assert extrapolate([(48, 77), (48, 77)], 48) == 77
-
-
-def test_bytes_are_those_of_filled_caches_and_go_on_alike(model, ids):
-    names = ["dense", "delta:key_bits=4", "kv8", "rotating:32", "window-only"]
-    settings = parse_settings(names, SMALL)
-    found = ceilings(model, settings, ids, [56, 184, 4000], longest=100)
-    by_name = {(c.setting, c.context): c for c in found}
-    assert [c.extrapolated for c in found] == [False] * 5 + [True] * 10
-    assert len({c.weight_bytes for c in found}) == 1
-    for setting in settings:
-        for context in (56, 184):
-            caches = setting.make_caches(model, context)
-            timing.prefill(model, setting, ids[:context], caches)
-            real = decode_traffic(model, caches).cache_bytes
-            near = 0.05 if setting.name.startswith("delta:") and context > 100 else 0
-            got = by_name[setting.name, context].cache_bytes
-            assert got == pytest.approx(real, rel=near), (setting.name, context)
-    sizes = {name: by_name[name, 4000].cache_bytes for name in names}
-    assert sizes["dense"] == 3 * 2 * 2 * 64 * 2 * 4000
-    assert sizes["rotating:32"] == by_name["rotating:32", 56].cache_bytes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"settings": []}, r"\[ceilings\] settings is empty"),
-        ({"longest": 401}, "longest must be <= the 400 tokens of the text but got 401"),
-        ({"longest": 4000}, "of 4000 tokens is longer than the model's"),
-        ({"longest": 40}, "longest must be more than 64 for delta to be extrapolated from"),
-    ],
-)
-def test_misuse_of_ceilings(model, ids, arguments, message):
-    values = {"settings": parse_settings(["delta"], SMALL), "longest": 400, "contexts": [5000]}
-    with pytest.raises(ValueError, match=message):
-        ceilings(model, tokens=ids, **{**values, **arguments})
-
-
-def test_caches_that_memory_cannot_hold_are_not_filled(model, ids, monkeypatch):
-    monkeypatch.setattr(roofline, "physical_memory", lambda: 10**6)
-    with pytest.raises(MemoryError, match=r"to 200 tokens takes about 0 GB with dense .*--longest"):
-        ceilings(model, parse_settings(["dense"]), ids, [200], longest=200)
-
-
 # The command.
 
 
@@ -276,7 +246,9 @@ def test_a_table_for_each_context(run, tmp_path):
     assert first["generation_tps"]["min"] <= first["generation_tps"]["median"]
     assert first["traffic_per_token"]["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 48
     assert first["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 256  # mlx-lm grows by 256
-    assert first["operations_per_token"] > 50 < first["peak_memory_bytes"]
+    assert first["operations_per_token"]["median"] > 50 < first["peak_memory_bytes"]
+    assert first["token_seconds"]["median"] <= first["token_seconds"]["max"]
+    assert first["token_seconds"]["n"] == 2 * 3 and first["operations_per_token"]["n"] == 4
 
 
 def test_on_a_mac_the_share_of_bandwidth_is_told(run, monkeypatch):

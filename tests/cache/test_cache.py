@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import (
     KVCache,
     LRUPromptCache,
-    can_trim_prompt_cache,
     load_prompt_cache,
     save_prompt_cache,
     trim_prompt_cache,
 )
 
-from mlx_delta import DeltaConfig, DeltaKVCache, measure_sparsity
-from mlx_delta.cache.batch import BatchDeltaKVCache
+from mlx_delta import BatchDeltaKVCache, DeltaConfig, DeltaKVCache, measure_sparsity
 from mlx_delta.method import attention as reference
 from tests.attention.test_hybrid import attend, inputs
 from tests.tiny import SMALL, smooth_keys
@@ -112,37 +110,22 @@ def test_rewinding_by_up_to_a_block_is_exact(config, fed, back):
     assert_goes_on(cache, fed - back, config)
 
 
-def test_rewinding_further_leaves_held_keys_in_place_of_full_ones():
+@pytest.mark.parametrize("again", ["at once", "in steps"])
+def test_a_state_saved_where_held_keys_stand_in_for_full_ones_goes_on(again):
+    """Version 0.1.0 rewound any number of tokens; means of means would drift."""
     cache = DeltaKVCache(SMALL)
-    attend(cache, part(0, 120), [120])
-    assert can_trim_prompt_cache([cache])
-    assert cache.trim(60) == 60
-    keys, values = cache.keys_and_values()
-    held = np.stack([reference.hold(head, SMALL) for head in TEXT[1][0, :, :120]])
-    np.testing.assert_array_equal(keys[0], held[:, :60])
-    np.testing.assert_array_equal(values, TEXT[2][:, :, :60])
-    output = attend(cache, part(60, LENGTH), [LENGTH - 60])
-    assert np.abs(output - whole(SMALL)[:, :, 60:]).max() < 0.5, "close, if not exact"
-
-
-@each_setting
-@pytest.mark.parametrize("again", ["at once", "in steps", "saved"])
-def test_held_keys_that_stood_in_for_full_ones_are_not_held_again(config, again, tmp_path):
-    """Means of means would drift, and so would thresholds relative to what is held already."""
-    cache = DeltaKVCache(config)
     attend(cache, part(0, 120), [120])
     held, _ = cache.keys_and_values()
     zeros = np.array(cache.zeros)
-    for back in (60, 40, 60):
-        cache.trim(back)
-        if again == "saved":
-            save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
-            (cache,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
-        cuts = [1] * 20 + [back - 20] if again == "in steps" else [back]
-        attend(cache, part(120 - back, 120), cuts)
-        keys, _ = cache.keys_and_values()
-        assert mx.array_equal(keys[:, :, :56], held[:, :, :56]), "7 blocks of 8 in 60 tokens"
-        np.testing.assert_array_equal(cache.zeros[:, :, :7], zeros[:, :, :7])
+    old = _edit(cache.state[0], lengths=[60], encoded=[5], held=[7], spare_valid=[False])
+    cache = DeltaKVCache.from_state([old, *cache.state[1:]])
+    assert cache.exact_trim() == 0 and cache.trim(0) == 0
+    with pytest.raises(ValueError, match="can be taken back exactly but not 1"):
+        cache.trim(1)
+    attend(cache, part(60, 120), [1] * 20 + [40] if again == "in steps" else [60])
+    keys, _ = cache.keys_and_values()
+    assert mx.array_equal(keys[:, :, :56], held[:, :, :56]), "7 blocks of 8 in 60 tokens"
+    np.testing.assert_array_equal(cache.zeros[:, :, :7], zeros[:, :, :7])
 
 
 def test_rewinding_more_than_there_is_empties_the_cache():
@@ -198,12 +181,53 @@ def test_rows_of_equal_length_share_one_cache(length):
         np.testing.assert_allclose(together[row], alone[0], atol=2e-6)
 
 
-def test_the_papers_window_is_fixed_when_the_prompt_is_seen():
+def test_a_state_with_one_count_for_all_rows_goes_on():
+    """As version 0.1.0 saved rows of equal length."""
+    rows = inputs(60, rows=3)
+    cache = DeltaKVCache(SMALL)
+    attend(cache, tuple(x[:, :, :40] for x in rows), [40])
+    header = json.loads(cache.state[0])
+    one = {name: header[name][:1] for name in ("lengths", "encoded", "held", "spare_valid")}
+    buffers = copy.deepcopy(cache).state[1:]
+    restored = DeltaKVCache.from_state([_edit(cache.state[0], **one), *buffers])
+    rest = [attend(x, tuple(y[:, :, 40:] for y in rows), [1, 19]) for x in (cache, restored)]
+    np.testing.assert_array_equal(*rest)
+
+
+@pytest.mark.parametrize("cuts", [[60, 1], [40, 19, 2], [20, 20, 20, 1]], ids=str)
+def test_the_papers_window_is_fixed_when_the_prompt_is_over(cuts):
+    """A chunk may not be the last one. Until few tokens come, all keys are full."""
+    cache = DeltaKVCache(DeltaConfig.paper())
+    prompt = sum(cuts)
+    queries, keys, values = (mx.array(x[:, :, : prompt - cuts[-1]]) for x in TEXT)
+    dense = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.25, mask="causal")
+    np.testing.assert_allclose(attend(cache, TEXT, cuts[:-1]), dense, atol=2e-6)
+    assert cache.config.block_fraction == 0.05 and cache.encoded == (0,)
+    assert measure_sparsity([cache], prompt).prefill == 0
+    attend(cache, part(prompt - cuts[-1], prompt), [cuts[-1]])
+    assert cache.config == DeltaConfig.paper().resolve(prompt)
+    known = DeltaKVCache(DeltaConfig.paper().resolve(prompt))
+    attend(known, part(0, prompt), [prompt])
+    for ours, theirs in zip(cache.keys_and_values(), known.keys_and_values(), strict=True):
+        assert mx.array_equal(ours, theirs)
+    rest = [attend(x, part(prompt, 150), [1, 149 - prompt]) for x in (cache, known)]
+    np.testing.assert_array_equal(*rest)
+    sparsity = measure_sparsity([cache], prompt)
+    assert sparsity.decode == measure_sparsity([known], prompt).decode > 0
+    assert sparsity.prefill < measure_sparsity([known], prompt).prefill / 5, "few queries saw it"
+
+
+def test_a_window_that_is_not_fixed_yet_is_saved_and_loaded(tmp_path):
     cache = DeltaKVCache(DeltaConfig.paper())
     attend(cache, part(0, 60), [60])
-    assert cache.config.block_size == 3
-    attend(cache, part(60, 150), [90])
-    assert cache.config.block_size == 3
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+    (loaded,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    for _ in range(2):
+        outputs = [attend(x, part(60, 80), [1, 19]) for x in (cache, copy.deepcopy(loaded))]
+        np.testing.assert_array_equal(*outputs)
+        save_prompt_cache(str(tmp_path / "cache.safetensors"), [loaded])
+        cache = copy.deepcopy(loaded)
+    assert cache.config.block_fraction == 0.05
 
 
 @pytest.mark.parametrize(
@@ -314,7 +338,7 @@ def test_a_padded_batch_is_its_rows(config, lengths, more, side):
         attend(alone, tuple(x[:, :, :end] for x in TEXTS[row]), [end])
         for a, b in zip(row_cache.keys_and_values(), alone.keys_and_values(), strict=True):
             assert mx.array_equal(a, b), "the same encoding as alone"
-        assert row_cache._encoded == alone._encoded
+        assert row_cache.encoded == alone.encoded
 
 
 def merged(lengths: list[int], config: DeltaConfig = SMALL) -> BatchDeltaKVCache:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_delta import DeltaConfig, DeltaKVCache
-from mlx_delta.cache.packed_keys import PackedKeys
+from mlx_delta.cache import rewind
+from mlx_delta.cache.packed_log import PackedLog
 from mlx_delta.config import KEY_BITS
 from tests.attention.test_hybrid import attend, inputs
 from tests.cache.test_cache import feed_batch
@@ -56,7 +57,7 @@ def test_one_text(tmp_path_factory, run_value, todo):
                 attend(packed, part, [n]), attend(dense, part, [n]), atol=4e-3
             )
         elif action == "rewind":
-            assert packed.trim(n) == dense.trim(n)
+            assert rewind([packed], n) == rewind([dense], n)
         elif action == "copy":
             packed = copy.deepcopy(packed)
         else:
@@ -64,7 +65,7 @@ def test_one_text(tmp_path_factory, run_value, todo):
             save_prompt_cache(file, [packed])
             (packed,) = load_prompt_cache(file)
         assert packed.offset == dense.offset
-        assert packed._encoded == dense._encoded
+        assert packed.encoded == dense.encoded
         if dense.offset:
             assert_same_keys(packed, dense)
 
@@ -97,7 +98,8 @@ def test_batches(lengths, todo):
         if action == "feed":
             outputs = [feed_batch(cache, texts, n) for cache in (packed, dense)]
             np.testing.assert_allclose(*outputs, atol=4e-3)
-        elif action == "rewind" and min(dense.offset.tolist()) >= n:
+        elif action == "rewind" and n <= dense.exact_trim():
+            assert packed.exact_trim() == dense.exact_trim()
             assert packed.trim(n) == dense.trim(n)
         elif action == "filter":
             kept = n[: max(1, len(texts) - 1)]
@@ -167,8 +169,8 @@ def test_bytes_at_8192_tokens(key_bits, value_bits, of_keys, of_both, fed):
     for steps in cuts:
         cache.update(*[keys[:, :, start : start + steps]] * 2)
         start += steps
-    mx.eval(cache._values.buffers)
-    (blocks,) = cache._encoded
+    mx.eval(cache.state[1:])
+    (blocks,) = cache.encoded
     zeros = np.array(cache.zeros)[:, :, :blocks].mean() / (63 * 64)
     assert 0.65 <= zeros < 0.66
     assert cache.key_nbytes <= of_keys * keys.nbytes
@@ -182,7 +184,7 @@ def test_decode_waits_for_no_count():
     cache = DeltaKVCache(setting)
     moved = []
     with mock.patch.object(
-        PackedKeys, "_place", autospec=True, side_effect=PackedKeys._place
+        PackedLog, "_settle_row", autospec=True, side_effect=PackedLog._settle_row
     ) as spy:
         for t in range(40):
             cache.update(*[keys[:, :, t : t + 1]] * 2)
@@ -305,7 +307,10 @@ def test_what_no_kernel_supports_is_refused(changes, shape, dtype, message):
         ({"key_bits": 4, "keyframes": False, "run_value": "first"}, "needs keyframes=True"),
         ({"key_bits": 4, "window": 0, "block_fraction": 0.05}, "a fixed block_size"),
         ({"key_bits": 4, "block_size": 20, "window": 20}, "multiple of 8, up to 64, but got 20"),
-        ({"key_bits": 4, "block_size": 128, "window": 128}, "up to 64, but got 128"),
+        (
+            {"key_bits": 4, "block_size": 128, "window": 128, "threshold": 1.0},
+            "up to 64, but got 128",
+        ),
     ],
 )
 def test_settings_that_can_not_be_packed_are_refused(changes, message):

@@ -37,7 +37,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(*flags: object) -> int:
-    return main([*SHORT, *map(str, flags)])
+    """With thresholds, unless the flags say otherwise."""
+    mode = [] if "--mode" in flags else ["--mode", "relative"]
+    return main([*SHORT, *mode, *map(str, flags)])
 
 
 def test_load_picks_up_what_was_written(path, capsys):
@@ -180,7 +182,7 @@ def test_what_is_wrong_is_said_in_one_line(path, tmp_path, capsys, flags, messag
     places = {"SHORT": tmp_path / "short.txt", "MODEL": path, "MODEL/x": path / "x"}
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
     flags = [str(places.get(flag, flag)) for flag in flags]
-    assert main([*SHORT, "--model", str(path), *flags]) == 1
+    assert run("--model", path, *flags) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and message in error
     assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
@@ -195,7 +197,7 @@ def test_one_wish_is_asked_for(path, flags):
 
 def test_models_without_keys_to_hold_are_refused(path, capsys):
     config = json.loads((path / "config.json").read_text())
-    for model_type, message in (("mamba", "has no delta model"), ("deepseek_v3", "latents")):
+    for model_type, message in (("gemma5", "not supported"), ("deepseek_v3", "latents")):
         (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
         assert run("--model", path, "--sparsity", "0.4") == 1
         assert message in capsys.readouterr().err

@@ -22,7 +22,7 @@ LENGTH = 1024
 @pytest.fixture(scope="module")
 def demo() -> tuple[Any, Any, list[int], list[list[int]]]:
     """The model, its tokenizer, the beginning of a book, and a window of its rest."""
-    model, tokenizer = load("demo", DeltaConfig())
+    model, tokenizer = load("demo", DeltaConfig(threshold=1.0))
     ids = encode_text(tokenizer, read_text(BUNDLED_TEXT))
     seen, rest = ids[: 5 * LENGTH], ids[7 * LENGTH :]
     return model, tokenizer, seen, [rest[3 * LENGTH : 4 * LENGTH]]

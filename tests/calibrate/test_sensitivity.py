@@ -144,7 +144,7 @@ def table_family():
     sparsity = np.concatenate([zero, SPARSITY, SPARSITY[:, -1:] + 0.03], axis=1)[:, None]
     recording = Recording((0, 1, 2, 3), thresholds, sparsity, blank)
     measured = Sensitivity(thresholds[:, 1:], divergence, np.zeros(4), 1)
-    return Family(DeltaConfig(), recording, 4, "layer", measured)
+    return Family(DeltaConfig(threshold=1.0), recording, 4, "layer", measured)
 
 
 @pytest.mark.parametrize("wanted", [0.5, 0.65, 0.7])

@@ -67,7 +67,7 @@ def test_what_it_looks_like():
 @pytest.mark.parametrize(
     ("old", "new", "wanted"),
     [
-        (None, DeltaConfig(threshold=2.0), {"threshold": 2.0}),
+        (None, DeltaConfig(threshold=2.0), {"threshold": 2.0, "threshold_mode": "relative"}),
         ({"threshold": 1.1}, DeltaConfig(threshold=2.0), {"threshold": 2.0}),
         (
             {"window": 64, "threshold": 1.0},

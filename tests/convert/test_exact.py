@@ -12,6 +12,7 @@ import mlx_delta
 from mlx_delta.convert.errors import ConvertError
 from mlx_delta.convert.gguf_blocks import affine_rows, i2s_codes, ternary_rows
 from mlx_delta.convert.plan import Options
+from mlx_delta.convert.sources import SourceOptions, open_source
 from mlx_delta.convert.weights import dequantize_affine, dequantize_ternary
 from mlx_delta.ternary.codes import pack_words
 
@@ -232,3 +233,30 @@ def test_a_quantized_mlx_lm_directory_is_kept_bit_for_bit(run, tmp_path):
     assert set(old) == set(new) and all(mx.array_equal(old[n], new[n]) for n in old)
     assert report["source"]["format"] == "mlx" and report["totals"]["changed"] == 0
     assert (again / "delta_model.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "scaling, expected",
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({}, None),
+    ],
+    ids=["type and factor", "factor", "the name of 2023", "none", "one", "nothing"],
+)
+def test_linear_rope_scaling_in_every_spelling_of_gguf(scaling, expected, run, tmp_path):
+    metadata = made.gguf_metadata(made.LLAMA, "llama")
+    metadata |= {f"llama.{key}": value for key, value in scaling.items()}
+    output, _ = run(made.write_gguf(tmp_path / "m.gguf", metadata=metadata))
+    found = json.loads((output / "config.json").read_text())["rope_scaling"]
+    assert (found and found["factor"]) == expected
+
+
+def test_rope_scaling_with_more_than_config_json_can_say_is_refused(tmp_path):
+    metadata = made.gguf_metadata(made.LLAMA, "llama")
+    metadata |= {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 0.5}
+    with pytest.raises(ConvertError, match="attn_factor, which is not supported"):
+        open_source(str(made.write_gguf(tmp_path / "m.gguf", metadata=metadata)), SourceOptions())

@@ -48,7 +48,8 @@ def train(folder: Path, vocab: int = 384, **options) -> bytes:
 @pytest.mark.parametrize(
     "options",
     [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"byte_fallback": False},
-     {"user_defined_symbols": "<tool>,<end>"}],
+     {"user_defined_symbols": "<tool>,<end>"},
+     {"user_defined_symbols": ["▁▁", "▁▁▁", "\n\n"], "add_dummy_prefix": False}],
     ids=lambda options: next(iter(options), "as Llama"),
 )  # fmt: skip
 def test_the_built_tokenizer_splits_as_sentencepiece_does(options, tmp_path):

@@ -182,11 +182,11 @@ def test_a_setting_that_has_come_to_mean_something_else_is_refused(evaluate, tmp
     file = tmp_path / "results.json"
     evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
     data = read(file)
-    data["runs"][0]["delta"]["threshold"] = 0.75
+    data["runs"][0]["delta"]["sinks"] = 9
     file.write_text(json.dumps(data))
     outcome = evaluate(*LANGUAGE, "--settings", "delta", "--output", file)
     assert outcome.status == 1
-    assert "'delta' with threshold=0.75 but threshold is 1.0 now" in outcome.err
+    assert "'delta' with sinks=9 but sinks is 4 now" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_a_short_text_is_named_with_tokens_and_window(evaluate, tmp_path):
     assert "tokens but a window takes 2049; give a longer --text" in outcome.err
 
 
-def test_a_model_without_delta_model_has_dense_settings_only(evaluate, tmp_path):
-    path = write_llama(tmp_path / "qwen", head_dim=64)
-    config = {**LLAMA, "head_dim": 64, "model_type": "qwen3"}
+def test_a_model_without_keys_to_hold_has_dense_settings_only(evaluate, tmp_path):
+    path = write_llama(tmp_path / "latent", head_dim=64)
+    config = {**LLAMA, "head_dim": 64, "model_type": "deepseek_v3"}
     (path / "config.json").write_text(json.dumps(config))
     outcome = evaluate("--settings", "dense", "delta", model=str(path))
     assert outcome.status == 1

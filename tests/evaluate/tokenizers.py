@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_delta.evaluate import BUNDLED_TEXT, read_text
-from mlx_delta.loading import find_model, load_tokenizer
+from mlx_delta.loading import find_model
 
 
 def demo() -> TokenizerWrapper:

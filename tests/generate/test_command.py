@@ -19,7 +19,16 @@ from mlx_delta.generate.command import main
 from tests.tiny import SMALL, write_llama
 
 PROMPT = "It was a dark night, and the wind was in the trees. " * 12
-DELTA = ["--delta-block-size", "8", "--delta-window", "16", "--delta-sinks", "3"]
+DELTA = [
+    "--delta-threshold",
+    "1",
+    "--delta-block-size",
+    "8",
+    "--delta-window",
+    "16",
+    "--delta-sinks",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,9 @@ def test_far_keys_dropped(run):
 
 def test_the_papers_preset(run):
     values = run_json(run, "-p", PROMPT[:100], "--delta-paper", "--delta-threshold", "1.5")
-    assert values["delta"]["threshold"] == 1.5 and values["delta"]["block_fraction"] == 0.05
+    assert values["delta"]["threshold"] == 1.5 and values["delta"]["window"] == 0
+    # What really ran: the fraction of this prompt.
+    assert values["delta"]["block_size"] == round(0.05 * values["prompt_tokens"])
     assert values["prefill_sparsity"] > 0
 
 
@@ -162,6 +173,9 @@ def test_the_answer_stops_at_the_end_of_the_context(run, tmp_path):
         (["--delta-block-size", "0"], "block_size must be >= 1 but got 0"),
         (["--max-kv-size", "64"], "max_kv_size=64 does not go together with the delta"),
         (["--kv-bits", "8"], "kv_bits=8 does not go together with the delta"),
+        (["--no-delta", "--delta", "sinks=2"], "--no-delta and --delta sinks contradict"),
+        (["--delta", "sinks=2", "--delta-sinks", "2"], "both give sinks; drop one"),
+        (["--delta", "level=1", "--delta-kl", "1"], "--delta-kl and --delta level contradict"),
         (["--no-delta", "--delta-sinks", "2"], "--no-delta and --delta-sinks contradict"),
         (["--no-delta", "--compare"], "--compare needs the delta"),
         (["--max-tokens", "0"], "--max-tokens must be positive (or -1) but got 0"),

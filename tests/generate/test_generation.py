@@ -95,8 +95,8 @@ def test_a_dense_model_keeps_as_much_as_it_is_told(path):
 
 def test_the_public_names():
     assert set(mlx_delta.__all__) == {
-        "DeltaConfig", "DeltaKVCache", "Sparsity", "batch_generate", "generate", "load",
-        "measure_sparsity", "stream_generate",
+        "BatchDeltaKVCache", "DeltaConfig", "DeltaKVCache", "Sparsity", "batch_generate",
+        "apply", "generate", "load", "measure_sparsity", "remove", "stream_generate",
     }  # fmt: skip
     for name in mlx_delta.__all__:
         assert getattr(mlx_delta, name).__doc__

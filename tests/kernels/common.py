@@ -13,12 +13,18 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import launch
+from mlx_delta.ops import decode_kernel, pack_kernel
 from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import KernelSource, MetalBench
 
-BUILDERS = ("encode_kernel", "unpack_kernel", "decode_kernel", "reduce_kernel")
+# Which module builds each kernel.
+BUILDERS: dict[str, Any] = {
+    "encode_kernel": pack_kernel,
+    "unpack_kernel": pack_kernel,
+    "decode_kernel": decode_kernel,
+    "reduce_kernel": decode_kernel,
+}
 TYPES = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 STORED = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float16"}
 
@@ -58,13 +64,13 @@ def on_bench(bench: MetalBench, **options: Any) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    for name in BUILDERS:
-        getattr(launch, name).cache_clear()
+    for name, module in BUILDERS.items():
+        getattr(module, name).cache_clear()
 
 
 def source_of(builder: str) -> KernelSource:
     """A kernel as data, to plant mistakes in."""
-    return KernelSource.of(getattr(launch, builder).__wrapped__)
+    return KernelSource.of(getattr(BUILDERS[builder], builder).__wrapped__)
 
 
 def with_kernel(
@@ -79,7 +85,7 @@ def with_kernel(
         if passed in _PASSED:
             return  # the kernel itself, once more: every mutation asks for it
         bound = bench.bind(kernel, mode="checked", **UNWRITTEN)
-        with on_bench(bench), mock.patch.object(launch, builder, lambda: bound):
+        with on_bench(bench), mock.patch.object(BUILDERS[builder], builder, lambda: bound):
             test()
         _PASSED.add(passed)
 
@@ -88,7 +94,8 @@ def with_kernel(
 
 def config(bits: int = 16, **changes: Any) -> DeltaConfig:
     """Small blocks and windows unless told otherwise."""
-    settings = {"block_size": 64, "window": 64, "sinks": 4, "key_bits": bits, **changes}
+    settings = {"block_size": 64, "window": 64, "sinks": 4, "threshold": 1.0, "key_bits": bits}
+    settings |= changes
     return DeltaConfig(**settings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ import pytest
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import launch
+from mlx_delta.ops import decode_kernel
 from mlx_delta.ops import pack as packing
 from mlx_delta.ops.hold import block_thresholds
 
@@ -159,7 +160,7 @@ def check(bench: MetalBench, case: Case, mask: bool = False, **options: Any) -> 
     built_in = cache.make_mask(case.steps) if mask else None
     with (
         on_bench(bench, **options),
-        mock.patch.object(launch, "decode", wraps=launch.decode) as spy,
+        mock.patch.object(decode_kernel, "decode", wraps=decode_kernel.decode) as spy,
     ):
         output = case.step(cache, built_in)
     assert spy.called, "the kernel was not used"
@@ -310,7 +311,7 @@ def test_a_text_on_the_bench_alone(bench: MetalBench, bits):
 
 def test_splits_do_not_matter(bench: MetalBench):
     for threadgroups in (1, 3, 1000):
-        with mock.patch.object(launch, "THREADGROUPS", threadgroups):
+        with mock.patch.object(decode_kernel, "THREADGROUPS", threadgroups):
             check(bench, Case(SMALL, (100,), 2, (2, 1)))
 
 
@@ -339,8 +340,8 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench, key_bits, value_bits,
     decode, reduce = counting("decode_kernel"), counting("reduce_kernel")
     with (
         on_bench(bench),
-        mock.patch.object(launch, "decode_kernel", lambda: decode),
-        mock.patch.object(launch, "reduce_kernel", lambda: reduce),
+        mock.patch.object(decode_kernel, "decode_kernel", lambda: decode),
+        mock.patch.object(decode_kernel, "reduce_kernel", lambda: reduce),
     ):
         output = case.step(cache)
     assert_close(output, case)
@@ -353,15 +354,15 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench, key_bits, value_bits,
 
 def needed_bytes(cache: DeltaKVCache, case: Case) -> int:
     """Bytes of the packed blocks, of the near keys and of all values, each counted once."""
-    store, (length,) = cache._keys, case.lengths
+    header, (length,) = json.loads(cache.state[0]), case.lengths
     heads, D, size = case.heads[1], case.head_dim, case.setting.block_size
-    (blocks,) = cache._encoded
+    (blocks,) = cache.encoded
     masks = blocks * heads * (size - 1) * D // 8
-    payload = 4 * store._ends[0][-1] if not store._pending[0] else 0
-    assert payload, "the case should end with all blocks in place"
+    payload = 4 * header["ends"][0][-1]
     grid = 0 if case.setting.key_bits == 16 else 4 * D * blocks * heads
     near = 2 * D * heads * (length - blocks * size)
-    values = sum(x.nbytes // x.shape[2] for x in cache._values.buffers) * length
+    buffers = cache.state[2 : 5 if case.setting.value_bits in (8, 4) else 3]
+    values = sum(x.nbytes // x.shape[2] for x in buffers) * length
     return masks + payload + grid + near + values + 4 * blocks * heads
 
 
@@ -436,7 +437,7 @@ def decode_cases() -> None:
         # No more values than a keyframe's.
         (Case(config(4, **blocks_of_16, sinks=0), (40,), 1, (1, 1), 80, kind="constant"), None),
     ]
-    with mock.patch.object(launch, "THREADGROUPS", 8):
+    with mock.patch.object(decode_kernel, "THREADGROUPS", 8):
         for case, mask in cases:
             cache = case.cache()
             # What was fed and taken back must not be looked at.

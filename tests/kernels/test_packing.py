@@ -9,8 +9,8 @@ import pytest
 from mlx_delta import DeltaConfig
 from mlx_delta.config import KEY_BITS
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import launch
 from mlx_delta.ops import pack as packing
+from mlx_delta.ops import pack_kernel
 from mlx_delta.ops.pack import EncodedBlocks, PackedBlocks
 
 from ..metal_cpu import MetalBench
@@ -183,7 +183,7 @@ def test_encode(bench: MetalBench, bits, run_value, options):
     setting = config(bits, sinks=70, run_value=run_value)
     keys = walk((2, 3, 128, 64), mx.float16)
     with on_bench(bench, **options):
-        assert_encoded(launch.encode(keys, setting, 0), keys, setting)
+        assert_encoded(pack_kernel.encode(keys, setting, 0), keys, setting)
 
 
 @each_width
@@ -194,7 +194,7 @@ def test_encode_shapes(bench: MetalBench, bits, dtype, head_dim):
     setting = config(bits, block_size=size, window=0, sinks=3 * size + 2)
     keys = walk((1, 1, 2 * size, head_dim), dtype)
     with on_bench(bench):
-        assert_encoded(launch.encode(keys, setting, 2), keys, setting, 2)
+        assert_encoded(pack_kernel.encode(keys, setting, 2), keys, setting, 2)
 
 
 @each_half
@@ -205,14 +205,14 @@ def test_encode_special_keys(bench: MetalBench, bits, run_value, dtype, kind):
     setting = config(bits, block_size=16, window=0, run_value=run_value)
     keys = special_keys(kind, (1, 2, 32, 80), dtype)
     with on_bench(bench):
-        assert_encoded(launch.encode(keys, setting, 0), keys, setting)
+        assert_encoded(pack_kernel.encode(keys, setting, 0), keys, setting)
 
 
 def encode_on(setting: DeltaConfig, kind: str = "") -> None:
     """Small cases that between them use every part of the kernel."""
     shape = (1, 2, 16, 80)
     keys = special_keys(kind, shape, mx.float16) if kind else walk(shape, mx.float16)
-    assert_encoded(launch.encode(keys, setting, 0), keys, setting)
+    assert_encoded(pack_kernel.encode(keys, setting, 0), keys, setting)
 
 
 ENCODE_MUTATIONS = [
@@ -300,7 +300,7 @@ def test_unpack(bench: MetalBench, bits, options):
     keys = walk((2, 3, 192, 64), mx.float16)
     setting, packed = packed_pair(bits, keys)
     with on_bench(bench, **options):
-        assert_unpacked(launch.unpack(packed, 2), keys[:, :, :128], setting)
+        assert_unpacked(pack_kernel.unpack(packed, 2), keys[:, :, :128], setting)
 
 
 @each_width
@@ -311,7 +311,7 @@ def test_unpack_shapes(bench: MetalBench, bits, dtype, head_dim):
     keys = walk((1, 2, 4 * size, head_dim), dtype)
     _, packed = packed_pair(bits, keys, block_size=size, window=0)
     with on_bench(bench):
-        got = launch.unpack(packed, 4)
+        got = pack_kernel.unpack(packed, 4)
     assert mx.array_equal(got, packing.unpack_blocks(packed))
 
 
@@ -322,7 +322,7 @@ def test_unpack_special_keys(bench: MetalBench, bits, dtype, kind):
     keys = special_keys(kind, (1, 2, 64, 80), dtype)
     setting, packed = packed_pair(bits, keys, block_size=16, window=0)
     with on_bench(bench):
-        assert_unpacked(launch.unpack(packed, 4), keys, setting)
+        assert_unpacked(pack_kernel.unpack(packed, 4), keys, setting)
 
 
 UNPACK_MUTATIONS = [
@@ -354,8 +354,8 @@ def test_unpack_mutations(bench: MetalBench, mutation):
     hard_setting, hard = packed_pair(3, extreme, block_size=16, window=0)
 
     def cases() -> None:
-        assert_unpacked(launch.unpack(packed, 4), keys, setting)
-        assert_unpacked(launch.unpack(hard, 4), extreme, hard_setting)
+        assert_unpacked(pack_kernel.unpack(packed, 4), keys, setting)
+        assert_unpacked(pack_kernel.unpack(hard, 4), extreme, hard_setting)
 
     assert_caught(source_of("unpack_kernel"), mutation, with_kernel(bench, "unpack_kernel", cases))
 
@@ -365,8 +365,8 @@ def test_round_trip_on_the_bench(bench: MetalBench, options):
     setting = config(8)
     keys = walk((1, 2, 256, 64), mx.bfloat16)
     with on_bench(bench, **options):
-        encoded = launch.encode(keys, setting, 0)
-        assert_unpacked(launch.unpack(end_to_end(encoded, setting, keys), 4), keys, setting)
+        encoded = pack_kernel.encode(keys, setting, 0)
+        assert_unpacked(pack_kernel.unpack(end_to_end(encoded, setting, keys), 4), keys, setting)
 
 
 def test_encode_reads_and_writes_what_it_must(bench: MetalBench):
@@ -384,8 +384,8 @@ def test_encode_reads_and_writes_what_it_must(bench: MetalBench):
         return outputs
 
     with on_bench(bench), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "encode_kernel", lambda: counting)
-        encoded = launch.encode(keys, setting, 0)
+        patch.setattr(pack_kernel, "encode_kernel", lambda: counting)
+        encoded = pack_kernel.encode(keys, setting, 0)
     assert seen["keys"].loaded_per_threadgroup == keys.nbytes
     words = sum(len(block.payload) for _, block in packed_blocks(keys, setting))
     assert seen["payload"].stored == 4 * words

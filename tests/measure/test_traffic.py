@@ -11,10 +11,9 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_delta import DeltaConfig, load, measure_sparsity
+from mlx_delta.measure.operations import count_operations, decode_operations
 from mlx_delta.measure.settings import parse_setting
 from mlx_delta.measure.traffic import (
-    count_operations,
-    decode_operations,
     decode_traffic,
     projection_macs,
     weight_bytes,
@@ -135,7 +134,7 @@ def test_packed_keys_read_masks_changed_values_grids_and_what_is_near(bits, leng
     for cache in caches:
         far = max(0, (length - 1) // 8 - 2)
         # Two kv heads with head_dim 16, so a mask row is one word.
-        masks = np.array(cache._keys._masks)[0, :, :far]
+        masks = np.array(cache.state[3])[0, :, :far]
         ones = np.vectorize(lambda word: bin(word).count("1"), otypes=[int])(masks)
         changed = ones.sum(axis=(2, 3)) + 16  # and the keyframe
         words = sum(-(-count // (32 // bits)) for count in changed.reshape(-1))
@@ -161,13 +160,14 @@ def test_skippable_products_are_the_sparsity_of_the_last_query(name):
 def test_the_demo_model_by_hand():
     model, _ = load("demo")
     traffic = decode_traffic(model, filled(model, "kv4", 70))
-    # 4 layers: hidden 320, 8 heads of 64 and 2 kv heads, MLP of 768; 4,096 tied tokens.
-    layer = 320 * 512 + 2 * 320 * 128 + 512 * 320 + 3 * 320 * 768
-    products = 4 * layer + 4096 * 320
-    assert traffic.projection_macs == products == 5_898_240
-    assert traffic.weight_bytes == 2 * (products + 9 * 320) == 11_802_240
-    assert traffic.attention_macs == 4 * 8 * 128 * 70
-    assert traffic.cache_bytes == 4 * 2 * 2 * 36 * 70
+    # 6 layers: hidden 384, 6 heads of 64 and 2 kv heads, MLP of 1,024; 4,096 tied tokens.
+    layer = 384 * 384 + 2 * 384 * 128 + 384 * 384 + 3 * 384 * 1024
+    products = 6 * layer + 4096 * 384
+    assert traffic.projection_macs == products == 11_010_048
+    # 8 bits, a scale and a bias of 16 bits per 64 weights, and the 13 norms.
+    assert traffic.weight_bytes == products * 17 // 16 + 2 * 13 * 384 == 11_708_160
+    assert traffic.attention_macs == 6 * 6 * 128 * 70
+    assert traffic.cache_bytes == 6 * 2 * 2 * 36 * 70
 
 
 # Operations.
@@ -182,13 +182,34 @@ def test_operations_are_counted_without_views_and_what_is_evaluated():
     assert count_operations(x) == 0
 
 
-def test_operations_of_a_token_do_not_depend_on_where_it_stands_in_a_block():
+def test_a_token_whose_block_is_encoded_is_counted_with_what_encodes_it():
     model = llama_model()
-    delta = replace(SMALL, key_bits=4)
-    counts = {
-        decode_operations(model, filled(model, "delta", length, delta)) for length in range(94, 103)
-    }
-    assert len(counts) == 1
-    dense = decode_operations(model, caches := filled(model, "dense", 60))
-    assert caches[0].offset == 63
-    assert dense == decode_operations(model, filled(model, "dense", 61)) < min(counts)
+    # Blocks of 8: one is encoded in any eight tokens.
+    *others, most = sorted(decode_operations(model, filled(model, "delta", 96), 8))
+    assert len(set(others)) == 1 < others[0] < most
+    assert most in decode_operations(model, filled(model, "delta", 100), 8)
+
+
+def test_a_dense_token_takes_fewest_operations_and_none_more_than_others():
+    model = llama_model()
+    dense = decode_operations(model, caches := filled(model, "dense", 60), 3)
+    assert caches[0].offset == 63 and len(set(dense)) == 1
+    assert dense[0] <= min(decode_operations(model, filled(model, "delta", 96), 8))
+    evaluate = mx.eval
+    decode_operations(model, caches, 1)
+    assert mx.eval is evaluate
+
+
+def test_what_is_evaluated_on_the_way_is_counted_too():
+    class Impatient(nn.Module):
+        def __call__(self, x: mx.array, cache: list) -> mx.array:
+            half = x + 1
+            mx.eval(half)
+            mx.async_eval({"more": [other := half * 2]})
+            np.asarray(other - 3)
+            return other + 3
+
+    class Nothing:
+        state = ()
+
+    assert decode_operations(Impatient(), [Nothing()], 2) == [4, 4]

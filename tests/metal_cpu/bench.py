@@ -13,6 +13,7 @@ from unittest import mock
 import mlx.core as mx
 
 from . import signature, strict, toolchain
+from .arrays import to_array, to_bytes
 from .errors import KernelFault, KernelRejected
 from .launch import Memory, Placement, Traffic, launch, poison
 from .rewrite import rewrite
@@ -209,7 +210,7 @@ class MetalBench:
         outputs = [m for m in memories if m.is_output]
         return Outputs(
             [
-                _to_array(m.data, tuple(shape), dtype)
+                to_array(m.data, tuple(shape), dtype)
                 for m, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
             ],
             {m.name: m.traffic for m in memories} if mode == "checked" else {},
@@ -244,7 +245,7 @@ class MetalBench:
         ways += [{"mode": "checked", "seed": seed} for seed in seeds[1:]]
         for way in ways:
             for index, output in enumerate(self.run(kernel, **call, **way)):
-                if _to_bytes(output) != _to_bytes(result[index]):
+                if to_bytes(output) != to_bytes(result[index]):
                     raise KernelFault([f"output {index} differs when run with {way}"])
         return result
 
@@ -372,30 +373,15 @@ def _place(
             if len(names) > later and names[0] == name + suffix:
                 given.append((names.pop(0), value(array.shape)))
     memories = [
-        Memory(name, _to_bytes(array), array.dtype.size, is_output=False, placement=placement)
+        Memory(name, to_bytes(array), array.dtype.size, is_output=False, placement=placement)
         for name, array in given
     ]
     for name, shape, dtype in zip(names, output_shapes, output_dtypes, strict=True):
         if init_value is None:
             initial = poison(math.prod(shape) * dtype.size)
         else:
-            initial = _to_bytes(mx.full(shape, init_value, dtype))
+            initial = to_bytes(mx.full(shape, init_value, dtype))
         memories.append(
             Memory(name, initial, dtype.size, is_output=True, is_initialised=init_value is not None)
         )
     return memories
-
-
-def _to_bytes(array: mx.array) -> bytes:
-    """An array's elements in row-major order, which is how kernels see inputs by default."""
-    if not array.size:
-        return b""
-    buffer: Any = mx.contiguous(array).reshape(-1).view(mx.uint8)  # MLX's types do not mention it
-    return bytes(memoryview(buffer))
-
-
-def _to_array(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    if not data:
-        return mx.zeros(shape, dtype)
-    buffer: Any = memoryview(data)
-    return mx.array(buffer).view(dtype).reshape(shape)

@@ -6,6 +6,7 @@ import itertools
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models.qwen3
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -200,19 +201,23 @@ def test_rope_settings_are_read_in_either_spelling():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "bitnet"])
-def test_supported_model_types(model_type):
+def test_model_types_with_a_class_of_their_own(model_type):
     assert get_model_classes({"model_type": model_type})[0].__module__.startswith("mlx_delta")
+
+
+def test_other_model_types_are_mlx_lms():
+    assert get_model_classes({"model_type": "qwen3"})[0] is mlx_lm.models.qwen3.Model
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' has no delta model; there is one for bitnet, "),
+        ({"model_type": "gemma5"}, "Model type gemma5 not supported"),
         ({"model_type": "deepseek_v3"}, "'deepseek_v3' caches latents"),
         ({"model_type": "kimi_k2"}, "'kimi_k2' caches latents"),
         ({}, "model_type must be a string"),
     ],
-    ids=["another kind", "latents", "latents under another name", "none"],
+    ids=["unknown", "latents", "latents under another name", "none"],
 )
 def test_other_model_types_are_refused(config, message):
     with pytest.raises(ValueError, match=message):

@@ -30,8 +30,8 @@ SETTINGS = {
     "chain, absolute": CHAIN,
     "chain, relative": DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first"),
     "chain, blocks of one": DeltaConfig.paper().resolve(20),
-    "many sinks": DeltaConfig(block_size=8, window=8, sinks=21),
-    "no sinks": DeltaConfig(block_size=8, window=8, sinks=0),
+    "many sinks": DeltaConfig(block_size=8, window=8, sinks=21, threshold=1.0),
+    "no sinks": DeltaConfig(block_size=8, window=8, sinks=0, threshold=1.0),
     "first values": dataclasses.replace(SMALL, run_value="first"),
     "first values, absolute": DeltaConfig(
         block_size=8, window=8, threshold=0.5, threshold_mode="absolute", run_value="first"

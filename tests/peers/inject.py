@@ -28,7 +28,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import mlx_delta.models.bitnet
 import mlx_delta.models.llama
 from mlx_delta import DeltaConfig, DeltaKVCache
-from mlx_delta.cache.batch import BatchDeltaKVCache
+from mlx_delta.cache import BatchDeltaKVCache
 from mlx_delta.loading import find_model
 
 # `mlx_lm.generate` is the function of that name.

@@ -81,8 +81,8 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     ),
     "test_save_load_batch_caches": KnownFailure(
         OURS,
-        "is of 2 rows",
-        "writes four rows into a batch cache made for two, which ours refuses to load",
+        "has 2 rows",
+        "writes four rows into a batch cache made for two, which ours refuses",
     ),
     "test_merge_with_empty_caches": KnownFailure(
         OURS,

@@ -13,7 +13,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 
 from mlx_delta import DeltaConfig, measure_sparsity  # noqa: E402
-from mlx_delta.cache.single import DeltaKVCache  # noqa: E402
+from mlx_delta.cache import DeltaKVCache  # noqa: E402
 from mlx_delta.measure.settings import parse_setting  # noqa: E402
 from mlx_delta.method.attention import delta_keys, hold, hybrid_attention  # noqa: E402
 from mlx_delta.pictures import command, keys  # noqa: E402

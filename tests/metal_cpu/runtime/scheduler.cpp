@@ -1,5 +1,6 @@
 // Runs a kernel's threads: one threadgroup after another, its simdgroups interleaved, the lanes of
 // a simdgroup in any order between the points where Metal makes them meet. A seed picks the order.
+// Over 400 lines: fibers, signals and memory share state that nothing outside this file may see.
 #include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>

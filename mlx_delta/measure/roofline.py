@@ -14,11 +14,14 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_delta.measure.settings import PREFILL_STEP, Setting
-from mlx_delta.measure.traffic import decode_traffic, weight_bytes
 from mlx_delta.system.chips import REACHED, Chip, physical_memory
 
-from .timing import check_context, memory_needed, prefill
+from .filling import check_context, memory_needed, prefill
+from .settings import PREFILL_STEP, Setting
+from .traffic import decode_traffic, weight_bytes
+
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+SETTINGS = ("dense", "delta", "delta:key_bits=4,value_bits=4", "kv8", "kv4", "rotating:1024")
 
 
 @dataclass(frozen=True)
@@ -167,3 +170,19 @@ def _fill(
         read[context] = decode_traffic(model, caches).cache_bytes
         done = context
     return read
+
+
+def roofline_values(ceilings: Sequence[Ceiling], chips: Sequence[Chip]) -> list[dict[str, Any]]:
+    """Decode ceilings as plain JSON values, in tokens per second by chip."""
+    return [
+        {
+            "setting": ceiling.setting,
+            "context": ceiling.context,
+            "extrapolated": ceiling.extrapolated,
+            "weight_bytes": ceiling.weight_bytes,
+            "cache_bytes": ceiling.cache_bytes,
+            "bytes": ceiling.bytes,
+            "ceilings": {chip.label: ceiling.tokens_per_second(chip) for chip in chips},
+        }
+        for ceiling in ceilings
+    ]

@@ -1,0 +1,71 @@
+"""Kernel or MLX operations for decode attention: decided here, and nowhere else.
+
+Without a kernel, or for what the kernel does not take, keys are unpacked and attended to by MLX's
+own attention. In decode that unpacks every far key for every token; where a kernel is at hand and
+still can't be used, a warning says so once, and why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import mlx.core as mx
+
+from mlx_delta.cache.step import Step
+from mlx_delta.ops import decode_kernel
+from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.pack import PackedBlocks
+
+DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys is faster
+
+
+def decode_blocks(
+    queries: mx.array, step: Step, mask: mx.array | str | None
+) -> PackedBlocks | None:
+    """The packed blocks that the decode kernel is to read for queries [B, Hq, L, D], if it runs."""
+    blocks = step.far
+    if not isinstance(blocks, PackedBlocks) or not has_kernels():
+        return None
+    if step.steps > DECODE_QUERIES:
+        return None
+    reason = _refusal(queries, blocks, step.stored_values.head_dim, mask)
+    if reason is not None:
+        _warn(reason)
+        return None
+    return blocks
+
+
+def _refusal(
+    queries: mx.array, blocks: PackedBlocks, value_dim: int, mask: mx.array | str | None
+) -> str | None:
+    """Why the kernel does not take these queries; ``None`` if it does."""
+    B, n_heads, steps, head_dim = queries.shape
+    most = decode_kernel.MAX_SIMDGROUPS * decode_kernel.max_queries(head_dim)
+    if n_heads // blocks.masks.shape[1] * steps > most:
+        return f"more than {most} queries share a kv head"
+    if value_dim != head_dim:
+        return f"values have another dimension ({value_dim}) than keys ({head_dim})"
+    if isinstance(mask, mx.array):
+        if mask.dtype != mx.bool_:
+            return f"the mask is of type {mask.dtype}, not boolean"
+        four = mask if mask.ndim == 4 else mask[None, None]
+        if four.ndim != 4 or four.shape[0] not in (1, B) or four.shape[1:3] != (1, steps):
+            return f"the mask has shape {tuple(mask.shape)}, not [L, S] or [B, 1, L, S]"
+    return None
+
+
+def kernel_mask(mask: mx.array | str | None) -> mx.array | None:
+    """A mask in the form that the kernel takes: boolean [1 or B, L, S], or none at all."""
+    if not isinstance(mask, mx.array):
+        return None
+    return mask[None] if mask.ndim == 2 else mask[:, 0]
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say once for each reason that decoding is slower than it could be."""
+    warnings.warn(
+        f"[delta_attention] decoding without the kernel, over unpacked keys: {reason}.",
+        stacklevel=2,
+    )

@@ -1,0 +1,337 @@
+"""What the caches of one text and of a batch share: stores, positions, and rewinding.
+
+Positions count from the start of a row's own text, whatever padding the batch came with. A block
+is encoded once no later query's window reaches it. Keys are stored in full (``dense_keys``) or
+packed (``packed_keys``), as the setting says.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_delta.config import DeltaConfig
+
+from .dense_keys import DenseKeys
+from .figures import CacheFigures
+from .packed_keys import PackedKeys
+from .step import Step
+from .store import spread
+from .values import ValueStore, count_arrays
+
+STATE_VERSION = 1
+# Tokens of one update, up to which they are taken for generated ones and not for a prompt's.
+FEW_TOKENS = 8
+
+# Set while something asks whether any number of tokens could be taken back, not only the last ones.
+ANY_LENGTH = contextvars.ContextVar("any_length", default=False)
+
+
+class HeldKeys(CacheFigures):
+    """Stores of keys and values, and which blocks are encoded.
+
+    Subclasses say how many rows there are; from the first update on, every count has one entry
+    for each.
+
+    Args:
+        config: The setting of this layer; the default one when not given.
+    """
+
+    # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
+    attend: Any = None
+
+    def __init__(self, config: DeltaConfig | None = None):
+        self.config = config or DeltaConfig()
+        self._lengths = [0]
+        self._encoded = [0]
+        self._keys = None
+        self._values = None
+
+    # Reading and writing.
+
+    @property
+    def offset(self) -> Any:
+        """Position of the next token: an int, or for a batch one per row, [B]."""
+        raise NotImplementedError
+
+    def update(self, keys: mx.array, values: mx.array) -> Step:
+        """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] to every row.
+
+        Raises:
+            ValueError: They do not fit each other, the setting, or what is in the cache.
+        """
+        self._check_new(keys, values)
+        steps = keys.shape[2]
+        if self._keys is None or self._values is None:
+            self._make_stores(keys, values)
+        assert self._keys is not None and self._values is not None
+        if self.config.block_fraction is not None:
+            self._fix_block_size(steps)
+        starts = tuple(self._lengths)
+        length = max(starts) + steps
+        capacity = -(-length // self.step) * self.step
+        self._values.write(values, starts, capacity)
+        if self.config.block_fraction is None:
+            targets = self._far_blocks([end - 1 for end in self._ends(steps)])
+            targets = [max(pair) for pair in zip(targets, self._encoded, strict=True)]
+        else:
+            targets = list(self._encoded)
+        far, near, firsts = self._keys.append(keys, starts, targets, capacity)
+        self._lengths = [start + steps for start in starts]
+        self._encoded = targets
+        return Step(
+            starts=starts,
+            steps=steps,
+            block_size=self.config.block_size if self.config.block_fraction is None else length,
+            window_blocks=self.config.window_blocks,
+            far=far,
+            near=near,
+            firsts=tuple(firsts),
+            encoded=tuple(targets),
+            stored_values=self._values,
+            dtype=values.dtype,
+        )
+
+    def _make_stores(self, keys: mx.array, values: mx.array) -> None:
+        """Stores for this shape and type, as the setting asks for."""
+        kind = DenseKeys if self.config.key_bits is None else PackedKeys
+        self.config.check_heads(keys.shape[1])
+        kind.check_new(self.config, keys)
+        ValueStore.check_new(self.config.value_bits, values)
+        self._lengths, self._encoded = (
+            spread(counts, keys.shape[0]) for counts in (self._lengths, self._encoded)
+        )
+        self._keys = kind.make(self.config, keys)
+        self._values = ValueStore.make(self.config.value_bits, values)
+        self._model = (keys.shape[1], keys.shape[3], values.shape[3])
+        self._item_size = keys.itemsize
+
+    def _fix_block_size(self, steps: int) -> None:
+        """For a block size that is a share of the prompt: fix it when the prompt is over.
+
+        Prompts come in chunks, and nothing says which is the last one but that few tokens follow,
+        the prompt's last or the first generated ones. Until then every query sees full keys.
+        """
+        if steps > FEW_TOKENS:
+            return
+        assert isinstance(self._keys, DenseKeys)  # a setting with packed keys has a fixed size
+        self._held_from = max(self._lengths)
+        self.config = self.config.resolve(self._held_from + steps)
+        self._keys = self._keys.with_setting(self.config)
+
+    def _check_new(self, keys: mx.array, values: mx.array) -> None:
+        """Refuse keys and values that do not fit each other, or what the cache holds."""
+        name = type(self).__name__
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"[{name}] keys and values must be [B, Hkv, L, D] with the same B, Hkv and L but "
+                f"have shapes {tuple(keys.shape)} and {tuple(values.shape)}."
+            )
+        got = (keys.shape[1], keys.shape[3], values.shape[3])
+        if self._model is not None and got != self._model:
+            raise ValueError(
+                f"[{name}] the cache is of a model with kv heads and head "
+                f"dimensions {self._model} but these keys and values have {got}."
+            )
+        if len(self._lengths) != keys.shape[0] and not (self._keys is None and self._any_rows):
+            raise ValueError(
+                f"[{name}] the cache has {len(self._lengths)} rows but these keys have "
+                f"{keys.shape[0]}."
+            )
+
+    _any_rows = False  # whether the first update says how many rows there are
+
+    def _ends(self, steps: int) -> list[int]:
+        """The end of each row's text after ``steps`` more tokens."""
+        return [length + steps for length in self._lengths]
+
+    def _far_blocks(self, positions: list[int]) -> list[int]:
+        """How many blocks a query at each position sees as held ones."""
+        block_size, window_blocks = self.config.block_size, self.config.window_blocks
+        return [max(0, position // block_size - window_blocks) for position in positions]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append, and return keys and values for attention code that knows nothing of deltas.
+
+        Exact for one query. For several the window is the first query's, so that later ones see
+        a few more full keys than they need; ``delta_attention`` gives every query its own window.
+        """
+        step = self.update(keys, values)
+        length = step.length
+        first_block = min(step.starts) // step.block_size - step.window_blocks
+        near = max(0, first_block) * step.block_size
+        if step.steps == 1 or near == 0:
+            fetched = step.held if step.steps == 1 else step.full
+            return fetched[..., :length, :], step.values[..., :length, :]
+        fetched = mx.concatenate([step.held[..., :near, :], step.full[..., near:length, :]], axis=2)
+        return fetched, step.values[..., :length, :]
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Keys (held far away, full near) and values of all tokens so far."""
+        if self._keys is None or self._values is None:
+            raise ValueError(f"[{type(self).__name__}.keys_and_values] the cache is empty.")
+        keys = self._keys.fetch(self.size(), self._encoded)
+        return keys, self._values.dense(self.size(), keys.dtype)
+
+    # Rewinding.
+
+    def is_trimmable(self) -> bool:
+        """Whether tokens can be taken back exactly: the last ones always, see :meth:`exact_trim`.
+
+        mlx-lm's ``LRUPromptCache`` asks this before it takes back any number of tokens; there it
+        is true only where that is exact too.
+        """
+        return not ANY_LENGTH.get() or self.exact_trim() == self.size()
+
+    def exact_trim(self) -> int:
+        """How many of the last tokens can be taken back, any number of them, exactly.
+
+        All of them while no full key is gone; else those back to where the window begins to
+        reach keys that are held only. See :meth:`exact_length` for what is exact further back.
+        """
+        length = self.size()
+        if self._keys is None:
+            return length
+        back = [
+            length if not full_from else own - (full_from + self.config.window)
+            for own, full_from in zip(self._lengths, self._keys.full_from, strict=True)
+        ]
+        return max(0, min(length, *back))
+
+    def exact_length(self, length: int) -> int:
+        """The largest length, up to this one, at which the text can be cut and go on exactly.
+
+        Within :meth:`exact_trim`, every length. Further back the full keys of the window are gone.
+        They can't be had by feeding a window's tokens again: their own keys depend, layer by
+        layer, on the windows before them. So without a window (``window=0``) every block's border
+        will do, and with one only the start of the text.
+        """
+        for candidate in (length, length // self.config.block_size * self.config.block_size):
+            if self._cuts_exactly(max(self._lengths) - candidate):
+                return candidate
+        return 0
+
+    def _cuts_exactly(self, n: int) -> bool:
+        """Whether all full keys that the next query needs are there after taking back n tokens."""
+        if self._keys is None:
+            return True
+        lengths = [length - n for length in self._lengths]
+        near = [far * self.config.block_size for far in self._far_blocks(lengths)]
+        return all(
+            first >= min(full_from, max(0, length))
+            for first, full_from, length in zip(near, self._keys.full_from, lengths, strict=True)
+        )
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens of every row; returns how many were forgotten.
+
+        Raises:
+            ValueError: The text could not go on exactly from there.
+        """
+        n = max(0, min(self.size(), n))
+        if n == 0 or self._keys is None:
+            return n
+        if not self._cuts_exactly(n):
+            raise ValueError(
+                f"[{type(self).__name__}.trim] of {self.size()} tokens the last "
+                f"{self.exact_trim()} can be taken back exactly but not {n}: full keys are gone. "
+                "mlx_delta.cache.rewind goes back further and says which tokens to feed again."
+            )
+        self._lengths = [length - n for length in self._lengths]
+        targets = [
+            min(pair) for pair in zip(self._far_blocks(self._lengths), self._encoded, strict=True)
+        ]
+        self._keys.rewind(self._encoded, targets)
+        self._encoded = targets
+        self._held_from = min(self._held_from, self.size())
+        return n
+
+    # State.
+
+    @property
+    def state(self) -> list[Any]:
+        """Everything needed to go on: a JSON header and the buffers."""
+        header = {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(whole=True),
+            "lengths": self._lengths,
+            "encoded": self._encoded,
+            "model": self._model,
+            "item_size": self._item_size,
+        }
+        if self._held_from:
+            header["held_from"] = self._held_from
+        if self._keys is None or self._values is None:
+            kind = DenseKeys if self.config.key_bits is None else PackedKeys
+            nothing = [None] * (kind.n_arrays + count_arrays(self.config.value_bits))
+            return [json.dumps(header), *nothing]
+        keys, *others = self._keys.arrays()
+        header |= self._keys.header()
+        return [json.dumps(header), keys, *self._values.buffers, *others]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        name = type(self).__name__
+        try:
+            header = json.loads(state[0])
+            version = header["version"]
+            if version != STATE_VERSION:
+                raise ValueError(
+                    f"it has version {version} but this library reads version {STATE_VERSION}"
+                )
+            HeldKeys.__init__(self, DeltaConfig.from_dict(header["config"]))
+            self._restore(header, list(state[1:]))
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"[{name}] not a saved state of this cache: {error}; make the prompt cache anew."
+            ) from error
+        if self._keys is not None:
+            self._check_state(name)
+
+    def _restore(self, header: dict[str, Any], buffers: list[Any]) -> None:
+        """Take over a header and buffers, each of which is looked at by itself."""
+        kind = DenseKeys if self.config.key_bits is None else PackedKeys
+        end = 1 + count_arrays(self.config.value_bits)
+        if len(buffers) != end + kind.n_arrays - 1:
+            raise ValueError(f"it has {len(buffers) + 1} parts")
+        self._lengths, self._encoded = (spread(header[x], 1) for x in ("lengths", "encoded"))
+        self._item_size, self._held_from = header["item_size"], header.get("held_from", 0)
+        if all(x is None for x in buffers):
+            return
+        keys, values = [buffers[0], *buffers[end:]], buffers[1:end]
+        if any(not isinstance(x, mx.array) for x in (keys[0], *values)) or header["model"] is None:
+            raise ValueError("it lacks one of its buffers")
+        if keys[0].ndim != 4:
+            raise ValueError(f"its keys have shape {tuple(keys[0].shape)}")
+        heads, head_dim, value_dim = (int(n) for n in header["model"])
+        self._model = (heads, head_dim, value_dim)
+        rows = keys[0].shape[0]
+        self._lengths, self._encoded = spread(self._lengths, rows), spread(self._encoded, rows)
+        self._keys = kind.restore(self.config, header, keys)
+        self._values = ValueStore(self.config.value_bits, tuple(values))
+
+    def _check_state(self, name: str) -> None:
+        """Refuse a state whose counts and buffers do not fit together."""
+        assert self._keys is not None and self._values is not None
+        B, H, _, head_dim = self._keys.arrays()[0].shape
+        if (H, head_dim) != self._shape[:2] or len(self._lengths) != B:
+            raise ValueError(
+                f"[{name}] saved keys have shape {(B, H, '..', head_dim)} but the state is of "
+                f"{len(self._lengths)} rows of a model of {self._model}."
+            )
+        if len(self._encoded) != B:
+            raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
+        self.config.check_heads(H)
+        size = self.config.block_size
+        room = self._keys.check(name, self._lengths, self._encoded)
+        capacity = room or self._values.capacity
+        self._values.check(name, (B, H, capacity))
+        for length, encoded in zip(self._lengths, self._encoded, strict=True):
+            if length > capacity or not 0 <= encoded * size <= max(0, length):
+                raise ValueError(
+                    f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "
+                    f"in a buffer of {capacity} tokens."
+                )

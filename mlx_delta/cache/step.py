@@ -1,0 +1,79 @@
+"""What an update leaves for attention to read; packed keys are unpacked when they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from mlx_delta.ops.blocks import unpack
+from mlx_delta.ops.join import join_near
+from mlx_delta.ops.pack import PackedBlocks
+
+from .values import ValueStore
+
+
+@dataclass(frozen=True)
+class Step:
+    """The keys and values that the queries of one update see.
+
+    Attributes:
+        starts: Position of each row's first query.
+        steps: Queries of each row.
+        block_size: Tokens in a block.
+        window_blocks: Blocks before a query's own that it sees in full.
+        far: Held keys: a buffer [B, Hkv, capacity, D] in which they stand in every block that is
+            far from the last query, full ones elsewhere; or packed blocks; ``None``: not any.
+        near: [B, Hkv, room, D]; full keys of each row from position ``firsts[b]`` on, in every
+            block that is near to the first query.
+        firsts: Multiples of the block size.
+        encoded: Blocks of each row that the last query sees as held.
+        stored_values: The values as they are stored.
+        dtype: The model's type.
+    """
+
+    starts: tuple[int, ...]
+    steps: int
+    block_size: int
+    window_blocks: int
+    far: mx.array | PackedBlocks | None
+    near: mx.array
+    firsts: tuple[int, ...]
+    encoded: tuple[int, ...]
+    stored_values: ValueStore
+    dtype: mx.Dtype
+
+    @property
+    def length(self) -> int:
+        """Keys to look at, over all rows: one more than the last query's position."""
+        return max(self.starts) + self.steps
+
+    @cached_property
+    def held(self) -> mx.array:
+        """[B, Hkv, length or more, D]; held keys in every block far from the last query."""
+        if isinstance(self.far, mx.array):
+            return self.far
+        return self._joined([n * self.block_size for n in self.encoded])
+
+    @cached_property
+    def full(self) -> mx.array:
+        """[B, Hkv, length or more, D]; full keys in every block near to the first query."""
+        if isinstance(self.far, mx.array):
+            return self.near
+        return self._joined(list(self.firsts))
+
+    @cached_property
+    def values(self) -> mx.array:
+        """[B, Hkv, length, Dv], of the model's type."""
+        return self.stored_values.dense(self.length, self.dtype)
+
+    @cached_property
+    def _unpacked(self) -> mx.array | None:
+        if not isinstance(self.far, PackedBlocks) or not max(self.encoded):
+            return None
+        return unpack(self.far, max(self.encoded))
+
+    def _joined(self, boundaries: list[int]) -> mx.array:
+        keys = join_near(self._unpacked, self.near, boundaries, list(self.firsts), self.length)
+        return keys.astype(self.dtype)

@@ -1,0 +1,138 @@
+"""Sensitivities of a model's keys: what its output makes of an error of each channel.
+
+Two ways. ``"gradients"``: one backward pass gives the Fisher information of each far key, whose
+mean over keys is the weight. ``"queries"``, for models that can't be differentiated: the mean
+square of the queries that look at a channel. Both can be corrected by measurement: with one layer
+held at a time, its weights are multiplied by what the divergence is over what they predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_delta.attention.probe import held_layers, watch_keys
+from mlx_delta.config import DeltaConfig
+from mlx_delta.models.queries import QuerySquares, shared_by_pairs
+from mlx_delta.ops.hold import hold_blocks
+from mlx_delta.sensitivities import Sensitivities
+
+from .divergence import DenseText
+from .gradients import key_gradients
+
+Way = Literal["gradients", "queries"]
+
+MOST_CORRECTION = 8.0  # of a layer, either way
+LEAST_SHARE = 1e-6  # of a layer's mean weight, for channels that nothing depends on
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A window as a model reads it densely.
+
+    Attributes:
+        layers: Which layers hold keys; the first axis of what follows.
+        keys: For each float32 [Hkv, L, D], after RoPE.
+        queries: For each float32 [Hkv, D], see :class:`mlx_delta.models.queries.QuerySquares`.
+    """
+
+    layers: tuple[int, ...]
+    keys: list[mx.array]
+    queries: list[np.ndarray]
+
+
+def watch(model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Watched:
+    """Run the model over a window and keep its keys and what its queries look at."""
+    layers = held_layers(model)
+    keys: dict[int, mx.array] = {}
+    squares = QuerySquares()
+
+    def see(layer: int, queries: mx.array, own: mx.array, scale: float) -> None:
+        squares.add(layer, queries, own, scale)
+        keys[layer] = own[0].astype(mx.float32)
+
+    watch_keys(model, window, config, layers, see)
+    mx.eval(keys)
+    return Watched(layers, [keys[i] for i in layers], [squares.of_layer(i) for i in layers])
+
+
+def measure_weights(
+    model: nn.Module,
+    window: Sequence[int],
+    config: DeltaConfig,
+    watched: Watched,
+    way: Way,
+    seed: int = 0,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Weights of each held layer's channels, and of each of its elements.
+
+    Args:
+        model: From :func:`mlx_delta.load`, with the delta.
+        window: Token ids.
+        config: Which keys are far.
+        watched: Of the same window.
+        way: What the weights are made from.
+        seed: Of the labels that are drawn for gradients.
+
+    Returns:
+        float32 [Hkv, D] for each layer; and what predicts the divergence of errors of this
+        window's keys, [Hkv, L, D]: squared gradients, or the weights over again.
+    """
+    if way == "queries":
+        weights = [_floored(x) for x in watched.queries]
+        return weights, [w[:, None] for w in weights]
+    squares = [np.array(x) for x in key_gradients(model, window, config, watched.layers, seed)]
+    # Keys that some query sees as far.
+    end = ((len(window) - 1) // config.block_size - config.window_blocks) * config.block_size
+    far = slice(min(config.sinks, end - 1), end)
+    weights = [_floored(shared_by_pairs(x[:, far].mean(axis=1))) for x in squares]
+    return weights, squares
+
+
+def _floored(weights: np.ndarray) -> np.ndarray:
+    return np.maximum(weights, LEAST_SHARE * weights.mean()).astype(np.float32)
+
+
+def correct_layers(
+    text: DenseText,
+    config: DeltaConfig,
+    watched: Watched,
+    weights: Sequence[np.ndarray],
+    predicting: Sequence[np.ndarray],
+    progress: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+    """Weights times what holding each layer alone does, over what they predict.
+
+    Args:
+        text: The window that was watched.
+        config: With the level to hold at.
+        watched: Keys of that window.
+        weights: Of each held layer, [Hkv, D].
+        predicting: What predicts the divergence, see :func:`measure_weights`.
+        progress: Called after each layer.
+    """
+    n_layers = text.n_layers
+    ratios = []
+    for i, layer in enumerate(watched.layers):
+        everywhere: list[np.ndarray | None] = [None] * n_layers
+        everywhere[layer] = weights[i]
+        setting = config.changed(sensitivities=Sensitivities(everywhere))
+        own = setting.for_layer(layer, n_layers)
+        measured = text.compare(setting, only=layer).divergence
+        keys = watched.keys[i]
+        # Of the text that is compared, which may be shorter, up to where no query sees it as far.
+        whole = (len(text.window) - 1) // config.block_size - config.window_blocks
+        whole *= config.block_size
+        held, _ = hold_blocks(keys[None, :, :whole], own)
+        error = np.array(mx.square(held[0] - keys[:, :whole]))
+        predicted = float((predicting[i][:, :whole] * error).sum())
+        ratios.append(max(measured, 1e-9) / max(predicted, 1e-30))
+        progress()
+    logs = np.log(ratios)
+    factors = np.exp(np.clip(logs - logs.mean(), *np.log([1 / MOST_CORRECTION, MOST_CORRECTION])))
+    return [(w * f).astype(np.float32) for w, f in zip(weights, factors, strict=True)]

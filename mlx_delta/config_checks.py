@@ -1,0 +1,164 @@
+"""What a :class:`mlx_delta.DeltaConfig` may hold; every message names field and value."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from .sensitivities import Sensitivities
+
+if TYPE_CHECKING:
+    from .config import DeltaConfig
+
+MODES = ("optimal", "greedy", "relative", "absolute")
+LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
+KEY_BITS = (16, 8, 4, 3, 2)
+VALUE_BITS = (16, 8, 4)
+# Tokens that a window, a block or the sinks may span: buffers of their size are made.
+MAX_TOKENS = 1 << 24
+# Larger thresholds hold everything already, and every type of float holds this one.
+LARGEST = 1e30
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut short: a file may hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_setting(config: DeltaConfig) -> None:
+    """Refuse a setting with a value that is wrong, alone or beside the others.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if config.threshold_mode not in MODES:
+        raise ValueError(
+            f"[DeltaConfig] threshold_mode must be one of {', '.join(map(repr, MODES))} but "
+            f"got {shown(config.threshold_mode)}."
+        )
+    for name, least in (("block_size", 1), ("window", 0), ("sinks", 0)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"[DeltaConfig] {name} must be a whole number but got {shown(value)}.")
+        if value < least:
+            raise ValueError(f"[DeltaConfig] {name} must be >= {least} but got {shown(value)}.")
+        if value > MAX_TOKENS:
+            raise ValueError(
+                f"[DeltaConfig] {name} must be <= {MAX_TOKENS} but got {shown(value)}."
+            )
+    if config.window % config.block_size:
+        raise ValueError(
+            f"[DeltaConfig] window must be a multiple of block_size ({config.block_size}) but "
+            f"got {config.window}."
+        )
+    if not isinstance(config.keyframes, bool):
+        raise ValueError(
+            f"[DeltaConfig] keyframes must be true or false but got {shown(config.keyframes)}."
+        )
+    _check_run_value(config)
+    if config.cuts_runs:
+        _check_runs(config)
+    else:
+        _check_threshold(config)
+    if config.block_fraction is not None:
+        fraction = config.block_fraction
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not is_number or not 0 < fraction <= 1:
+            raise ValueError(
+                f"[DeltaConfig] block_fraction must be in (0, 1] but got {shown(fraction)}."
+            )
+        if config.window:
+            raise ValueError(
+                f"[DeltaConfig] block_fraction needs window=0 but got window={config.window}."
+            )
+    _check_storage(config)
+
+
+def _check_run_value(config: DeltaConfig) -> None:
+    """Validate what runs are held as."""
+    if config.run_value not in ("mean", "first"):
+        raise ValueError(
+            f"[DeltaConfig] run_value must be 'mean' or 'first' but got {shown(config.run_value)}."
+        )
+    if config.run_value == "mean" and not config.keyframes:
+        raise ValueError(
+            "[DeltaConfig] keyframes=False needs run_value='first' but got run_value='mean': "
+            "the mean of a run that goes on in the next block is not known yet."
+        )
+
+
+def _check_threshold(config: DeltaConfig) -> None:
+    """Validate what the modes with a threshold take."""
+    for name in ("level", "sensitivities"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"[DeltaConfig] {name} needs threshold_mode 'optimal' or 'greedy' but got "
+                f"{shown(config.threshold_mode)}."
+            )
+    layers = config.threshold if isinstance(config.threshold, tuple) else (config.threshold,)
+    heads = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
+    if not all([layers, *heads]):
+        raise ValueError("[DeltaConfig] threshold must not be or contain an empty list.")
+    for value in itertools.chain(*heads):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"[DeltaConfig] threshold must be a number but got {shown(value)}.")
+        if not 0 <= value <= LARGEST:  # false for NaN too
+            raise ValueError(f"[DeltaConfig] threshold must be >= 0 but got {shown(value)}.")
+
+
+def _check_runs(config: DeltaConfig) -> None:
+    """Validate what the modes that cut runs take."""
+    mode = config.threshold_mode
+    if config.threshold is not None:
+        raise ValueError(
+            f"[DeltaConfig] threshold_mode={mode!r} takes a level instead of a threshold but "
+            f"got threshold={shown(config.threshold)}."
+        )
+    level = config.level
+    if level is not None:
+        if isinstance(level, bool) or not isinstance(level, (int, float)):
+            raise ValueError(f"[DeltaConfig] level must be a number but got {shown(level)}.")
+        if not 0 <= level <= LARGEST:  # false for NaN too
+            raise ValueError(f"[DeltaConfig] level must be >= 0 but got {shown(level)}.")
+    given: Any = config.sensitivities
+    if given is not None and not isinstance(given, (Sensitivities, str)):
+        raise ValueError(
+            "[DeltaConfig] sensitivities must be Sensitivities or the name of a file but got "
+            f"{shown(given)}."
+        )
+    if not config.keyframes or config.run_value != "mean" or config.block_fraction is not None:
+        raise ValueError(
+            f"[DeltaConfig] threshold_mode={mode!r} needs keyframes=True, run_value='mean' and "
+            "no block_fraction: runs are cut within a block that is known. Give "
+            "threshold_mode='relative' or 'absolute'."
+        )
+    if config.block_size > LONGEST_BLOCK:
+        raise ValueError(
+            f"[DeltaConfig] threshold_mode={mode!r} needs a block_size of at most "
+            f"{LONGEST_BLOCK} but got {config.block_size}."
+        )
+
+
+def _check_storage(config: DeltaConfig) -> None:
+    """Validate how keys and values are stored."""
+    for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
+        value = getattr(config, name)
+        if value is not None and (type(value) is not int or value not in widths):
+            known = ", ".join(map(str, widths))
+            raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {shown(value)}.")
+    if config.key_bits is None:
+        return
+    if not config.keyframes or config.block_fraction is not None:
+        raise ValueError(
+            f"[DeltaConfig] key_bits={config.key_bits} needs keyframes=True and a fixed "
+            "block_size: packed blocks are read independently of each other."
+        )
+    if config.block_size % 8 or config.block_size > 64:
+        raise ValueError(
+            f"[DeltaConfig] key_bits={config.key_bits} needs a block_size that is a multiple "
+            f"of 8, up to 64, but got {config.block_size}."
+        )

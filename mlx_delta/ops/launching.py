@@ -1,0 +1,77 @@
+"""What the launchers share: small inputs made once, and shapes checked before each launch.
+
+A kernel trusts its inputs: where a shape is wrong it reads past an array's end, and nothing says
+so. So every launcher looks at the shapes of all its arrays first, which costs microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
+SIMD = 32  # lanes of a simdgroup
+
+
+@lru_cache(maxsize=64)
+def constant(values: Any, dtype: mx.Dtype) -> mx.array:
+    """A number, or (nested) tuple of them, on the device: uploaded once, not at each launch."""
+    return mx.array(values, dtype)
+
+
+@lru_cache(maxsize=16)
+def filler(dtype: mx.Dtype) -> mx.array:
+    """What stands for an input that a kernel does not look at, [LEAST_ELEMENTS]."""
+    zeros = mx.zeros(LEAST_ELEMENTS, dtype)
+    mx.eval(zeros)  # so that other threads can use it
+    return zeros
+
+
+def padded(array: mx.array) -> mx.array:
+    """The array as a row, long enough to be `device` memory."""
+    flat = array.reshape(-1)
+    if flat.size >= LEAST_ELEMENTS:
+        return flat
+    return mx.concatenate([flat, mx.zeros(LEAST_ELEMENTS - flat.size, flat.dtype)])
+
+
+def check_shapes(
+    kernel: str,
+    arrays: Mapping[str, tuple[mx.array | None, Sequence[int | None] | None]],
+    types: Mapping[str, mx.Dtype | None] | None = None,
+) -> None:
+    """Refuse arrays of other shapes or types than a kernel takes.
+
+    Args:
+        kernel: Its name, for the message.
+        arrays: For each name the array and the shape that it must have, ``None`` in it for any
+            size; ``None`` for both: there must be none.
+        types: Types that arrays must have.
+
+    Raises:
+        ValueError: One of them does not fit; the message names it.
+    """
+    for name, (array, shape) in arrays.items():
+        if array is None or shape is None:
+            if array is not None or shape is not None:
+                wanted = "no" if shape is None else f"{_written(shape)}"
+                raise ValueError(f"[{kernel}] takes {wanted} {name} here but got {array!r}.")
+            continue
+        got = array.shape
+        if len(got) != len(shape) or any(
+            wanted is not None and size != wanted for size, wanted in zip(got, shape, strict=True)
+        ):
+            raise ValueError(
+                f"[{kernel}] {name} must have shape {_written(shape)} but have {tuple(got)}."
+            )
+    for name, dtype in (types or {}).items():
+        array = arrays[name][0]
+        if array is not None and dtype is not None and array.dtype != dtype:
+            raise ValueError(f"[{kernel}] {name} must be {dtype} but are {array.dtype}.")
+
+
+def _written(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,242 @@
+"""How much a model's output minds errors of its keys: a weight for each layer, head and channel.
+
+:mod:`mlx_delta.calibrate` measures them and writes them beside the model; ``config.json`` names
+the file under ``delta``, and :func:`mlx_delta.load` reads it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE_NAME = "delta_sensitivities.safetensors"
+MOST_LAYERS = 1 << 14
+FORMAT = "mlx_delta sensitivities 1"
+# Of models that are known by name; a file beside a model comes first.
+BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
+
+
+class Sensitivities:
+    """Weights of all layers, or of one; hashable, and never changed.
+
+    Args:
+        layers: For each layer float32 [Hkv, D], or ``None`` where no keys are held.
+        curve: What levels do: rows of (level, share of deltas that are zero outside the window,
+            KL divergence from dense attention in nats per token), levels ascending.
+        file: Name of the file they come from, beside the model.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or the curve's levels do not ascend.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[np.ndarray | None],
+        curve: Sequence[Sequence[float]] = (),
+        file: str | None = None,
+    ):
+        self.layers = tuple(None if x is None else np.array(x, np.float32) for x in layers)
+        self.curve = tuple((float(level), float(zeros), float(kl)) for level, zeros, kl in curve)
+        self.file = file
+        for i, weights in enumerate(self.layers):
+            if weights is None:
+                continue
+            if weights.ndim != 2 or not (np.isfinite(weights).all() and (weights >= 0).all()):
+                raise ValueError(
+                    f"[Sensitivities] weights of layer {i} must be finite numbers >= 0, one for "
+                    f"each kv head and channel, but have shape {weights.shape} or other values."
+                )
+            weights.flags.writeable = False
+        levels = [row[0] for row in self.curve]
+        if any(b <= a for a, b in zip(levels, levels[1:], strict=False)) or min(levels, default=0):
+            raise ValueError("[Sensitivities] the curve's levels must ascend from 0.")
+        digest = hashlib.sha256()
+        for weights in self.layers:
+            digest.update(b"-" if weights is None else repr(weights.shape).encode())
+            digest.update(b"" if weights is None else weights.tobytes())
+        self._digest = digest.digest()
+
+    def __hash__(self) -> int:
+        """Of the weights."""
+        return hash(self._digest)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the weights are the same."""
+        return isinstance(other, Sensitivities) and self._digest == other._digest
+
+    def __repr__(self) -> str:
+        """Short: there are thousands of weights."""
+        return f"Sensitivities({len(self.layers)} layers, {self._digest.hex()[:8]})"
+
+    def for_layer(self, layer: int, n_layers: int) -> Sensitivities:
+        """Those of one layer.
+
+        Raises:
+            ValueError: They are of a model with another number of layers.
+        """
+        if len(self.layers) != n_layers:
+            raise ValueError(
+                f"[DeltaConfig] sensitivities are of {len(self.layers)} layers but the model has "
+                f"{n_layers}."
+            )
+        return Sensitivities([self.layers[layer]])
+
+    def for_head(self, head: int) -> Sensitivities:
+        """Those of one head of a single layer."""
+        return Sensitivities([self._only()[head : head + 1]])
+
+    def of_layer(self, n_heads: int, head_dim: int) -> np.ndarray:
+        """The weights of a single layer, float32 [Hkv, D].
+
+        Raises:
+            ValueError: They are of a layer of another shape.
+        """
+        weights = self._only()
+        if weights.shape != (n_heads, head_dim):
+            raise ValueError(
+                f"[DeltaConfig] sensitivities are of {weights.shape[0]} kv heads of "
+                f"{weights.shape[1]} channels but the layer has {n_heads} of {head_dim}."
+            )
+        return weights
+
+    def check_heads(self, n_heads: int) -> None:
+        """Refuse weights of one layer that are of another number of kv heads.
+
+        Raises:
+            ValueError: They are.
+        """
+        found = len(self._only())
+        if found != n_heads:
+            raise ValueError(
+                f"[DeltaConfig] sensitivities are of {found} kv heads but the layer has {n_heads}."
+            )
+
+    def _only(self) -> np.ndarray:
+        if len(self.layers) != 1:
+            raise ValueError("[DeltaConfig] sensitivities of all layers: call for_layer first.")
+        (weights,) = self.layers
+        if weights is None:
+            raise ValueError("[DeltaConfig] the sensitivities leave out a layer that holds keys.")
+        return weights
+
+    def level_for(self, zeros: float | None = None, kl: float | None = None) -> float:
+        """The level for a wanted share of zeros, or the highest one with at most this divergence.
+
+        Raises:
+            ValueError: There is no curve, or the wish lies beyond it.
+        """
+        if not self.curve:
+            raise ValueError(
+                "[DeltaConfig] these sensitivities have no curve of levels; run "
+                "`python -m mlx_delta.calibrate` on the model."
+            )
+        levels, shares, divergences = np.array(self.curve).T
+        name, wanted, reached = "share of zeros", zeros, shares
+        if wanted is None:
+            name, wanted, reached = "KL divergence", kl, np.maximum.accumulate(divergences)
+        assert wanted is not None
+        if not 0 <= wanted <= reached[-1]:
+            raise ValueError(
+                f"[DeltaConfig] the {name} must be between 0 and {reached[-1]:.4g}, the end of the "
+                f"calibrated curve, but got {wanted}."
+            )
+        above = int(np.searchsorted(reached, wanted))
+        if reached[above] == wanted or above == 0:
+            return float(levels[above])
+        low, high = levels[above - 1], levels[above]
+        part = (wanted - reached[above - 1]) / (reached[above] - reached[above - 1])
+        if low == 0:  # has no logarithm
+            return float(high * part)
+        return float(np.exp(np.log(low) + part * (np.log(high) - np.log(low))))
+
+    # As JSON, for saved caches.
+
+    def to_dict(self) -> dict[str, Any]:
+        """The weights as plain JSON values."""
+        return {
+            "layers": [
+                None if x is None else [*x.shape, base64.b64encode(x.tobytes()).decode("ascii")]
+                for x in self.layers
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivities:
+        """The weights written by :meth:`to_dict`.
+
+        Raises:
+            ValueError: They are broken.
+        """
+        try:
+            layers = [
+                None
+                if entry is None
+                else np.frombuffer(base64.b64decode(entry[2]), np.float32).reshape(entry[:2])
+                for entry in values["layers"]
+            ]
+        except (TypeError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"[DeltaConfig] sensitivities can't be read: {error}.") from error
+        return cls(layers)
+
+    # As a file.
+
+    def save(self, file: Path) -> None:
+        """Write them as safetensors; the curve goes into the metadata."""
+        import mlx.core as mx
+
+        arrays = {f"layers.{i}": mx.array(x) for i, x in enumerate(self.layers) if x is not None}
+        metadata = {
+            "format": FORMAT,
+            "layers": str(len(self.layers)),
+            "curve": json.dumps([[float(f"{x:.5g}") for x in row] for row in self.curve]),
+        }
+        mx.save_safetensors(str(file), arrays, metadata)
+
+    @classmethod
+    def find(cls, folder: Path, name: str) -> Sensitivities:
+        """Read the file of this name beside a model, or the one that comes with this library.
+
+        Raises:
+            FileNotFoundError: There is neither.
+            ValueError: It is none of sensitivities, or broken.
+        """
+        if not name or Path(name).name != name:
+            raise ValueError(
+                f"[load] sensitivities must name a file beside config.json but are {name!r}."
+            )
+        beside, bundled = folder / name, BUNDLED / name
+        return cls.read(bundled if bundled.is_file() and not beside.is_file() else beside)
+
+    @classmethod
+    def read(cls, file: Path) -> Sensitivities:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is none of sensitivities, or broken.
+        """
+        import mlx.core as mx
+
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"[load] {file} is missing: config.json names it as the sensitivities; fetch it, "
+                "or make it anew with `python -m mlx_delta.calibrate`."
+            )
+        try:
+            loaded: Any = mx.load(str(file), return_metadata=True)
+            arrays, metadata = loaded
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}")
+            if not len(arrays) <= int(metadata["layers"]) <= MOST_LAYERS:
+                raise ValueError(f"it has {len(arrays)} of {metadata['layers'][:20]} layers")
+            layers = [arrays.get(f"layers.{i}") for i in range(int(metadata["layers"]))]
+            found = [None if x is None else np.array(x.astype(mx.float32)) for x in layers]
+            return cls(found, json.loads(metadata["curve"]), file.name)
+        except (RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"[load] {file} can't be read as sensitivities: {error}.") from error

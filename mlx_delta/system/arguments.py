@@ -1,0 +1,113 @@
+"""The delta's setting on the command lines: ``--delta key_bits=4,threshold=1.1``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Protocol
+
+from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
+from mlx_delta.notation import read_fields
+
+# The flags of single fields; --delta can say them all.
+FIELDS = (
+    "level",
+    "threshold",
+    "threshold_mode",
+    "window",
+    "block_size",
+    "sinks",
+    "key_bits",
+    "value_bits",
+)
+
+
+class Arguments(Protocol):
+    """A parser, or a group of its arguments."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's."""
+
+
+def add_delta_argument(parser: Arguments) -> None:
+    """``--delta`` alone, for commands whose settings say the rest."""
+    parser.add_argument(
+        "--delta",
+        metavar="SETTING",
+        help="What differs from the model's own setting, such as key_bits=4,threshold=1.1: any "
+        "field of DeltaConfig. Default: nothing.",
+    )
+
+
+def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--delta``, flags for the commonest fields, wishes, ``--delta-paper`` and ``--no-delta``.
+
+    :func:`delta_fields` reads those of fields.
+    """
+    group = parser.add_argument_group("hybrid delta attention")
+    add_delta_argument(group)
+    wish = group.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--delta-sparsity",
+        type=float,
+        help="Share of the keys' deltas outside the window to be zero, by the model's calibration.",
+    )
+    wish.add_argument(
+        "--delta-kl",
+        type=float,
+        help="Or: KL divergence from dense attention to stay below, in nats per token.",
+    )
+    wish.add_argument(
+        "--delta-level", type=float, help="Or: what a run of held values costs; 0 holds nothing."
+    )
+    wish.add_argument("--delta-threshold", type=float, help="Or: change up to which a key is held.")
+    group.add_argument(
+        "--delta-threshold-mode",
+        choices=("relative", "absolute"),
+        help="Threshold relative to each block's spread of keys, or in the keys' own units.",
+    )
+    group.add_argument("--delta-window", type=int, help="Tokens before a query's block kept exact.")
+    group.add_argument("--delta-block-size", type=int, help="Tokens in a block.")
+    group.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
+    group.add_argument(
+        "--delta-key-bits",
+        type=int,
+        choices=KEY_BITS,
+        help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
+    )
+    group.add_argument(
+        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
+    )
+    group.add_argument(
+        "--delta-paper",
+        action="store_true",
+        help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
+    )
+    group.add_argument("--no-delta", action="store_true", help="Attend densely.")
+
+
+def delta_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that ``--delta`` and the flags beside it name, with their values.
+
+    They are for :meth:`DeltaConfig.changed`, of the model's own setting or the paper's.
+
+    Raises:
+        ValueError: ``--delta`` is wrong, or a flag says a field again.
+    """
+    fields = read_fields(args.delta or "", DeltaConfig)
+    for name in FIELDS:
+        value = getattr(args, f"delta_{name}", None)
+        if value is None:
+            continue
+        if name in fields:
+            raise ValueError(f"--delta {args.delta} and {_flag(name)} both give {name}; drop one.")
+        fields[name] = value
+    return fields
+
+
+def flag_of_field(args: argparse.Namespace, name: str) -> str:
+    """The flag that gave a field, as messages name it."""
+    return _flag(name) if getattr(args, f"delta_{name}", None) is not None else f"--delta {name}"
+
+
+def _flag(name: str) -> str:
+    return f"--delta-{name.replace('_', '-')}"

@@ -1,0 +1,175 @@
+"""What attention costs besides arithmetic: operations, uploads, fills and waits, each counted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta import DeltaConfig, DeltaKVCache
+from mlx_delta.attention import masks
+from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.measure.operations import count_operations
+from mlx_delta.ops import blocks as whole_blocks
+from mlx_delta.ops import decode_kernel, pack_kernel
+from tests.tiny import SMALL, smooth_keys
+
+LAYERS = 4
+PACKED = dataclasses.replace(SMALL, key_bits=4, value_bits=16)
+REAL_ARRAY = mx.array
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter]:
+    """Count uploads (``mx.array``), fills (``mx.zeros``) and waits (``mx.eval``, ``np.array``)."""
+    counts: Counter = Counter()
+
+    class Meta(type):
+        def __instancecheck__(cls, x):
+            return isinstance(x, REAL_ARRAY)
+
+        def __call__(cls, *args, **kwargs):
+            counts["uploads"] += 1
+            return REAL_ARRAY(*args, **kwargs)
+
+    class Array(metaclass=Meta):
+        pass
+
+    def counted(owner, name, what):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if what != "waits" or owner is mx or isinstance(args[0], REAL_ARRAY):
+                counts[what] += 1
+            return real(*args, **kwargs)
+
+        return mock.patch.object(owner, name, call)
+
+    with (
+        mock.patch.object(mx, "array", Array),
+        counted(mx, "zeros", "fills"),
+        counted(mx, "eval", "waits"),
+        counted(np, "array", "waits"),
+        counted(np, "asarray", "waits"),
+    ):
+        yield counts
+
+
+@contextlib.contextmanager
+def kernels_that_count() -> Iterator[list[str]]:
+    """As on a Mac, but that kernels give ones and are only counted."""
+    launched: list[str] = []
+
+    def make(name, **_):
+        def launch(output_shapes, output_dtypes, **_):
+            launched.append(name)
+            return [mx.ones(*x) for x in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+    builders = [decode_kernel.decode_kernel, decode_kernel.reduce_kernel]
+    builders += [pack_kernel.encode_kernel, pack_kernel.unpack_kernel]
+    for builder in builders:
+        builder.cache_clear()
+    with (
+        mock.patch.object(mx.fast, "metal_kernel", make),
+        mock.patch.object(mx.metal, "is_available", lambda: True),
+    ):
+        yield launched
+    for builder in builders:
+        builder.cache_clear()
+
+
+def tokens(n: int, head_dim: int = 32) -> list[mx.array]:
+    keys = mx.array(smooth_keys((1, 2, n, head_dim))).astype(mx.float16)
+    return [mx.repeat(keys, 2, axis=1), keys, keys]
+
+
+def feed(caches: list[DeltaKVCache], n: int, new: list[mx.array] | None = None) -> list[mx.array]:
+    new = new or tokens(n)
+    return [delta_attention(*new, cache, 0.2) for cache in caches]
+
+
+def test_a_token_uploads_one_array_for_all_layers_and_fills_none():
+    caches = [DeltaKVCache(PACKED) for _ in range(LAYERS)]
+    mx.eval(feed(caches, 99))
+    token = tokens(1)
+    with kernels_that_count() as launched:
+        feed(caches, 1, token)  # what is made once
+        with counting() as counts:
+            feed(caches, 1, token)
+    assert launched[-2:] == ["delta_decode", "delta_decode_reduce"]
+    assert counts == {"uploads": 1}, "the rows' numbers"
+
+
+def test_a_token_that_finishes_a_block_uploads_offsets_and_waits_for_counts_known_for_long():
+    caches = [DeltaKVCache(PACKED) for _ in range(LAYERS)]
+    mx.eval(feed(caches, 97))
+    for _ in range(7):
+        mx.eval(feed(caches, 1))  # up to a block's end
+    with kernels_that_count() as launched, counting() as counts:
+        feed(caches, 1)
+    assert caches[0].encoded == (11,) and launched.count("delta_encode") == LAYERS
+    assert counts["waits"] <= 2 * LAYERS, "one for all counts of a layer, and to read them"
+
+
+@pytest.mark.parametrize("chunk", [200, 400])
+def test_a_chunk_of_a_prompt_waits_for_nothing(chunk):
+    caches = [DeltaKVCache(PACKED) for _ in range(LAYERS)]
+    with kernels_that_count(), counting() as counts:
+        feed(caches, chunk)
+    assert counts["waits"] == 0
+
+
+def test_moving_a_prompts_words_together_uploads_numbers_of_blocks_not_of_words():
+    cache = DeltaKVCache(PACKED)
+    feed([cache], 1600)
+    sizes = []
+    with mock.patch.object(mx, "arange", wraps=mx.arange), counting() as counts:
+        real = np.stack
+        with mock.patch.object(np, "stack", lambda x: sizes.append(len(x[0])) or real(x)):
+            mx.eval(cache.state[1:])
+    assert sizes == [2 * cache.encoded[0]], "a number for each block and head"
+    assert counts["uploads"] <= 3
+
+
+def test_masks_of_positions_are_made_once_for_all_layers():
+    caches = [DeltaKVCache(SMALL) for _ in range(LAYERS)]
+    with mock.patch.object(masks, "positions", wraps=masks.positions) as made:
+        feed(caches, 300)
+        assert made.call_count == 3, "sub-chunks of 128 queries, not times layers"
+        feed(caches, 300)
+        assert made.call_count == 3 + 3, "and other positions anew"
+        assert masks._of_one_step.cache_info().currsize == 1, "those of the last step only"
+
+
+@pytest.mark.parametrize("blocks", [1, 16])
+@pytest.mark.parametrize("run_value", ["mean", "first"])
+def test_holding_in_full_takes_two_launches_with_kernels_and_few_operations_beside(
+    blocks, run_value
+):
+    setting = DeltaConfig(threshold=1.0, run_value=run_value)
+    keys = tokens(64 * blocks, 64)[1]
+    with kernels_that_count() as launched:
+        held, zeros = whole_blocks.hold(keys, setting, 3)
+    assert launched == ["delta_encode", "delta_unpack"]
+    assert count_operations(held, zeros) <= 20, "543 when every token was a few operations"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [DeltaConfig(threshold=1.0), DeltaConfig.paper().resolve(1280)],
+    ids=["blocks", "paper"],
+)
+def test_without_a_gpu_holding_leaves_no_operations_for_each_token_in_the_graph(setting):
+    if mx.default_device() == mx.Device(mx.gpu):
+        pytest.skip("on a GPU the steps are MLX's own")
+    keys = tokens(640, 64)[1].astype(mx.float32)
+    held, zeros = whole_blocks.hold(keys, setting, 0)
+    assert count_operations(held, zeros) <= 20
