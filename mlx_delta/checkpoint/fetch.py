@@ -149,13 +149,14 @@ def _watch(process: subprocess.Popen[bytes], scratch: Path, package: Package) ->
 
 
 def _size(folder: Path) -> int:
-    """Bytes in a folder that another process writes to."""
+    """Bytes in a folder that another process writes to: what is gone again is left out."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # it is gone again
+    for at, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.path.getsize(os.path.join(at, name))
+            except OSError:
+                continue
     return total
 
 
