@@ -25,6 +25,7 @@ __all__ = [
 
 ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
+Prefill = Literal["exact", "tiles"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
@@ -80,6 +81,10 @@ class DeltaConfig:
             layer's, kv head's and channel's keys. A name is that of a file beside the model, which
             :func:`mlx_delta.load` reads. ``None``: :func:`mlx_delta.load` weighs
             channels by the queries of a short sample (unless ``lazy``); all count alike elsewhere.
+        prefill: ``"exact"``: a prompt's queries look at all keys. ``"tiles"``: only at blocks of
+            keys that are expected to matter to a block of queries (:mod:`mlx_delta.method.tiles`);
+            faster on long prompts, and not exact.
+        tiles: For ``prefill="tiles"``: the share of the expected attention that is computed.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -97,6 +102,8 @@ class DeltaConfig:
     value_bits: int | None = None
     level: float | None = None
     sensitivities: Sensitivities | str | None = None
+    prefill: Prefill = "exact"
+    tiles: float = 0.85
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and validate every field once."""
@@ -146,7 +153,8 @@ class DeltaConfig:
     def changed(self, **fields: Any) -> DeltaConfig:
         """The setting with other values; one for the other kind of mode drops those of this kind.
 
-        So that ``threshold=0.5`` or ``level=0.1`` alone is enough, whatever the setting is now.
+        So that ``threshold=0.5`` or ``level=0.1`` alone is enough, whatever the setting is now;
+        and so is ``tiles=0.85``.
 
         Raises:
             ValueError: A value is out of range, or of no field.
@@ -163,6 +171,8 @@ class DeltaConfig:
             elif self.cuts_runs and _needs_threshold(**fields):
                 mode = "relative"
         fields["threshold_mode"] = mode
+        if fields.get("tiles") is not None:
+            fields.setdefault("prefill", "tiles")
         if mode in RUN_MODES and not self.cuts_runs:
             fields.setdefault("threshold", None)
         if mode not in RUN_MODES and self.cuts_runs:
@@ -290,6 +300,8 @@ class DeltaConfig:
             values["sensitivities"] = named or self.sensitivities.to_dict()
         optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
         optional.append("sensitivities")
+        if self.prefill == "exact":  # as written by versions that knew no other
+            del values["prefill"], values["tiles"]
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod

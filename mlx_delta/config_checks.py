@@ -14,6 +14,7 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
+TILE_SIZES = (32, 64, 128)  # blocks whose tiles can be chosen
 # Tokens that a window, a block or the sinks may span: buffers of their size are made.
 MAX_TOKENS = 1 << 24
 # Larger thresholds hold everything already, and every type of float holds this one.
@@ -76,6 +77,7 @@ def check_setting(config: DeltaConfig) -> None:
                 f"[DeltaConfig] block_fraction needs window=0 but got window={config.window}."
             )
     _check_storage(config)
+    _check_prefill(config)
 
 
 def _check_run_value(config: DeltaConfig) -> None:
@@ -161,4 +163,22 @@ def _check_storage(config: DeltaConfig) -> None:
         raise ValueError(
             f"[DeltaConfig] key_bits={config.key_bits} needs a block_size that is a multiple "
             f"of 8, up to 64, but got {config.block_size}."
+        )
+
+
+def _check_prefill(config: DeltaConfig) -> None:
+    """Validate which part of a prompt's attention is computed."""
+    if config.prefill not in ("exact", "tiles"):
+        raise ValueError(
+            f"[DeltaConfig] prefill must be 'exact' or 'tiles' but got {shown(config.prefill)}."
+        )
+    share = config.tiles
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"[DeltaConfig] tiles must be in [0, 1] but got {shown(share)}.")
+    if config.prefill == "exact":
+        return
+    if config.block_fraction is not None or config.block_size not in TILE_SIZES:
+        raise ValueError(
+            f"[DeltaConfig] prefill='tiles' needs a block_size of {', '.join(map(str, TILE_SIZES))}"
+            f" but got block_size={config.block_size}, block_fraction={config.block_fraction}."
         )

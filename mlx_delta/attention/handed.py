@@ -32,7 +32,7 @@ _stock = base.scaled_dot_product_attention
 
 
 class Handed:
-    """Stands for an array [B, H, S, D] that may be passed on and asked for its shape, no more.
+    """Stands for an array [B, H, S, D] that may be passed on and asked for its shape, little more.
 
     Attributes:
         shape: As of the array.
@@ -44,6 +44,10 @@ class Handed:
     def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype):
         self.shape = shape
         self.dtype = dtype
+
+    def astype(self, dtype: mx.Dtype) -> Handed:
+        """Itself: attention computes in the wider of its type and the queries'."""
+        return self
 
 
 class HandedKeys(Handed):

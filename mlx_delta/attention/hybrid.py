@@ -12,6 +12,7 @@ from mlx_delta.ops.pack import PackedBlocks
 from .choice import decode_blocks, kernel_mask
 from .masks import begin
 from .operations import attend_unpacked
+from .prefill import attend_in_blocks, attend_tiles, attends_in_blocks, tile_range
 
 
 def delta_attention(
@@ -70,6 +71,11 @@ def attend_to_step(
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
         return _decode(queries, step, blocks, scale, mask)
+    if head_sinks is None:
+        if (tiles := tile_range(step, mask)) is not None:
+            return attend_tiles(queries, step, scale, tiles)
+        if attends_in_blocks(queries, step):
+            return attend_in_blocks(queries, step, scale, mask)
     return attend_unpacked(queries, step, scale, mask, head_sinks)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
+from mlx_delta.ops.tiles import TileCount, TilePlan
 
 from .dense_keys import DenseKeys
 from .figures import CacheFigures
@@ -40,11 +41,14 @@ class HeldKeys(CacheFigures):
         config: The setting of this layer; the default one when not given.
     """
 
+    # Where a prompt ends, if that is known: tiles of its end are all computed.
+    prompt_length: int | None = None
     # Of caches that look on instead of keeping: attention itself, of queries, keys, values, scale.
     attend: Any = None
 
     def __init__(self, config: DeltaConfig | None = None):
         self.config = config or DeltaConfig()
+        self.tile_count = TileCount()  # of a prefill by tiles, over all that was attended to here
         self._lengths = [0]
         self._encoded = [0]
         self._keys = None
@@ -93,7 +97,14 @@ class HeldKeys(CacheFigures):
             encoded=tuple(targets),
             stored_values=self._values,
             dtype=values.dtype,
+            tiles=self._tile_plan(),
         )
+
+    def _tile_plan(self) -> TilePlan | None:
+        """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
+        if self.config.prefill == "exact":
+            return None
+        return TilePlan(self.config.tiles, self.prompt_length, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""

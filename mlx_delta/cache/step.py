@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import PackedBlocks
+from mlx_delta.ops.tiles import TilePlan
 
 from .values import ValueStore
 
@@ -31,6 +32,7 @@ class Step:
         encoded: Blocks of each row that the last query sees as held.
         stored_values: The values as they are stored.
         dtype: The model's type.
+        tiles: How many of the far tiles to look at; ``None``: all.
     """
 
     starts: tuple[int, ...]
@@ -43,6 +45,7 @@ class Step:
     encoded: tuple[int, ...]
     stored_values: ValueStore
     dtype: mx.Dtype
+    tiles: TilePlan | None = None
 
     @property
     def length(self) -> int:

@@ -10,7 +10,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
-from mlx_delta.measure.sparsity import Sparsity, measure_sparsity
+from mlx_delta.measure.sparsity import Sparsity, measure_density, measure_sparsity
 
 from .saved import Fed
 
@@ -33,6 +33,7 @@ class Report:
     dense_cache_bytes: int
     draft_cache_bytes: int | None = None
     seed: int | None = None
+    tile_density: float | None = None  # of a prefill by tiles
 
     @classmethod
     def of(
@@ -76,6 +77,7 @@ class Report:
                 c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in leaves(caches)
             ),
             draft_cache_bytes=sum(c.nbytes for c in draft_caches) if draft_caches else None,
+            tile_density=measure_density(caches),
         )
 
     def lines(self, dense: Report | None = None) -> list[str]:
@@ -88,6 +90,7 @@ class Report:
             f"Peak memory: {self.peak_memory_gb:.3f} GB",
             f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
             f"(paper's formula: {s.paper:.3f})",
+            *([] if self.tile_density is None else [f"Tiles: {self.tile_density:.3f} computed"]),
             f"Cache: {self.cache_bytes / megabyte:.2f} MB "
             f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
         ]
@@ -132,6 +135,7 @@ class Report:
             "decode_sparsity": self.sparsity.decode,
             "overall_sparsity": self.sparsity.overall,
             "paper_sparsity": self.sparsity.paper,
+            "tile_density": self.tile_density,
             "cache_bytes": self.cache_bytes,
             "dense_cache_bytes": self.dense_cache_bytes,
             "peak_memory_gb": self.peak_memory_gb,

@@ -119,3 +119,14 @@ def _paper(cache: HeldKeys, length: int, row: int) -> float:
         return 0.0
     span = min(config.window + config.block_size, length)
     return float(zeros.mean() / (config.block_size * head_dim) * (1 - span / length))
+
+
+def measure_density(caches: Sequence[Any]) -> float | None:
+    """The part of a prompt's tiles that a prefill by tiles computed, over all layers and kv heads.
+
+    Of the queries that chose: those at a prompt's start and end compute all they see, and are not
+    counted. ``None`` where none chose.
+    """
+    counts = [c.tile_count for c in caches if isinstance(c, HeldKeys)]
+    seen = sum(count.all for count in counts)
+    return sum(count.computed for count in counts) / seen if seen else None

@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_lm.models import bitnet
 from mlx_lm.models.cache import KVCache
 
-from mlx_delta.cache import HeldKeys
 from mlx_delta.ternary.model import TernaryArgs, TernaryModel
 
 from .common import attend, make_delta_caches, normalize_rope, read_delta
@@ -37,12 +36,10 @@ class ModelArgs(TernaryArgs, bitnet.ModelArgs):
 
 
 class Attention(bitnet.Attention):
-    """mlx-lm's attention, reading held keys where the cache has them."""
+    """mlx-lm's attention, reading held keys where the cache has them, by blocks without a GPU."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
-        if not isinstance(cache, HeldKeys):
-            return super().__call__(x, mask, cache)
         return self.o_proj(self.attn_sub_norm(attend(self, x, mask, cache)))
 
 
@@ -53,9 +50,8 @@ class Model(TernaryModel, bitnet.Model):
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
-        if args.delta is not None:
-            for layer in self.layers:
-                layer.self_attn = Attention(args)
+        for layer in self.layers:
+            layer.self_attn = Attention(args)
         self.make_ternary(args)
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:

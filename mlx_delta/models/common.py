@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_delta.attention.dense import dense_attention
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
@@ -52,11 +53,16 @@ def project(layer: nn.Module, x: mx.array, offset: Any) -> tuple[mx.array, mx.ar
     return layer.rope(queries, offset=offset), layer.rope(keys, offset=offset), values
 
 
-def attend(layer: nn.Module, x: mx.array, mask: Any, cache: HeldKeys) -> mx.array:
-    """Project x [B, L, hidden], attend with the delta; [B, L, Hq * D], heads joined."""
+def attend(layer: nn.Module, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    """Project x [B, L, hidden] and attend, with the delta if the cache holds keys.
+
+    Returns:
+        [B, L, Hq * D], heads joined.
+    """
     B, L, _ = x.shape
-    queries, keys, values = project(layer, x, cache.offset)
-    output = delta_attention(queries, keys, values, cache, layer.scale, mask)
+    queries, keys, values = project(layer, x, 0 if cache is None else cache.offset)
+    attention = delta_attention if isinstance(cache, HeldKeys) else dense_attention
+    output = attention(queries, keys, values, cache, layer.scale, mask)
     return output.transpose(0, 2, 1, 3).reshape(B, L, -1)
 
 
@@ -69,11 +75,14 @@ def make_delta_caches(
         layers: The model's layers.
         config: The model's setting.
         prompt_length: Length of the prompt, for settings that depend on it; without it they
-            take the length of the first chunk that comes.
+            take the length of the first chunk that comes, and tiles know of no end.
     """
     if prompt_length is not None:
         config = config.resolve(prompt_length)
-    return [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+    caches = [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
+    for cache in caches:
+        cache.prompt_length = prompt_length
+    return caches
 
 
 def model_setting(model: nn.Module) -> DeltaConfig | None:

@@ -13,8 +13,6 @@ import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_delta.cache import HeldKeys
-
 from .common import attend, make_delta_caches, normalize_rope, read_delta
 
 
@@ -36,12 +34,10 @@ class ModelArgs(llama.ModelArgs):
 
 
 class Attention(llama.Attention):
-    """mlx-lm's attention, reading held keys where the cache has them."""
+    """mlx-lm's attention, reading held keys where the cache has them, by blocks without a GPU."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Attend; x is [B, L, hidden], mask None, "causal" or an array."""
-        if not isinstance(cache, HeldKeys):
-            return super().__call__(x, mask, cache)
         return self.o_proj(attend(self, x, mask, cache))
 
 
@@ -52,10 +48,9 @@ class Model(llama.Model):
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
-        if args.delta is not None:
-            for layer in self.layers:
-                if not layer.use_sliding:
-                    layer.self_attn = Attention(args)
+        for layer in self.layers:
+            if not layer.use_sliding:
+                layer.self_attn = Attention(args)
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, input_embeddings: Any = None

@@ -18,6 +18,7 @@ FIELDS = (
     "sinks",
     "key_bits",
     "value_bits",
+    "tiles",
 )
 
 
@@ -81,6 +82,14 @@ def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
         "--delta-paper",
         action="store_true",
         help="The paper's own setting: one chain, absolute threshold 0.6, a window of 5 %%.",
+    )
+    group.add_argument(
+        "--tiles",
+        "--delta-tiles",
+        dest="delta_tiles",
+        type=float,
+        metavar="SHARE",
+        help="Compute only so much of a long prompt's attention, such as 0.85.",
     )
     group.add_argument("--no-delta", action="store_true", help="Attend densely.")
 

@@ -164,7 +164,7 @@ def test_tokens_that_take_longer_are_told(model, ids):
     for row in bench.run():
         # One of eight tokens encodes a block of eight as well.
         assert len(row.operations) == 8 and len(set(row.operations)) == 2
-        assert row.token_operations.greatest > 1.2 * row.token_operations.median
+        assert row.token_operations.greatest > row.token_operations.median
         cells = dict(zip(*table_of(row), strict=True))
         assert cells["ops/token"].endswith(f" / {max(row.operations)}")
         assert cells["ms/token"].count(" / ") == 2

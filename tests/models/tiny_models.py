@@ -21,7 +21,7 @@ from tests.peers.upstream import fetch_tests, import_tests
 
 RUNNER = "model_test_runner"
 ALL = "test_all_models"
-VOCABULARY = 256  # at least as many as the tokens that the tests here feed
+VOCABULARY = 256  # where a model has a larger one
 
 SMALL = {
     "hidden_size": 64,
@@ -55,13 +55,17 @@ SMALLER: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 4,
         "mamba_d_head": 32,
     },
+    "jamba": {"mamba_expand": 2, "mamba_d_state": 16},
     "lfm2": {"block_dim": 128},
     "lfm2_moe": {"moe_intermediate_size": 64},
-    "nanochat": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "nanochat": {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4},
     "openelm": {"model_dim": 128},
     "phi": {**SMALL, "num_key_value_heads": 2},
     "phi3": {**SMALL, "num_key_value_heads": 2},
-    "qwen": SMALL,
+    "pixtral": {
+        "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 256, **SMALL}
+    },
+    "qwen": {**SMALL, "kv_channels": 16},
     "qwen2_moe": {"hidden_size": 128, "moe_intermediate_size": 32},
     "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 32},
 }

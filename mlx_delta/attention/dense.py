@@ -1,0 +1,46 @@
+"""Dense attention over a cache of mlx-lm's: by blocks where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache
+
+from mlx_delta.ops.exact_attention import exact_attention, has_blocks
+
+from .handed import scaled_dot_product_attention
+
+
+def dense_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+) -> mx.array:
+    """Append keys and values to a cache of mlx-lm's, if there is one, and attend to all of it.
+
+    Args:
+        queries: [B, Hq, L, D], after RoPE.
+        keys: [B, Hkv, L, D], after RoPE.
+        values: [B, Hkv, L, Dv].
+        cache: mlx-lm's, or ``None``; updated.
+        scale: Factor on the scores.
+        mask: As mlx-lm gives it: ``None``, ``"causal"`` or an array.
+
+    Returns:
+        [B, Hq, L, Dv].
+    """
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    # Not arrays: of a quantized cache, or of one that is watched. No mask: all keys are seen.
+    if mask is None or not isinstance(keys, mx.array) or not has_blocks(queries):
+        return scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=scale, mask=mask
+        )
+    start = keys.shape[2] - queries.shape[2]
+    array = mask if isinstance(mask, mx.array) else None
+    causal = isinstance(cache, BatchKVCache)  # its masks hide padding besides
+    return exact_attention(queries, keys, values, scale, start, array, causal=causal)

@@ -1,0 +1,76 @@
+"""Hybrid prefill by blocks: over all keys where there is no GPU, or over chosen tiles."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_delta.cache.step import Step
+from mlx_delta.method.tiles import EXACT_END
+from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
+from mlx_delta.ops.tiles import tile_attention
+
+
+def attends_in_blocks(queries: mx.array, step: Step) -> bool:
+    """Whether attention by blocks serves these queries [B, Hq, L, D] best.
+
+    Not where rows differ in position, nor where blocks are so small that each takes few queries.
+    """
+    return _same_start(step) and step.block_size >= LEAST_QUERIES and has_blocks(queries)
+
+
+def attend_in_blocks(
+    queries: mx.array, step: Step, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """Attention of queries [B, Hq, L, D] to full keys near and held keys far; [B, Hq, L, Dv]."""
+    return exact_attention(
+        queries,
+        step.full,
+        step.values,
+        scale,
+        step.starts[0],
+        mask if isinstance(mask, mx.array) else None,
+        Far(step.held, step.block_size, step.window_blocks),
+        causal=False,
+    )
+
+
+def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | None:
+    """Which queries of an update, from where to where, look at chosen tiles only.
+
+    These are whole blocks with tiles to choose from, before a prompt's end if that is known.
+    ``None`` where there are none, where a mask hides more than what is to come, and where the
+    rows of a batch differ in position.
+    """
+    plan = step.tiles
+    if plan is None or isinstance(mask, mx.array) or not _same_start(step):
+        return None
+    start, size = step.starts[0], step.block_size
+    end = start + step.steps
+    if plan.prompt_length is not None:
+        end = min(end, max(0, plan.prompt_length - EXACT_END))
+    # Two far blocks at least: the first is always computed.
+    first = max(-(-start // size), step.window_blocks + 2) * size
+    end = end // size * size
+    return (first - start, end - start) if first < end else None
+
+
+def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, int]) -> mx.array:
+    """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
+    assert step.tiles is not None
+    (first, end), start = tiles, step.starts[0]
+    far = Far(step.held, step.block_size, step.window_blocks)
+    text = step.full, step.values, scale
+    outputs = []
+    if first > 0:
+        outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
+    chosen = queries[:, :, first:end]
+    mass, count = step.tiles.mass, step.tiles.count
+    outputs.append(tile_attention(chosen, *text, start + first, far, mass, count))
+    if end < step.steps:
+        outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
+    return mx.concatenate(outputs, axis=2)
+
+
+def _same_start(step: Step) -> bool:
+    """Whether all rows are at one position, in their own text."""
+    return len(set(step.starts)) == 1 and step.starts[0] >= 0
