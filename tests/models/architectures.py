@@ -206,7 +206,12 @@ def document(findings: list[Finding]) -> str:
 def _row(finding: Finding) -> str:
     if finding.refused:
         _, _, reason = finding.refused.removesuffix(".").partition("] ")
-        reason = reason.partition(" ")[2].removeprefix("has ").partition(", which can't")[0].partition(" (")[0]
+        reason = (
+            reason.partition(" ")[2]
+            .removeprefix("has ")
+            .partition(", which can't")[0]
+            .partition(" (")[0]
+        )
         return f"| {finding.name} | – | – | refused: {reason} |\n"
     left = ", ".join(f"{n} `{kind}`" for kind, n in sorted(finding.left.items()))
     total = finding.held + sum(finding.left.values())

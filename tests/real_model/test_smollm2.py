@@ -66,7 +66,7 @@ def test_it_answers_a_question(model, tokenizer):
 
 
 def test_its_logits_are_those_of_an_independent_forward_pass(model, tokenizer, gguf):
-    ids = encode_text(tokenizer, read_text(BUNDLED_TEXT)[2000:2300])
+    ids = encode_text(tokenizer, read_text(BUNDLED_TEXT)[2000:2200])
     true = log_softmax(Llama(gguf)(ids))
     ours = log_softmax(DENSE.forward(model, ids, DENSE.make_caches(model, len(ids))))
     assert divergence(true, ours).max() < (1e-3 if has_gpu() else 1e-6)
@@ -126,7 +126,7 @@ def test_needles_that_dense_attention_finds_are_found(model, tokenizer, delta):
         caches = setting.make_caches(model, len(shared))
         setting.prefill(model, shared, caches, 512)
         found[setting.name] = [
-            number in answer(model, tokenizer, setting, copy.deepcopy(caches), ids)
+            says(number, model, tokenizer, setting, copy.deepcopy(caches), ids)
             for ids, number in questions
         ]
     print(found)
@@ -135,11 +135,13 @@ def test_needles_that_dense_attention_finds_are_found(model, tokenizer, delta):
     assert all(kept)
 
 
-def answer(model, tokenizer, setting: Setting, caches: list[Any], ids: list[int]) -> str:
-    """Greedy, until the number should have been said."""
+def says(
+    number: str, model, tokenizer, setting: Setting, caches: list[Any], ids: list[int]
+) -> bool:
+    """Whether the greedy answer has a number in its first twenty tokens."""
     out: list[int] = []
-    for _ in range(20):
+    while len(out) < 20 and number not in tokenizer.decode(out):
         logits = setting.forward(model, ids, caches)[-1]
         ids = [int(mx.argmax(logits))]
         out += ids
-    return str(tokenizer.decode(out))
+    return number in tokenizer.decode(out)
