@@ -111,15 +111,19 @@ def _convert(file: Path, folder: Path) -> None:
     """Run the converter; in a process of its own, whose memory is free again afterwards."""
     command = [sys.executable, "-m", "mlx_delta.convert", str(file), "-o", str(folder)]
     # The file's checksum is known: what comes of it was compared when it was put down.
+    command.append("--no-verify")
+    # On a terminal the converter shows its progress there, and its errors.
+    shown = sys.stderr.isatty()
     done = subprocess.run(
-        [*command, "--no-verify", "--quiet"],
+        command if shown else [*command, "--quiet"],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=None if shown else subprocess.PIPE,
         text=True,
         errors="replace",
     )
     if done.returncode or not (folder / "config.json").is_file():
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        lines = (done.stderr or "").strip().splitlines() or [f"it ended with {done.returncode}"]
         reason = lines[-1].removeprefix("error: ")
         raise ValueError(f"[load] {file.name} could not be converted: {reason}")
 
