@@ -112,11 +112,14 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
         "penalty only the part of a prompt that it has no cache of, whatever the cache's class",
         always=False,
     ),
+    # Asked at once after the answer, the store may not hold the cache yet: another assertion fails.
     "test_completion_quantizes_the_cache": KnownFailure(
-        OURS, "is not an instance of <class 'mlx_lm.models.cache.QuantizedKVCache'>", _NO_KV_BITS
+        OURS, "in test_completion_quantizes_the_cache", _NO_KV_BITS
     ),
     "test_caching": KnownFailure(
-        DELTA_ON, "False is not true", "expects each key as it was stored; held keys differ"
+        DELTA_ON,
+        "2 != 1",
+        "expects a text's cache to replace those of its prefixes; held keys can't be rewound so far",
     ),
     # test_models.py
     "test_quantized_sdpa": KnownFailure(OURS, "no attribute 'to_quantized'", _NO_KV_BITS),
