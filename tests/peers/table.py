@@ -119,7 +119,7 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     "test_caching": KnownFailure(
         DELTA_ON,
         "2 != 1",
-        "expects a text's cache to replace those of its prefixes; held keys can't be rewound so far",
+        "wants a cache to replace those of its prefixes; held keys can't be rewound so far",
     ),
     # test_models.py
     "test_quantized_sdpa": KnownFailure(OURS, "no attribute 'to_quantized'", _NO_KV_BITS),
