@@ -33,6 +33,7 @@ WRONG = {
     "delta_window": ["-1", "65"],
     "delta_block_size": ["0", "-8"],
     "delta_sinks": ["-1"],
+    "delta_tiles": ["nan", "-1", "2"],
 }
 RIGHT = {
     "temp": ["0", "2.5"],
