@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import mlx_delta
 from mlx_delta import DeltaConfig
@@ -93,6 +94,17 @@ def bitnet_weights(model: Any, seed: int = 0) -> dict[str, mx.array]:
     return weights
 
 
+def byte_tokenizer(path: Path) -> None:
+    """Give a model directory a tokenizer of 256 pieces, one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": alphabet[1]}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def copy_tokenizer(path: Path) -> None:
     """Give a model directory the demo model's tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -103,10 +115,10 @@ def copy_tokenizer(path: Path) -> None:
 def write_checkpoint(
     path: Path, config: dict[str, Any], weights: dict[str, mx.array], shards: int = 1
 ) -> Path:
-    """Write a model directory as it comes from the hub; the tokenizer is the demo model's."""
+    """Write a model directory as it comes from the hub, with a tokenizer that fits its rows."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    copy_tokenizer(path)
+    (byte_tokenizer if config.get("vocab_size") == 256 else copy_tokenizer)(path)
     names = sorted(weights)
     if shards == 1:
         mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})

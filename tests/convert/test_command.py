@@ -173,14 +173,13 @@ def test_the_gguf_package_reads_what_is_read_here(tmp_path):
 
 
 def test_the_readme_shows_lines_that_are_tested():
-    """The lines of docs/convert.md are run above; the README repeats them to the letter."""
+    """The lines of docs/convert.md are run above; what the README shows is one of them."""
     shown = [
         line
         for line in (DOCS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("python -m mlx_delta.convert ")
     ]
-    assert len(shown) > 8
-    assert set(shown) <= set(DOCS.read_text(encoding="utf-8").splitlines())
+    assert shown and set(shown) <= set(DOCS.read_text(encoding="utf-8").splitlines())
 
 
 def words(*line: str) -> tuple[str, str]:
@@ -241,7 +240,7 @@ def test_more_errors_of_one_line(line, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*shlex.split(line), "--no-verify"]) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith("mlx_delta.convert: ") and errors.count("\n") == 1
+    assert errors.startswith("error: ") and errors.count("\n") == 1
     assert expected in errors
 
 

@@ -19,7 +19,7 @@ from mlx_delta.models import bitnet
 from mlx_delta.ternary import codes as ternary
 from mlx_delta.ternary.linear import TernaryLinear, quantize_rows
 from tests.bitnet_golden import checkpoints
-from tests.tiny import SMALL, bitnet_model, copy_tokenizer, tokens, write_checkpoint
+from tests.tiny import SMALL, bitnet_model, byte_tokenizer, tokens, write_checkpoint
 
 GOLDEN = np.load(Path(checkpoints.__file__).with_name("golden.npz"))
 IDS = mx.array(checkpoints.tokens())
@@ -36,8 +36,8 @@ def write(path: Path, case: str = "packed", edit: Any = None, **changes: Any) ->
 
 
 def with_tokenizer(path: Path) -> Path:
-    """The same directory, with the demo model's tokenizer."""
-    copy_tokenizer(path)
+    """The same directory, with a tokenizer of bytes, for its 256 rows."""
+    byte_tokenizer(path)
     return path
 
 
