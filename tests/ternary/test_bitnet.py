@@ -136,7 +136,8 @@ def test_embedding_and_head_may_be_quantized(tmp_path, case, bits):
     ours = dict(tree_flatten(model.parameters()))
     weights |= {k: v for k, v in ours.items() if "layers" not in k}
     again, _ = load(write_checkpoint(tmp_path / "model", config, weights), None)
-    assert mx.array_equal(again(IDS), model(IDS))
+    # Loaded, the head is a product in float32 where there is no GPU: equal to rounding.
+    assert mx.allclose(again(IDS), model(IDS), rtol=1e-5, atol=1e-3)
     error = np.abs(np.array(again(IDS)[0]) - GOLDEN[f"{case}/logits"]).max()
     assert 0 < error < 2 ** (5 - bits) * np.abs(GOLDEN[f"{case}/logits"]).max()
 
