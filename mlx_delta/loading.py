@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.utils import MODEL_REMAPPING, load_model
 
 from .checkpoint.adapters import apply_adapters
+from .checkpoint.catalogue import CATALOGUE
 from .checkpoint.config import check_config, check_generation_config, read_config
 from .checkpoint.find import BUNDLED, find_model
 from .checkpoint.json_file import one_line
@@ -38,6 +39,7 @@ from .ternary.model import loading_overrides
 __all__ = [
     "BUNDLED",
     "DEMO",
+    "MODEL_HELP",
     "MODEL_SETTING",
     "find_model",
     "has_gpu",
@@ -48,6 +50,10 @@ __all__ = [
 ]
 
 DEMO = "demo"
+MODEL_HELP = (
+    "A directory, a Hugging Face repository, a bundled model, or a name whose model is fetched "
+    f"once ({', '.join(sorted(CATALOGUE))})."
+)
 
 # The delta argument's default: the setting that the model's config.json holds.
 MODEL_SETTING: Literal["model"] = "model"
@@ -75,8 +81,9 @@ def load(
     Quantized ones keep float32 values beside them where half the free memory holds these.
 
     Args:
-        path_or_hf_repo: A bundled model's name (``"demo"``), a directory, or a Hugging Face
-            repository.
+        path_or_hf_repo: A bundled model's name (``"demo"``), a directory, a Hugging Face
+            repository, or a name of the catalogue (``"smollm2"``), whose model is fetched and
+            converted when it is first asked for.
         delta: The setting, or its fields as a dict; ``None`` for dense attention. When not given,
             the one in the model's config.json, or the default one if there is none.
         tokenizer_config: Passed to mlx-lm's ``load_tokenizer``.

@@ -70,9 +70,9 @@ class StackedMuon(Muon):
                     state["momentum"] = torch.zeros_like(grads)
                 momentum = state["momentum"].lerp_(grads, 1 - group["momentum"])
                 update = orthogonalise(grads.lerp_(momentum, group["momentum"]))
-                torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
                 factor = -rate * max(1, rows / cols) ** 0.5
-                torch._foreach_add_(matrices, list(update.unbind()), alpha=factor)
+                for matrix, step in zip(matrices, update.unbind(), strict=True):
+                    matrix.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=factor)
 
 
 def make_optimizers(

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.loading import DEMO, load
+from mlx_delta.loading import DEMO, MODEL_HELP, load
 from mlx_delta.measure.choice import choose_settings
 from mlx_delta.measure.provenance import machine_entry, model_entry
 from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fast chips could decode with them.",
     )
     add = parser.add_argument
-    add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
+    add("--model", default=DEMO, help=MODEL_HELP)
     add(
         "--settings",
         nargs="+",

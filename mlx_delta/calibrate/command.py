@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_delta.config import MODES, RUN_MODES, DeltaConfig
-from mlx_delta.loading import DEMO, find_model, load, read_config
+from mlx_delta.loading import DEMO, MODEL_HELP, find_model, load, read_config
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import read_delta
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "relative or absolute: choose thresholds instead, whose cost --cost says how to measure.",
     )
     add = parser.add_argument
-    add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
+    add("--model", default=DEMO, help=MODEL_HELP)
     add("--text", type=Path, default=BUNDLED_TEXT, help="Prose, .txt or .xz. Default: bundled.")
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument(

@@ -6,14 +6,18 @@ from pathlib import Path
 
 from mlx_lm.utils import _download
 
+from .catalogue import CATALOGUE
 from .json_file import one_line
+from .obtain import obtain
 from .weights import gguf_advice
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
 def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The directory of a bundled model, a local one, or one fetched from the hub.
+    """The directory of a bundled model, a local one, a catalogued one, or one of the hub.
+
+    A catalogued one is fetched and converted when it is first asked for.
 
     Raises:
         FileNotFoundError: It is none of these, or a directory of something else.
@@ -42,11 +46,14 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         raise FileNotFoundError(f"[load] {gguf_advice(path)}")
     if exists:
         raise FileNotFoundError(f"[load] model {name!r} is a file; give the directory it is in.")
+    if name in CATALOGUE:
+        return obtain(name)
     bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"[load] there is no model directory {name!r}; give an existing path, a hub name "
-            f"(owner/name), or a bundled model ({bundled})."
+            f"(owner/name), a bundled model ({bundled}), or one that is fetched by its name "
+            f"({', '.join(sorted(CATALOGUE))})."
         )
     try:
         return _download(name, revision=revision)

@@ -56,6 +56,11 @@ def read_tokenizer(
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and tokenizers raise whatever they meet
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"[load] the tokenizer in {path} is code of its own, which runs only with "
+                "trust_remote_code=True (--trust-remote-code)."
+            ) from error
         raise ValueError(
             f"[load] the tokenizer in {path} can't be read: {one_line(error)}"
         ) from error

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mlx_delta.loading import DEMO, load
+from mlx_delta.loading import DEMO, MODEL_HELP, load
 from mlx_delta.measure.choice import choose_settings
 from mlx_delta.measure.provenance import model_entry
 from mlx_delta.measure.results_file import read_results
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure what ways to keep keys and values save and cost on a model.",
     )
     add = parser.add_argument
-    add("--model", default=DEMO, help="A directory, a Hugging Face repository, or a bundled model.")
+    add("--model", default=DEMO, help=MODEL_HELP)
     add(
         "--tasks",
         nargs="+",

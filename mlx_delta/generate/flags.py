@@ -6,7 +6,7 @@ import argparse
 import importlib
 import math
 
-from mlx_delta.loading import DEMO
+from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
 from mlx_delta.system.cli import HelpFormatter
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=None,
-        help=f"A directory, a Hugging Face repository, or a bundled model. Default: {DEMO!r}.",
+        help=f"{MODEL_HELP} Default: {DEMO!r}.",
     )
     parser.add_argument(
         "--prompt", "-p", default=None, help="Message to the model ('-' reads from stdin)."

@@ -23,6 +23,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_delta.cache import HeldKeys, prompt_file
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.sealed_file import CHECKSUM
+from mlx_delta.checkpoint.catalogue import CATALOGUE
+from mlx_delta.checkpoint.obtain import is_here, place
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import BUNDLED, DEMO
 from mlx_delta.sensitivities import Sensitivities
@@ -78,7 +80,7 @@ def choose_model(args: argparse.Namespace, caches: Any, metadata: dict[str, str]
         return str(args.model)
     if named is None:
         raise ValueError(f"{args.prompt_cache_file} names no model; give --model.")
-    if not (_bundled(named) or Path(named).expanduser().is_dir()):
+    if not (_bundled(named) or is_here(named) or Path(named).expanduser().is_dir()):
         raise ValueError(
             f"{args.prompt_cache_file} names the model {named!r}, which is not here; give --model "
             "to load it."
@@ -97,8 +99,14 @@ def same_model(name: str, other: str) -> bool:
         return True
     if _bundled(name) or _bundled(other):
         return False
-    paths = Path(name).expanduser(), Path(other).expanduser()
+    paths = _directory(name), _directory(other)
     return all(path.is_dir() for path in paths) and paths[0].samefile(paths[1])
+
+
+def _directory(name: str) -> Path:
+    """What a name means if it is no hub name: a directory, or a catalogued model's."""
+    path = Path(name).expanduser()
+    return place(name) if name in CATALOGUE and not path.is_dir() else path
 
 
 def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:

@@ -19,7 +19,7 @@ from mlx_delta.cache import rewind
 from mlx_delta.cache.packed_log import PackedLog
 from mlx_delta.config import KEY_BITS
 from tests.attention.test_hybrid import attend, inputs
-from tests.cache.test_cache import feed_batch
+from tests.cache.test_batch import feed_batch
 from tests.tiny import SMALL, smooth_keys
 
 # Of a float16 model, so that storing keys and their means in 16 bits changes nothing.

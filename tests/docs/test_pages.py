@@ -43,6 +43,6 @@ def test_an_error_that_is_explained_can_happen(words):
     folders = ("mlx_delta", "convert")
     sources = [p.read_text("utf-8") for folder in folders for p in (ROOT / folder).rglob("*.py")]
     # Messages are split over lines and filled in: compare words, without quotes and braces.
-    plain = [re.sub(r'\{[^}]*\}|["\s]+f?"?', " ", source) for source in sources]
+    plain = [re.sub(r'\{[^}]*\}|"\s*f?"|\s+', " ", source) for source in sources]
     wanted = re.sub(r"\[\w+\] ", "", words).split()
     assert any(re.search(r"\W+".join(map(re.escape, wanted)), source) for source in plain), words

