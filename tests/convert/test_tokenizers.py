@@ -127,12 +127,12 @@ def byte_level() -> Tokenizer:
     from tokenizers import Regex, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
-    from mlx_delta.convert.tokenizer_build import LLAMA3_SPLIT
+    from mlx_delta.convert.splitting import LLAMA3
 
     tokenizer = Tokenizer(BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
