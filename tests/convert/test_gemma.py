@@ -103,7 +103,7 @@ def test_the_result_computes_in_stock_mlx_lm_what_numpy_does(source, run, tmp_pa
 def test_config_json_names_the_settings_in_every_spelling(run, tmp_path):
     output, _ = run(write(tmp_path / "m.gguf"), FLOAT)
     config = json.loads((output / "config.json").read_text())
-    assert config["model_type"] == "gemma3_text" and config["delta"] is None
+    assert config["model_type"] == "gemma3_text" and config["delta"]["threshold_mode"] == "optimal"
     assert config["query_pre_attn_scalar"] == 32 and config["sliding_window"] == 16
     assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
     assert config["rope_theta"] == 1e6 and config["rope_local_base_freq"] == 1e4
