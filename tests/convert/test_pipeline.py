@@ -264,7 +264,7 @@ def test_values_beyond_a_type_are_refused(run, tmp_path):
 
 MEASURE = """
 import json, sys
-import mlx_delta
+import mlx_delta.loading  # and so MLX and mlx-lm, whose own memory is not the converter's
 from mlx_delta.convert.__main__ import main
 from tests.convert.memory import peak_bytes
 before = peak_bytes()
