@@ -32,7 +32,13 @@ SHIM_TEXT = '''"""Lets mlx-lm run this model with hybrid delta attention.
 mlx_lm.generate --model DIRECTORY --trust-remote-code; needs the package mlx_delta.
 """
 
-from mlx_delta.models.{module} import Model, ModelArgs
+from pathlib import Path
+
+from mlx_delta.models import {module}
+from mlx_delta.models.common import arguments_in
+
+Model = {module}.Model
+ModelArgs = arguments_in(Path(__file__).parent, {module}.ModelArgs)
 
 __all__ = ["Model", "ModelArgs"]
 '''

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_delta.attention.dense import dense_attention
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
+from mlx_delta.sensitivities import Sensitivities
 
 
 def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | None:
@@ -19,6 +21,25 @@ def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | N
     if delta is None or isinstance(delta, DeltaConfig):
         return delta
     return DeltaConfig.from_dict(delta)
+
+
+def arguments_in(folder: Path, arguments: type) -> type:
+    """A model's argument class, with the sensitivities read that lie beside it in a folder.
+
+    For the file by which mlx-lm runs a converted directory: mlx-lm builds the model from
+    config.json alone, which names the sensitivities and does not hold them.
+    """
+
+    class Arguments(arguments):  # type: ignore[misc]
+        @classmethod
+        def from_dict(cls, params: dict) -> Any:
+            delta = read_delta(params.get("delta"))
+            if delta is not None and isinstance(delta.sensitivities, str):
+                found = Sensitivities.find(folder, delta.sensitivities)
+                params = {**params, "delta": delta.changed(sensitivities=found)}
+            return super().from_dict(params)
+
+    return Arguments
 
 
 def normalize_rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,8 +111,16 @@ def test_the_shim_names_the_right_model(shim, run, tmp_path):
         }[shim](),
         shim=True,
     )
-    assert f"mlx_delta.models.{shim} import" in (output / "delta_model.py").read_text()
+    assert f"from mlx_delta.models import {shim}\n" in (output / "delta_model.py").read_text()
     load_model(output, lazy=True, trust_remote_code=True)
+
+
+def test_the_shim_reads_the_sensitivities_beside_it(run):
+    output, _ = run("demo", Options(dtype="F32"), shim=True)
+    assert (output / "delta_sensitivities.safetensors").is_file()
+    model, _ = load_model(output, lazy=True, trust_remote_code=True)
+    assert not isinstance(model.args.delta.sensitivities, str | None)
+    assert len(model.make_cache()) == len(model.layers)
 
 
 def test_a_converted_demo_generates_with_the_delta_here_and_in_mlx_lm(run, tmp_path):
