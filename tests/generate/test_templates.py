@@ -24,7 +24,7 @@ BROKEN = {
     "filter": ("{{ messages | nothing }}", "No filter named 'nothing'"),
     "file": ("{% include '/etc/passwd' %}", "no loader"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "100 MB": ("{{ 'x' * 100000000 }}", "makes 100000000 characters of a message of 2"),
+    "5 MB": ("{{ 'x' * 5000000 }}", "makes 5000000 characters of a message of 2"),
     "endless": (LOOP, "it still runs after 2 seconds"),
 }
 
