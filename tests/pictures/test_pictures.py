@@ -357,7 +357,7 @@ def test_misuse_is_named(results: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--delta are both given" in fails(capsys, "heads", results, "--delta", "sinks=0", *out)
     assert "is not a results file" in fails(capsys, "roofline", results, *out)
     assert "unknown chip 'M44'" in fails(capsys, "roofline", "--chips", "M44", *out)
-    assert "--tokens must be <= 2048" in fails(capsys, "keys", "--tokens", "20000", *out)
+    assert "--tokens must be <= 16384" in fails(capsys, "keys", "--tokens", "20000", *out)
     assert not list(tmp_path.glob("p*"))
 
 
