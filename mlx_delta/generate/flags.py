@@ -9,6 +9,7 @@ import math
 from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
 from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.memory import parse_bytes
 
 # What each number must lie between, ends included. mlx-lm takes anything, and fails later, or
 # silently does something else.
@@ -59,6 +60,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="Write the caches of the prompt to a .safetensors file that --prompt-cache-file "
         "reads; the user's turn stays open, for the next prompt to go on with.",
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="Keep what is read of prompts here, and go on from the longest prefix that is known: "
+        "after a restart too, and shared between prompts that begin alike.",
+    )
+    parser.add_argument(
+        "--cache-budget",
+        metavar="BYTES",
+        default="4GB",
+        help="Bytes of --cache-dir at most; what was not used for longest goes.",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="BYTES",
+        help="Memory that this process may take (6GB, 512MB): says before loading whether model "
+        "and prompt fit and what would, and stops with a message rather than go beyond it.",
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead.")
     parser.add_argument(
         "--compare",
@@ -66,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Generate a second time without the delta and show where the texts first differ.",
     )
     add_delta_arguments(parser)
+    parser.set_defaults(only_read=False)  # of a command that caches a prompt, and answers nothing
     return parser
 
 
@@ -105,6 +125,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--compare works from the prompt alone; drop the cache or draft model.")
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt-file are both given; drop one.")
+    if args.cache_dir is not None:
+        for name in ("prompt_cache_file", "compare", "draft_model"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"--cache-dir does not go together with {flag(name)}: it works from the whole "
+                    "prompt of one model; drop one."
+                )
+    parse_bytes(args.cache_budget)
+    if args.memory_limit is not None:
+        parse_bytes(args.memory_limit)
     if args.image:
         raise ValueError("--image is given, but the models here read text only.")
     if args.max_kv_size is not None and args.kv_bits is not None:

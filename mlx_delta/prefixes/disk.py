@@ -170,7 +170,7 @@ class PrefixDirectory:
         """Files of marks in a folder, by the name of their blocks; listed anew when it changes."""
         try:
             changed = folder.stat().st_mtime_ns
-        except OSError:
+        except (OSError, ValueError):  # a null byte in its name
             return {}
         known = self._lists.get(folder)
         if known is None or known[0] != changed:

@@ -70,6 +70,8 @@ class HeldLeaf:
             return None
         if cache.config.block_fraction is not None or cache.held_from:
             return None  # its first queries saw other keys than those of any other text
+        if any(cache.dropped):
+            return None  # its first blocks are gone
         leaf = HeldLeaf(cache)
         fits = leaf.full_from <= leaf.blocks * leaf.size and leaf._packed() == leaf.blocks
         return leaf if fits else None

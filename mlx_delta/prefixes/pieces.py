@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
+from mlx_delta.cache import length_of
+
 from .leaves import PLAIN_SIZE, HeldLeaf, PlainLeaf, WholeLeaf
 from .raw import Piece, piece_nbytes
 
@@ -188,12 +190,12 @@ class Cut:
                     raise TypeError(f"a {type(cache).__name__} can't be kept in pieces")
                 own = WholeLeaf(cache)
             self.leaves.append(own)
-        if length is None:
-            raise TypeError("there is no cache that can be cut")
-        self.length: int = length
+        self.length: int = length_of(caches) if length is None else length
         self._held = [leaf for leaf in self.leaves if isinstance(leaf, HeldLeaf)]
         self._whole = [i for i, x in enumerate(self.leaves) if isinstance(x, WholeLeaf)]
-        self.blocks = self._held[0].blocks if self._held else length // size
+        self.blocks = self._held[0].blocks if self._held else self.length // size
+        if len(self._whole) == len(self.leaves):
+            self.blocks = 0
         self.layout = Layout.of(size, self._shape, [leaf.entry for leaf in self.leaves])
 
     def block(self, i: int) -> Piece:

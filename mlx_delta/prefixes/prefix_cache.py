@@ -172,6 +172,27 @@ class PrefixCache:
                         best = _best(best, _Found(length, list(way), mark, entry, tail))
         return best
 
+    def known_blocks(
+        self, model: Any, tokens: Sequence[Any], like: Sequence[Any] | None = None
+    ) -> int:
+        """How many of the first tokens stand in a text that was kept, up to a block's border.
+
+        A text can't always go on from there (:meth:`fetch_nearest_cache`). Where it can't, that is
+        a place for a mark: a third text may part from the other two just there.
+        """
+        most = 0
+        with self._lock:
+            for layout in self._known_layouts(model, like):
+                disk = self._on_disk(model)
+                way = names(self._root(model, layout), tokens, layout.size)
+                next(way)
+                for blocks, name in enumerate(way, 1):
+                    if not self._memory.has_block(name):
+                        if disk is None or not disk[0].has_block(disk[1], layout, name):
+                            break
+                    most = max(most, blocks * layout.size)
+        return most
+
     def _on_disk(self, model: Any) -> tuple[PrefixDirectory, str] | None:
         identity = self._identify(model)
         if self.directory is None or identity is None:
@@ -234,7 +255,7 @@ class PrefixCache:
 
         Args:
             model: The model's name.
-            tokens: The text.
+            tokens: The text; what the caches have not seen of it is left out.
             prompt_cache: Its caches, one for each layer.
             cache_type: What the text ends with: ``"assistant"``, ``"user"`` or ``"system"``; the
                 first go first when memory is short.
@@ -249,8 +270,6 @@ class PrefixCache:
                 self._others.insert_cache(model, tokens, list(prompt_cache), cache_type=cache_type)
                 self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
                 return
-            if cut.length > len(tokens):
-                return  # nobody knows what the last ones were
             tokens = tokens[: cut.length]
             way = list(names(self._root(model, cut.layout), tokens, cut.layout.size))
             kept: dict[int, Piece] = {}
@@ -261,7 +280,10 @@ class PrefixCache:
                 return kept[i]
 
             for mark in [*marks, cut.mark()]:
-                if mark.layout != cut.layout or mark.base > cut.blocks:
+                # Of tokens that are not given nobody knows what they were.
+                if mark.layout != cut.layout or mark.length > len(tokens):
+                    continue
+                if mark.base > cut.blocks:
                     continue
                 tail = tuple(tokens[mark.base * cut.layout.size : mark.length])
                 is_end = mark.length == cut.length
@@ -278,10 +300,12 @@ class PrefixCache:
         layout = entry.mark.layout
         if not layout.cuts_anywhere or entry.mark.exact_from:
             return
+        last = (len(entry.names) - 1) * layout.size
         for base, name in enumerate(entry.names):
             for other in list(self._memory.at(name)):
-                begins = list(other.tail) == tokens[base * layout.size : other.mark.length]
-                if begins and other.mark.length < entry.mark.length:
+                length = other.mark.length
+                begins = list(other.tail) == tokens[base * layout.size : length]
+                if begins and length < entry.mark.length and (not other.tail or length >= last):
                     self._memory.remove(other)
 
     def _keep(self, model: Any, entry: Entry, block: Callable[[int], Piece]) -> None:

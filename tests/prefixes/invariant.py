@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx_delta  # noqa: I001  (before MLX, for the faster BLAS)
 import mlx.core as mx
 import numpy as np
+
+import mlx_delta
 from mlx_delta.cache import DeltaKVCache, prompt_file, rewind
 from mlx_delta.measure.settings import Setting, parse_setting
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.prefixes import PrefixCache, PrefixDirectory
 
-LENGTH = 300  # not a block's border
+LENGTH = 400  # not a block's border
 FACT, QUESTION = "Remember: the password of Anna is silver king. ", " The password of Anna is"
 ANSWER = " silver king"
 JUNK = [17, 4, 99, 1, 250]
@@ -46,6 +47,8 @@ SETTINGS = (
     "delta:key_bits=2,value_bits=4",
     "delta:key_bits=2,window=0",
     "paper:threshold=0.3",
+    "delta:max_size=320",
+    "delta:key_bits=4,value_bits=4,max_size=320",
 )
 
 
@@ -241,8 +244,7 @@ PAGE_END = f"""
 - **joined a batch**: question and answer are computed together with another text's. Products of
   several rows may be rounded otherwise than those of one: differences up to {TOLERANCE:g} pass.
 
-Sampling settings that drop keys say what their undisturbed run says, too: `fact recalled` is `no`
-where that has forgotten the fact.
+`max_size` drops the blocks between the first, in which the fact stands here, and the newest.
 """
 
 if __name__ == "__main__":
