@@ -314,7 +314,10 @@ class WholeLeaf:
         """Whether a cache is one of mlx-lm's for one text, whose state says everything."""
         found = getattr(mlx_lm_cache, type(cache).__name__, None)
         own = found is type(cache) and issubclass(found, _BaseCache)
-        return own and not type(cache).__name__.startswith("Batch") and not cache.empty()
+        try:
+            return own and not type(cache).__name__.startswith("Batch") and not cache.empty()
+        except NotImplementedError:
+            return False
 
     def _take_apart(self, value: Any) -> Any:
         """A state as JSON values, with its arrays' numbers and types in their places."""
