@@ -23,6 +23,7 @@ from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
@@ -35,7 +36,6 @@ from .checks import check_caches_fit, check_options, check_prompt, room_for_answ
 from .conversation import check_length, closing, encode, read_prompt, uses_template
 from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
-from .limit import MemoryWatch, Plan, check_plan
 from .memory import check_memory
 from .report import Report
 from .saved import (

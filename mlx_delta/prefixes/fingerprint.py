@@ -53,8 +53,8 @@ def _said(value: Any) -> str:
     values = value.to_dict(whole=True)
     found = value.sensitivities
     if isinstance(found, Sensitivities) and found.file is None:
-        sums = [0.0 if x is None else float(x.sum()) for x in found.layers]
-        values["sensitivities"] = [round(4 * np.log2(max(x, 1e-30))) for x in sums]
+        sums = [0.0 if x is None else float(x.sum()) for x in (*found.layers, *found.salience)]
+        values["sensitivities"] = [round(4 * np.log2(max(abs(x), 1e-30))) for x in sums]
     return repr(sorted(values.items()))
 
 

@@ -366,8 +366,9 @@ def _alike(settings: Sequence[Any], others: Sequence[Any]) -> bool:
     """
 
     def numbers(setting: Any) -> list[np.ndarray]:
-        found = Sensitivities.from_dict(setting["sensitivities"]).layers
-        return [np.zeros((1, 1), np.float32) if x is None else x for x in found]
+        found = Sensitivities.from_dict(setting["sensitivities"])
+        arrays = [*found.layers, *found.salience]
+        return [np.zeros((1, 1), np.float32) if x is None else x for x in arrays]
 
     if len(settings) != len(others):
         return False

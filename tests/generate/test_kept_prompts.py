@@ -146,7 +146,7 @@ def test_a_limit_that_is_too_small(command_line, limit, message):
 
 def test_what_would_fit_is_said(monkeypatch, command_line, tmp_path):
     """Before the model is loaded."""
-    monkeypatch.setattr("mlx_delta.generate.limit.free_memory", lambda: (10**8, "the limit"))
+    monkeypatch.setattr("mlx_delta.measure.limit.free_memory", lambda: (10**8, "the limit"))
     monkeypatch.setattr("mlx_delta.generate.command.load", None)
     file = tmp_path / "long.txt"
     file.write_text("a word and another one, " * 4000)
@@ -157,9 +157,7 @@ def test_what_would_fit_is_said(monkeypatch, command_line, tmp_path):
 
 def test_a_prompt_ends_before_memory_does(monkeypatch, command_line, chat_path):
     free = iter([10**9, 10**9, 5, 5])
-    monkeypatch.setattr(
-        "mlx_delta.generate.limit.free_memory", lambda *_: (next(free), "the limit")
-    )
+    monkeypatch.setattr("mlx_delta.measure.limit.free_memory", lambda *_: (next(free), "the limit"))
     flags = ("--model", str(chat_path), "-p", LONG, "--prefill-step-size", "16")
     status, out, err = command_line(*flags)
     assert status == 1 and err.startswith("error: stopped after ") and err.count("\n") == 1
