@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     args.ignore_chat_template |= metadata.get("chat_template") == "false"
 
     delta = choose_delta(args, name) if caches is None else setting_of(caches)
+    set_limit(None if args.memory_limit is None else parse_bytes(args.memory_limit))
     if args.memory_limit is not None:
         plan_memory(args, name, delta, text)
     model, tokenizer = load(
@@ -193,12 +194,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_memory(args: argparse.Namespace, name: str, delta: Any, text: str) -> None:
-    """Set the limit, and refuse what will not fit it, before the weights are read.
+    """Refuse what will not fit the limit, before the weights are read.
 
     Raises:
         MemoryError: Model and prompt will not fit; the message says what would.
     """
-    set_limit(parse_bytes(args.memory_limit))
     path = find_model(name)
     config = read_config(path)
     setting = read_setting(path, config) if delta == MODEL_SETTING else delta

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 
-from mlx_delta import load
 from mlx_delta.cache_prompt.command import main as cache_prompt
 from tests.generate.test_saved_prompts import DELTA, DOCUMENT, QUESTION
 
@@ -65,7 +65,8 @@ def test_a_system_prompt_is_read_once(run, chat_path, tmp_path):
 
 def test_the_third_prompt_goes_on_where_two_parted(run, chat_path, tmp_path):
     flags = ("--model", chat_path, "--ignore-chat-template", *DELTA, "--cache-dir", tmp_path)
-    counts = [run(*flags, "-p", LONG + more)["prompt_tokens"] for more in ("A", MORE, QUESTION)]
+    others = (QUESTION * 20, MORE * 6, QUESTION)
+    counts = [run(*flags, "-p", LONG + "." + more)["prompt_tokens"] for more in others]
     assert counts[2] < counts[0] / 4 and counts[1] > counts[0] / 2
 
 
@@ -127,7 +128,7 @@ def test_tokens_are_dropped_beyond_a_size(run, command_line, chat_path):
     flags = ("--model", chat_path, "-p", LONG, *DELTA)
     bounded = run(*flags, "--max-kv-size", "64")
     assert bounded["delta"]["max_size"] == 64
-    assert bounded["cache_bytes"] < run(*flags)["cache_bytes"] / 2
+    assert bounded["cache_bytes"] < run(*flags)["cache_bytes"] * 0.6
     status, _, err = command_line("-p", "x", "--model", str(chat_path), "--max-kv-size", "20")
     assert status == 1 and "max_size must be a whole number from 320" in err
 
@@ -147,7 +148,7 @@ def test_a_limit_that_is_too_small(command_line, limit, message):
 def test_what_would_fit_is_said(monkeypatch, command_line, tmp_path):
     """Before the model is loaded."""
     monkeypatch.setattr("mlx_delta.measure.limit.free_memory", lambda: (10**8, "the limit"))
-    monkeypatch.setattr("mlx_delta.generate.command.load", None)
+    monkeypatch.setattr(importlib.import_module("mlx_delta.generate.command"), "load", None)
     file = tmp_path / "long.txt"
     file.write_text("a word and another one, " * 4000)
     status, _, err = command_line("--prompt-file", str(file), "--memory-limit", "6GB")
@@ -165,10 +166,4 @@ def test_a_prompt_ends_before_memory_does(monkeypatch, command_line, chat_path):
 
 
 def test_the_model_is_loaded_with_room_to_spare(run, chat_path):
-    try:
-        assert run("--model", chat_path, "-p", LONG, "--memory-limit", "900GB")["text"]
-    finally:
-        from mlx_delta.system.memory import set_limit
-
-        set_limit(None)
-    load(chat_path)
+    assert run("--model", chat_path, "-p", "Hi", "--memory-limit", "900GB")["text"]
