@@ -304,7 +304,9 @@ class WholeLeaf:
     """A cache that can't be cut, and is kept as it is for each place where a text goes on."""
 
     def __init__(self, cache: Any):
-        self.entry = {"kind": "whole", "class": type(cache).__name__}
+        self.entry: dict[str, Any] = {"kind": "whole", "class": type(cache).__name__}
+        if isinstance(cache, DeltaKVCache):
+            self.entry["config"] = cache.config.to_dict(whole=True)
         self.arrays: list[mx.array] = []
         self.form = self._take_apart(cache.state)
         mx.eval(self.arrays)

@@ -133,6 +133,13 @@ def test_tokens_are_dropped_beyond_a_size(run, command_line, chat_path):
     assert status == 1 and "max_size must be a whole number from 320" in err
 
 
+def test_what_drops_tokens_is_kept_too(run, chat_path, tmp_path):
+    flags = ("--model", chat_path, "-p", LONG, *DELTA, "--max-kv-size", "64")
+    first, second = (run(*flags, "--cache-dir", tmp_path) for _ in range(2))
+    assert first["text"] == second["text"] == run(*flags)["text"]
+    assert second["prompt_tokens"] == 1 < first["prompt_tokens"]
+
+
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
