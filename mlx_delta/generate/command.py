@@ -167,17 +167,26 @@ def run(args: argparse.Namespace) -> None:
 
     def came(token: int) -> None:
         answer.append(token)
+        if kept is not None and len(answer) == 1:
+            kept.keep(answer, end=False)  # an answer may be interrupted
         watch.token(len(answer))
 
     answer: list[int] = []
-    show = not args.json
-    try:
-        report = produce(
-            model, tokenizer, tokens, caches, options, header, show, fed, cached, draft_caches, came
-        )
-    finally:
-        if kept is not None:
-            kept.keep(answer)
+    report = produce(
+        model,
+        tokenizer,
+        tokens,
+        caches,
+        options,
+        header,
+        not args.json,
+        fed,
+        cached,
+        draft_caches,
+        came,
+    )
+    if kept is not None:
+        kept.keep(answer)
     report = dataclasses.replace(report, seed=seed)
     dense = None
     if compared is not None:

@@ -253,6 +253,7 @@ class PrefixCache:
         *,
         cache_type: str = "assistant",
         marks: Iterable[Mark] = (),
+        end: bool = True,
     ) -> None:
         """Keep the caches of a text; they may be used and changed afterwards.
 
@@ -264,6 +265,7 @@ class PrefixCache:
                 first go first when memory is short.
             marks: Taken (:meth:`mark`) while the same caches were filled: other places at which a
                 text can go on.
+            end: Whether another text can go on where this one ends; otherwise at the marks only.
         """
         tokens = list(tokens)
         with self._lock:
@@ -282,7 +284,7 @@ class PrefixCache:
                     kept[i] = cut.block(i)
                 return kept[i]
 
-            for mark in [*marks, cut.mark()]:
+            for mark in [*marks, cut.mark()] if end else marks:
                 # Of tokens that are not given nobody knows what they were.
                 if mark.layout != cut.layout or mark.length > len(tokens):
                     continue

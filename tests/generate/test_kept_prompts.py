@@ -70,6 +70,33 @@ def test_the_third_prompt_goes_on_where_two_parted(run, chat_path, tmp_path):
     assert counts[2] < counts[0] / 4 and counts[1] > counts[0] / 2
 
 
+def test_what_was_read_before_an_interruption_is_kept(
+    run, command_line, chat_path, tmp_path, monkeypatch
+):
+    """Ctrl-C while the prompt is read, and while it is answered."""
+    command = importlib.import_module("mlx_delta.generate.command")
+    flags = ["--model", str(chat_path), "-p", LONG, *DELTA, "--cache-dir", str(tmp_path)]
+    plain = run(*flags[:-2])
+
+    def interrupted(name: str, at: int) -> None:
+        method, calls = getattr(command.MemoryWatch, name), []
+
+        def stop(*args):
+            calls.append(args)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return method(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(command.MemoryWatch, name, stop)
+            assert command_line(*flags, "--prefill-step-size", "100")[0] == 130
+
+    interrupted("progress", 4)  # called before it begins, too
+    interrupted("token", 3)
+    again = run(*flags)
+    assert again["text"] == plain["text"] and again["prompt_tokens"] == 1
+
+
 @pytest.mark.parametrize("more", [["--no-delta"], ["--delta-key-bits", "4"]], ids=["dense", "4"])
 def test_a_prompt_of_another_setting_is_not_taken(run, chat_path, tmp_path, more):
     flags = ("--model", chat_path, "-p", LONG, "--cache-dir", tmp_path)
