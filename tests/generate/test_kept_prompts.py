@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 
 import pytest
 
+import mlx_delta
 from mlx_delta.cache_prompt.command import main as cache_prompt
 from tests.generate.test_saved_prompts import DELTA, DOCUMENT, QUESTION
 
 LONG = DOCUMENT * 3
 MORE = " The wind went on" * 3
+
+
+@pytest.fixture(autouse=True)
+def loads_once(monkeypatch):
+    """Most of the time of these tests would be loading one model again and again."""
+    command = importlib.import_module("mlx_delta.generate.command")
+    monkeypatch.setattr(command, "load", lambda name, delta, **_: loaded(str(name), delta))
+
+
+@functools.cache
+def loaded(name: str, delta):
+    return mlx_delta.load(name, delta)
 
 
 @pytest.fixture
