@@ -226,10 +226,11 @@ of an undisturbed run with that setting, bit for bit where the operations are th
 that was told in the reused part is recalled as it is there.
 
 This page is printed by `python -m tests.prefixes.invariant`, and the test suite checks the same
-outcomes. The demo model reads {LENGTH} tokens whose first sentence tells a password; blocks are small,
-so that it stands far outside the window. Its caches are had again in one of the ways below; then the password is asked for, and the logits after the
-question and after each token of the answer are compared with those of caches that nothing
-happened to. `equal`: every bit. Otherwise the largest difference of two logits.
+outcomes. The demo model reads {LENGTH} tokens whose first sentence tells a password; blocks are
+small, so that it stands far outside the window. Its caches are had again in one of the ways
+below; then the password is asked for, and the logits after the question and after each token of
+the answer are compared with those of caches that nothing happened to. `equal`: every bit.
+Otherwise the largest difference of two logits.
 """
 PAGE_END = f"""
 - **prefix in memory, on disk**: `PrefixCache`, which [keeps prompts](prompt-caches.md) for later
