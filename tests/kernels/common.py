@@ -13,7 +13,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import decode_kernel, pack_kernel
+from mlx_delta.ops import decode_kernel, pack_kernel, tiles_kernel
 from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import KernelSource, MetalBench
@@ -24,6 +24,9 @@ BUILDERS: dict[str, Any] = {
     "unpack_kernel": pack_kernel,
     "decode_kernel": decode_kernel,
     "reduce_kernel": decode_kernel,
+    "tile_pack_kernel": tiles_kernel,
+    "tile_score_kernel": tiles_kernel,
+    "tile_attention_kernel": tiles_kernel,
 }
 TYPES = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 STORED = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float16"}
