@@ -27,7 +27,7 @@ MAX_SIMDGROUPS = 8
 # weights and keys under way it comes to about 110 of 128 then.
 MATRIX_REGISTERS = 72
 STRIP_KEYS = 32
-STRIP_BYTES = 16384  # of threadgroup memory, so that three threadgroups fit a core
+STRIP_BYTES = 16384  # of threadgroup memory, half of what a threadgroup may take
 SCRATCH_BYTES = 1 << 26  # of one scoring launch; more blocks are scored in several
 
 

@@ -66,6 +66,11 @@ def on_bench(bench: MetalBench, **options: Any) -> Iterator[None]:
         _forget_kernels()
 
 
+def lenient(bench: MetalBench) -> MetalBench:
+    """The same bench, without the pass that only looks at the syntax."""
+    return MetalBench(bench.compiler, strict=False)
+
+
 def _forget_kernels() -> None:
     for name, module in BUILDERS.items():
         getattr(module, name).cache_clear()
@@ -87,7 +92,8 @@ def with_kernel(
         passed = (builder, kernel.header, kernel.source)
         if passed in _PASSED:
             return  # the kernel itself, once more: every mutation asks for it
-        bound = bench.bind(kernel, mode="checked", **UNWRITTEN)
+        # Whether Metal's compiler takes it is a question to the kernel, not to a mistake.
+        bound = lenient(bench).bind(kernel, mode="checked", **UNWRITTEN)
         with on_bench(bench), mock.patch.object(BUILDERS[builder], builder, lambda: bound):
             test()
         _PASSED.add(passed)

@@ -325,8 +325,7 @@ def translation_unit(generated: GeneratedKernel) -> str:
             raise SignatureError(f"the thread attribute {attribute} is not supported")
     return "\n".join(
         [
-            '#include "msl/execute.h"',
-            '#include "mlx/backend/metal/kernels/utils.h"',
+            *(f'#include "{header}"' for header in toolchain.HEADERS),
             '#line 1 "kernel.metal"',
             rewrite(generated.source),
             '#line 1 "entry"',
