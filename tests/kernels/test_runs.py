@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.method import runs
-from mlx_delta.ops import runs_kernel
+from mlx_delta.ops import pack_kernel, runs_kernel
 
 from ..metal_cpu import KernelSource, MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
@@ -127,3 +128,14 @@ def test_mutations(bench: MetalBench, mutation):
 
     kernel = KernelSource.of(runs_kernel.runs_kernel.__wrapped__)
     assert_caught(kernel, mutation, cases)
+
+
+@pytest.mark.parametrize(
+    "builder", [pack_kernel.encode_kernel, runs_kernel.runs_kernel], ids=["encode", "runs"]
+)
+def test_what_compares_with_a_threshold_asks_for_no_fast_math(builder):
+    kernel = KernelSource.of(builder.__wrapped__)
+    assert kernel.compile_options == {"math_mode": "safe"}
+    kernel.build()  # MLX knows the name, and refuses others
+    with pytest.raises(ValueError, match="math_mode"):
+        replace(kernel, compile_options={"math_mode": "exact"}).build()
