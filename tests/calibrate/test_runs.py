@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from mlx_delta.calibrate.weights import correct_layers, measure_weights, watch
 from mlx_delta.generate.command import build_parser, choose_delta
 from mlx_delta.measure.sparsity import share_of_zeros
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.models import llama
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from tests.tiny import LLAMA, llama_model, tokens, write_llama
 
@@ -75,6 +77,23 @@ def test_only_keys_that_are_seen_as_far_have_gradients():
     classes = {type(layer).__name__ for layer in model.layers}
     assert classes == {"TransformerBlock"}
     assert all(type(x) is type(model.layers[0]) for x in model.layers)
+
+
+def test_a_layer_without_keys_has_no_cache():
+    """As in mixtures with recurrent layers: which layer reads a cache is seen, not counted."""
+
+    class WithOneMore(llama.Model):
+        @property
+        def layers(self):
+            return [nn.Identity(), *self.model.layers]
+
+    window = tokens(64)[0].tolist()
+    model = llama_model(SMALL_RUNS)
+    wanted = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    model.__class__ = WithOneMore
+    found = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-9)
 
 
 def test_squared_gradients_predict_the_divergence_of_a_layer():
