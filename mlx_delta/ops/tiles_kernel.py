@@ -1,4 +1,4 @@
-"""Launching ``kernels/tile_score.metal`` and ``kernels/tile_attention.metal``.
+"""Launching ``kernels/tile_pack.metal``, ``tile_score.metal`` and ``tile_attention.metal``.
 
 The kernels for :func:`mlx_delta.ops.tiles.tile_attention`. Nothing is read back between launches:
 lists go from one to the next, and how many tiles were computed is found out when someone asks.
@@ -93,19 +93,19 @@ ATTENTION_BODY = """
 
 @cache
 def tile_pack_kernel() -> Any:
-    """tile_score, the first launch."""
+    """tile_pack."""
     return mx.fast.metal_kernel(
         name="tile_pack",
         input_names=["keys"],
         output_names=["packed", "bias", "spread"],
         source=PACK_BODY,
-        header=_header("tile_score"),
+        header=_header("tile_pack"),
     )
 
 
 @cache
 def tile_score_kernel() -> Any:
-    """tile_score, the second launch."""
+    """tile_score."""
     return mx.fast.metal_kernel(
         name="tile_score",
         input_names=[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from unittest import mock
 
@@ -13,79 +12,24 @@ import pytest
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention import choice
 from mlx_delta.attention.hybrid import delta_attention
-from mlx_delta.method import tiles as reference
 from mlx_delta.ops import tiles_kernel
 from mlx_delta.ops.tiles import TileCount, tile_attention
 
 from ..metal_cpu import MetalBench
-from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
-from .common import as_float, every_run, on_bench, source_of, with_kernel
-from .tile_case import SCALE, Case
-
-HALF, BF16, FLOAT = mx.float16, mx.bfloat16, mx.float32
-TOLERANCE = {HALF: 4e-3, BF16: 3e-2, FLOAT: 2e-5}
-# Every part of the launches occurs: rows of queries in two threadgroups, the last of them not full,
-# strips that are half a tile, blocks that begin and end in the middle.
-SMALL = Case(107, 20, value_dim=16)
-LISTED = (3, 3)  # the blocks of it that have lists: the first and how many
-
-
-@contextlib.contextmanager
-def small_launches(simdgroups: int = 2):
-    """Threadgroups and strips so small that small texts take several."""
-    with (
-        mock.patch.object(tiles_kernel, "MAX_SIMDGROUPS", simdgroups),
-        mock.patch.object(tiles_kernel, "STRIP_KEYS", 8),
-    ):
-        yield
-
-
-def check_attention(case: Case, listed: tuple[int, int] | None = None) -> None:
-    """Attention over lists of ``listed`` blocks, or over everything, is as expected."""
-    tiles = None if listed is None else case.some_tiles(*listed)
-    found = case.attend(tiles)
-    assert found.dtype == case.dtype
-    expected = case.expected(tiles)
-    np.testing.assert_allclose(as_float(found), expected, atol=TOLERANCE[case.dtype])
-
-
-def check_choice(case: Case, mass: float = 0.7) -> None:
-    """Shares are the specification's, and so are lists for these shares."""
-    tiles = case.choose(mass)
-    for row, head, block in np.ndindex(case.rows, case.heads[1], len(case.whole)):
-        far, near = case.expected_shares(row, head, case.whole[block])
-        found = np.array(tiles.shares[row, head, block])
-        tolerance = 2e-3 if case.dtype == HALF else 2e-5
-        np.testing.assert_allclose(found[: len(far)], far, atol=tolerance)
-        np.testing.assert_allclose(found[-1], near, atol=tolerance)
-        assert not found[len(far) : -1].any()
-        expected = reference.choose(found[: len(far)], float(found[-1]), mass)
-        listed = case.lists(tiles, row, head, case.whole[block])
-        np.testing.assert_array_equal(listed, expected)
-        count = int(tiles.counts[row, head, block].item())
-        assert np.all(np.diff(np.array(tiles.lists[row, head, block, :count])) > 0)
-
-
-def check_pack(keys: mx.array, size: int) -> None:
-    """Blocks of keys are packed as specified."""
-    blocks = keys.shape[2] // size
-    means, bias, spread = tiles_kernel.pack(keys, blocks, size)
-    exact = as_float(keys)
-    for index in np.ndindex(*keys.shape[:2], blocks):
-        block = exact[index[:2]][index[2] * size : (index[2] + 1) * size]
-        expected = reference.pack(block)
-        tolerance = 1e-3 if keys.dtype == HALF else 1e-5
-        np.testing.assert_allclose(as_float(means[index]), expected[0], tolerance, tolerance)
-        np.testing.assert_allclose(2 ** np.array(bias[index]), expected[1], rtol=1e-5)
-        scaled = np.array(spread[index]) * 2 / np.log(2)
-        np.testing.assert_allclose(scaled, expected[2], rtol=1e-4, atol=1e-6)
-
-
-def drifting(blocks: int, size: int, head_dim: int, dtype: mx.Dtype = FLOAT) -> mx.array:
-    """Keys [1, 2, blocks * size, D], a few more behind; one block of equal keys."""
-    keys = as_float(Case(blocks * size, head_dim=head_dim).arrays[1])
-    keys[0, 0, :size] = keys[0, 0, :1]
-    return mx.array(keys).astype(dtype)
+from .common import as_float, every_run, on_bench, source_of
+from .tile_case import (
+    BF16,
+    HALF,
+    LISTED,
+    SCALE,
+    SMALL,
+    Case,
+    check_attention,
+    check_choice,
+    check_pack,
+    drifting,
+    small_launches,
+)
 
 
 @every_run
@@ -300,126 +244,3 @@ def test_every_tile_is_read_once_by_each_threadgroup(bench: MetalBench):
     assert traffic["far"].loaded == far * 16 * 16 * 4
     assert traffic["values"].loaded == (2 * 6 + far) * 16 * 8 * 4
     assert traffic["out"].stored == 6 * 96 * 8 * 4
-
-
-ATTENTION = [
-    without_barrier(1),
-    without_barrier(2),
-    without_barrier(3),
-    Mutation("a key after the query", "if (key > position[f][e])", "if (key > position[f][e] + 1)"),
-    Mutation("only the block's first strip is hidden", "if (tile == 0)", "if (strip == 0)"),
-    Mutation("keys behind the last", "min(left, Keys)", "Keys"),
-    Mutation("strips that half a block sees", "first <= last;", "first + Keys - 1 <= last;"),
-    Mutation(
-        "no rescaling of the output", "thread_elements()[0] *= own", "thread_elements()[0] *= 1"
-    ),
-    Mutation("no rescaling of the sum", "sum *= shrink;", ""),
-    Mutation("the reference never rises", "top = higher;", ""),
-    Mutation("weights are not turned", "row & 1 ? float2(a.y, b.y)", "row & 1 ? float2(a.x, b.y)"),
-    Mutation("another row's sum", "return row & 1 ? odd : even;", "return even;"),
-    Mutation(
-        "near tiles from the far",
-        "tile < near_tiles ? near : far",
-        "tile <= near_tiles ? near : far",
-    ),
-    Mutation("tiles by their place", "has_list ? list[other] : other", "other"),
-    Mutation("a list of another block", "long(listed) * sizes.list_room", "0"),
-    Mutation("all tiles where there is a list", "(has_list ? counts[listed] : border)", "border"),
-    Mutation(
-        "rows that are not there",
-        "exists ? r / Size * sizes.queries + step : -1",
-        "r / Size * sizes.queries + step",
-    ),
-    Mutation("one head for all", "long(r / Size) * sizes.queries + step", "step"),
-    Mutation("rows not set apart", "quad / row * (strip_row<T, D>() / QUAD)", "quad / row * row"),
-]
-
-SCORE = [
-    without_barrier(1, "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"),
-    without_barrier(2, "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"),
-    without_barrier(3, "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"),
-    without_barrier(4),
-    without_barrier(5),
-    Mutation(
-        "queries do not count their spread",
-        "bias[piece] + square[f] * spread[piece]",
-        "bias[piece]",
-    ),
-    Mutation("counts do not count", "bias[piece] + square[f]", "0.0f + square[f]"),
-    Mutation(
-        "the first of four queries",
-        "mean += float(own[p * D + 8 * d]);",
-        "mean += float(own[8 * d]);",
-    ),
-    Mutation("a key after the queries", "key <= position[f][e] ?", "key <= position[f][e] + 1 ?"),
-    Mutation(
-        "rows that are not there",
-        "r < rows; r += 32) {\n      m",
-        "r < all_rows; r += 32) {\n      m",
-    ),
-    Mutation(
-        "the first split's sums",
-        "far_sum += fast::exp2(far_logs[s * all_rows + r] - top);",
-        "far_sum = fast::exp2(far_logs[r] - top);",
-    ),
-    Mutation(
-        "the mean of the rows",
-        "most = fast::exp2(simd_max(most));",
-        "most = simd_sum(fast::exp2(most)) / 32;",
-    ),
-    Mutation("shares do not add up to 1", "shares[tile] / total", "shares[tile]"),
-    Mutation("the first tile may be left out", "tile == 0 || bits > least", "bits > least"),
-    Mutation("all of the equal ones", "float(before) < max(equal, 1.0f)", "true"),
-    Mutation("near tiles do not count", "mass - (near_share +", "mass - ("),
-]
-
-PACK = [
-    without_barrier(1),
-    without_barrier(2),
-    without_barrier(3),
-    Mutation("of equal changes the later", "change[t] && other < t)", "change[t] && other > t)"),
-    Mutation("one piece more", "begin = before < Pieces - 1;", "begin = before < Pieces;"),
-    Mutation(
-        "half the spread's channels",
-        "s < Simdgroups; ++s) {\n      square",
-        "s < 1; ++s) {\n      square",
-    ),
-    Mutation(
-        "the change of one channel",
-        "sum = simd_sum(sum);\n    if (lane == 0) {\n      // As",
-        "if (lane == 0) {\n      // As",
-    ),
-]
-
-
-@pytest.mark.parametrize("mutation", ATTENTION, ids=str)
-def test_mistakes_in_attention(bench: MetalBench, mutation):
-    def test() -> None:
-        with small_launches():
-            check_attention(SMALL, LISTED)
-
-    run = with_kernel(bench, "tile_attention_kernel", test)
-    assert_caught(source_of("tile_attention_kernel"), mutation, run)
-
-
-@pytest.mark.parametrize("mutation", SCORE, ids=str)
-def test_mistakes_in_choosing(bench: MetalBench, mutation):
-    case = Case(128, 64, size=32, window_blocks=0)
-    alike = Case(160, 128, size=32, window_blocks=0)
-    queries, near, far, values = (as_float(x) for x in alike.arrays)
-    far[:, :, :128] = np.tile(far[:, :, 32:64], (1, 1, 4, 1))
-    alike.__dict__["arrays"] = tuple(mx.array(x) for x in (queries, near, far, values))
-
-    def test() -> None:
-        with small_launches(4):  # two for each half of the rows
-            check_choice(case)
-            check_choice(alike)
-
-    run = with_kernel(bench, "tile_score_kernel", test)
-    assert_caught(source_of("tile_score_kernel"), mutation, run)
-
-
-@pytest.mark.parametrize("mutation", PACK, ids=str)
-def test_mistakes_in_packing(bench: MetalBench, mutation):
-    run = with_kernel(bench, "tile_pack_kernel", lambda: check_pack(drifting(2, 32, 80), 32))
-    assert_caught(source_of("tile_pack_kernel"), mutation, run)

@@ -1,9 +1,11 @@
-"""A text for the tile kernels, and what the specification says of it."""
+"""A text for the tile kernels, what the specification says of it, and that they agree."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +18,8 @@ from mlx_delta.ops.tiles_kernel import Tiles
 from .common import as_float
 
 SCALE = 0.25
+HALF, BF16, FLOAT = mx.float16, mx.bfloat16, mx.float32
+TOLERANCE = {HALF: 4e-3, BF16: 3e-2, FLOAT: 2e-5}
 
 
 @dataclass(frozen=True)
@@ -147,3 +151,67 @@ class Case:
             far[row, head, :border].reshape(-1, size, self.head_dim),
             near[row, head, border:end].reshape(-1, size, self.head_dim),
         )
+
+
+# Every part of the launches occurs: rows of queries in two threadgroups, the last of them not full,
+# strips that are half a tile, blocks that begin and end in the middle.
+SMALL = Case(107, 20, value_dim=16)
+LISTED = (3, 3)  # the blocks of it that have lists: the first and how many
+
+
+@contextlib.contextmanager
+def small_launches(simdgroups: int = 2):
+    """Threadgroups and strips so small that small texts take several."""
+    with (
+        mock.patch.object(tiles_kernel, "MAX_SIMDGROUPS", simdgroups),
+        mock.patch.object(tiles_kernel, "STRIP_KEYS", 8),
+    ):
+        yield
+
+
+def check_attention(case: Case, listed: tuple[int, int] | None = None) -> None:
+    """Attention over lists of ``listed`` blocks, or over everything, is as expected."""
+    tiles = None if listed is None else case.some_tiles(*listed)
+    found = case.attend(tiles)
+    assert found.dtype == case.dtype
+    expected = case.expected(tiles)
+    np.testing.assert_allclose(as_float(found), expected, atol=TOLERANCE[case.dtype])
+
+
+def check_choice(case: Case, mass: float = 0.7) -> None:
+    """Shares are the specification's, and so are lists for these shares."""
+    tiles = case.choose(mass)
+    for row, head, block in np.ndindex(case.rows, case.heads[1], len(case.whole)):
+        far, near = case.expected_shares(row, head, case.whole[block])
+        found = np.array(tiles.shares[row, head, block])
+        tolerance = 2e-3 if case.dtype == HALF else 2e-5
+        np.testing.assert_allclose(found[: len(far)], far, atol=tolerance)
+        np.testing.assert_allclose(found[-1], near, atol=tolerance)
+        assert not found[len(far) : -1].any()
+        expected = reference.choose(found[: len(far)], float(found[-1]), mass)
+        listed = case.lists(tiles, row, head, case.whole[block])
+        np.testing.assert_array_equal(listed, expected)
+        count = int(tiles.counts[row, head, block].item())
+        assert np.all(np.diff(np.array(tiles.lists[row, head, block, :count])) > 0)
+
+
+def check_pack(keys: mx.array, size: int) -> None:
+    """Blocks of keys are packed as specified."""
+    blocks = keys.shape[2] // size
+    means, bias, spread = tiles_kernel.pack(keys, blocks, size)
+    exact = as_float(keys)
+    for index in np.ndindex(*keys.shape[:2], blocks):
+        block = exact[index[:2]][index[2] * size : (index[2] + 1) * size]
+        expected = reference.pack(block)
+        tolerance = 1e-3 if keys.dtype == HALF else 1e-5
+        np.testing.assert_allclose(as_float(means[index]), expected[0], tolerance, tolerance)
+        np.testing.assert_allclose(2 ** np.array(bias[index]), expected[1], rtol=1e-5)
+        scaled = np.array(spread[index]) * 2 / np.log(2)
+        np.testing.assert_allclose(scaled, expected[2], rtol=1e-4, atol=1e-6)
+
+
+def drifting(blocks: int, size: int, head_dim: int, dtype: mx.Dtype = FLOAT) -> mx.array:
+    """Keys [1, 2, blocks * size, D], a few more behind; one block of equal keys."""
+    keys = as_float(Case(blocks * size, head_dim=head_dim).arrays[1])
+    keys[0, 0, :size] = keys[0, 0, :1]
+    return mx.array(keys).astype(dtype)
