@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, load
+from mlx_delta import DeltaConfig, DeltaKVCache, load
 from mlx_delta.attention.probe import near_and_causal, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
@@ -87,6 +87,9 @@ def test_a_layer_without_keys_has_no_cache():
         @property
         def layers(self):
             return [nn.Identity(), *self.model.layers]
+
+        def make_cache(self):
+            return [DeltaKVCache(SMALL_RUNS) for _ in self.model.layers]
 
     window = tokens(64)[0].tolist()
     model = llama_model(SMALL_RUNS)
