@@ -165,11 +165,13 @@ def test_load_picks_up_what_was_written(path, capsys, flags):
     assert share_of_zeros(caches) == pytest.approx(0.5, abs=0.06)
 
 
-def test_flags_of_generate_set_the_level_from_the_curve(path, capsys):
+def test_flags_of_generate_set_the_level_from_the_curve(path, tmp_path):
     parse = build_parser().parse_args
     with pytest.raises(ValueError, match=r"--delta-sparsity needs a calibrated model"):
         choose_delta(parse(["--delta-sparsity", "0.5"]), str(path))
-    assert run("--model", path, "--sparsity", "0.4") == 0
+    assert run("--model", path, "--sparsity", "0.4", "--output", tmp_path / "copy") == 0
+    assert not (path / FILE_NAME).exists(), "a copy gets the file, the model does not"
+    path = tmp_path / "copy"
     levels = [
         choose_delta(parse(["--delta-sparsity", share]), str(path)).level
         for share in ("0", "0.4", "0.6")
@@ -204,10 +206,3 @@ def test_what_can_not_be_is_said(path, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
     assert not (path / FILE_NAME).exists()
-
-
-def test_a_copy_gets_the_file_too(path, tmp_path):
-    assert run("--model", path, "--sparsity", "0.5", "--output", tmp_path / "copy") == 0
-    assert (tmp_path / "copy" / FILE_NAME).is_file()
-    assert not (path / FILE_NAME).exists()
-    assert load(tmp_path / "copy")[0].args.delta.loaded_sensitivities.curve
