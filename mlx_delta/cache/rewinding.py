@@ -1,31 +1,12 @@
-"""Going back in a text exactly, over all layers of a model; and how long a text caches hold."""
+"""Going back in a text exactly, over all layers of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models.cache import CacheList
-
+from .check_state import leaves, length_of
 from .held import HeldKeys
-
-
-def length_of(caches: Sequence[Any]) -> int:
-    """Tokens that a model's caches have seen: of the longest row, in whichever layer.
-
-    A layer with a sliding window keeps fewer than it has seen, so that its ``size`` says little.
-    """
-    lengths = []
-    for cache in _leaves(caches):
-        if isinstance(cache, HeldKeys):
-            lengths.append(cache.size())
-            continue
-        offset = getattr(cache, "offset", None)
-        if offset is None:
-            lengths.append(cache.size())
-        else:
-            lengths.append(int(offset.max()) if hasattr(offset, "max") else int(offset))
-    return max(lengths, default=0)
 
 
 def rewind(caches: Sequence[Any], n: int) -> int:
@@ -43,7 +24,7 @@ def rewind(caches: Sequence[Any], n: int) -> int:
         ValueError: A cache can't be rewound (a sliding window that is full), or is of a batch
             whose rows can't be rewound by ``n``. Nothing is changed then.
     """
-    caches = _leaves(caches)
+    caches = leaves(caches)
     length = length_of(caches)
     wanted = max(0, length - n)
     if wanted == length:
@@ -63,11 +44,3 @@ def rewind(caches: Sequence[Any], n: int) -> int:
     for cache in caches:
         cache.trim(length - target)
     return wanted - target
-
-
-def _leaves(caches: Sequence[Any]) -> list[Any]:
-    """The caches, those within a list of caches one by one."""
-    found: list[Any] = []
-    for cache in caches:
-        found += _leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
-    return found

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
 from mlx_delta.models.anatomy import dense_caches
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     rest = closing(args, tokenizer) if args.save_prompt_cache is not None else []
     seed = choose_seed(args)
     options = generation_options(args, model, tokenizer)
-    cached = cached_tokens(caches or [])
+    cached = length_of(caches or [])
     length = cached + len(tokens) + len(rest)
     check_prompt("generate", model, tokens + rest, caches)
     check_options("generate", model, options)

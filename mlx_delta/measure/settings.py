@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_delta.cache import DeltaKVCache
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
@@ -99,7 +99,7 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        if self.max_size is not None and cached_tokens(caches) > 0:
+        if self.max_size is not None and length_of(caches) > 0:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
         return iter([tokens])

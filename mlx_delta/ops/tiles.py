@@ -23,12 +23,40 @@ _LOG2_E = 1.4426950408889634
 STRIP_SCORES = 1 << 18
 
 
-@dataclass
 class TileCount:
-    """Tiles computed and tiles below the diagonal, own ones included, over all kv heads."""
+    """Tiles computed and tiles below the diagonal, own ones included, over all kv heads.
 
-    computed: int = 0
-    all: int = 0
+    Attributes:
+        all: Tiles below the diagonal.
+    """
+
+    def __init__(self) -> None:
+        self.all = 0
+        self._computed = 0
+        self._waiting: list[mx.array] = []  # what kernels have counted, not looked at yet
+
+    def add(self, chosen: int | mx.array, near: int, every: int) -> None:
+        """Count far tiles that were chosen, near ones, and how many there were of both."""
+        self._computed += near
+        self.all += every
+        if isinstance(chosen, mx.array):
+            self._waiting.append(chosen)
+        else:
+            self._computed += chosen
+
+    @property
+    def computed(self) -> int:
+        """Tiles computed."""
+        self._computed += sum(int(counts.sum().item()) for counts in self._waiting)
+        self._waiting.clear()
+        return self._computed
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TileCount):
+            return NotImplemented
+        return (self.computed, self.all) == (other.computed, other.all)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def density(self) -> float:
@@ -171,8 +199,8 @@ def tile_attention(
         outputs.append(mx.stack(rows).reshape(B, n_kv, group, T, -1))
         mx.async_eval(outputs[-1])  # block by block, so that strips stay in the cache
         near_tiles = (end - borders[i]) // T
-        count.computed += int(lists[i].sum()) + B * n_kv * near_tiles
-        count.all += B * n_kv * (borders[i] // T + near_tiles)
+        near_count = B * n_kv * near_tiles
+        count.add(int(lists[i].sum()), near_count, near_count + B * n_kv * (borders[i] // T))
     return mx.concatenate(outputs, axis=3).reshape(B, n_heads, steps, -1).astype(dtype)
 
 
