@@ -27,10 +27,12 @@ QUERY_BLOCK = 64
 # Scores of a strip, over all heads: what a processor's cache holds.
 STRIP_SCORES = 1 << 19
 _STRIP_MULTIPLE = 256
+# Scores of a row that are compared side by side.
+_COLUMNS = 64
 
 _LOG2_E = 1.4426950408889634
 # What hidden scores are set to: finite, so that a row that sees nothing has no NaN.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def exact_attention(
     group = n_heads // n_kv
     dtype = queries.dtype
     queries = (queries.astype(mx.float32) * (scale * _LOG2_E)).reshape(B, n_kv, group, steps, D)
-    keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+    keys, values = keys.astype(mx.float32), with_ones(values[:, :, : start + steps])
     if far is not None:
         far = Far(far.keys.astype(mx.float32), far.block_size, far.window_blocks)
     if mask is not None:
@@ -125,28 +127,41 @@ class OnlineSoftmax:
 
     def __init__(self) -> None:
         self._top: mx.array | None = None  # [..., R, 1]; the largest score so far
-        self._sum: mx.array | None = None  # [..., R, 1]
-        self._output: mx.array | None = None  # [..., R, Dv]
+        self._sums: mx.array | None = None  # [..., R, Dv + 1]
 
     def add(self, scores: mx.array, values: mx.array) -> None:
-        """Take scores [..., R, N], in powers of two, of values [..., N, Dv]."""
+        """Take scores [..., R, N], in powers of two, of values [..., N, Dv + 1], the last 1."""
         # In a softmax the maximum cancels, so it has no gradient.
-        top = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
-        ones = mx.ones((scores.shape[-1], 1))  # a product adds up faster than MLX's sum
-        if self._top is None or self._sum is None or self._output is None:
-            weights = exp2_below(scores, top)
-            self._sum, self._output = weights @ ones, weights @ values
+        top = mx.stop_gradient(row_max(scores))
+        if self._top is None or self._sums is None:
+            self._sums = exp2_below(scores, top) @ values
         else:
             top = mx.maximum(top, self._top)
-            weights, shrink = exp2_below(scores, top), exp2_below(self._top, top)
-            self._sum = self._sum * shrink + weights @ ones
-            self._output = self._output * shrink + weights @ values
+            self._sums = self._sums * exp2_below(self._top, top) + exp2_below(scores, top) @ values
         self._top = top
 
     def result(self) -> mx.array:
         """The weighted mean, [..., R, Dv]."""
-        assert self._sum is not None and self._output is not None
-        return self._output / self._sum
+        assert self._sums is not None and self._top is not None
+        # Powers of two of NaN are not NaN: where the largest score is, so is the output.
+        return self._sums[..., :-1] / self._sums[..., -1:] + 0 * self._top
+
+
+def with_ones(values: mx.array) -> mx.array:
+    """Values [..., N, Dv] in float32 and a column of ones, which adds up the weights.
+
+    The product with the weights does so at no cost; a sum by itself is slow.
+    """
+    values = values.astype(mx.float32)
+    return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
+
+
+def row_max(scores: mx.array) -> mx.array:
+    """The largest of each row, [..., R, 1]; column against column first, which MLX vectorizes."""
+    *rows, length = scores.shape
+    if length > _COLUMNS and length % _COLUMNS == 0:
+        scores = scores.reshape(*rows, length // _COLUMNS, _COLUMNS).max(axis=-2)
+    return scores.max(axis=-1, keepdims=True)
 
 
 def query_blocks(start: int, steps: int, far: Far | None) -> list[tuple[int, int]]:
@@ -193,7 +208,7 @@ def hide(scores: mx.array, seen: mx.array, group: int) -> mx.array:
     shape: Sequence[int] = scores.shape
     scores = scores.reshape(*shape[:2], group, -1, shape[-1])
     if seen.dtype == mx.bool_:
-        scores = mx.where(seen, scores, _HIDDEN)
+        scores = mx.where(seen, scores, HIDDEN)
     else:
-        scores = mx.maximum(scores + seen.astype(mx.float32) * _LOG2_E, _HIDDEN)
+        scores = mx.maximum(scores + seen.astype(mx.float32) * _LOG2_E, HIDDEN)
     return scores.reshape(shape)
