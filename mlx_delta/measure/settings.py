@@ -62,7 +62,9 @@ class Setting:
         def make(index: int) -> Any:
             if delta is not None:
                 cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
-                return cache(delta.for_layer(index, len(caches)))
+                own_cache = cache(delta.for_layer(index, len(caches)))
+                own_cache.prompt_length = prompt_tokens  # at its end tiles are all computed
+                return own_cache
             if self.max_size is not None:
                 return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
             return KVCache()
