@@ -100,7 +100,7 @@ def exact_attention(
         if outputs:
             (part,) = mx.depends([part], [outputs[-1]])
         part = part.reshape(B, n_kv, group * (end - first), D)
-        softmax = OnlineSoftmax()
+        found: Weighted | None = None
         for source, left, right in _strips(first, last or end, part, far, keys):
             scores = part @ source[:, :, left:right].swapaxes(-1, -2)
             if mask is not None:
@@ -109,8 +109,10 @@ def exact_attention(
                 scores = hide(scores, seen, group)
             elif right > first:
                 scores = hide(scores, _causal(first, end, left, right), group)
-            softmax.add(scores, values[:, :, left:right])
-        output = softmax.result().reshape(B, n_kv, group, end - first, -1)
+            strip = Weighted.of(scores, values[:, :, left:right])
+            found = strip if found is None else found.merged(strip)
+        assert found is not None
+        output = found.mean().reshape(B, n_kv, group, end - first, -1)
         outputs.append(output)
     joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=3)
     return joined.reshape(B, n_heads, steps, -1).astype(dtype)
@@ -122,29 +124,37 @@ def has_blocks(queries: mx.array) -> bool:
     return on_cpu and queries.shape[2] >= LEAST_QUERIES
 
 
-class OnlineSoftmax:
-    """The weighted mean of values under a softmax of scores that come strip by strip."""
+@dataclass(frozen=True)
+class Weighted:
+    """Values under a softmax of some of the scores; more can be merged into it.
 
-    def __init__(self) -> None:
-        self._top: mx.array | None = None  # [..., R, 1]; the largest score so far
-        self._sums: mx.array | None = None  # [..., R, Dv + 1]
+    Attributes:
+        top: [..., R, 1], the largest score.
+        sums: [..., R, Dv + 1], values times powers of two below it, and the sum of these.
+    """
 
-    def add(self, scores: mx.array, values: mx.array) -> None:
-        """Take scores [..., R, N], in powers of two, of values [..., N, Dv + 1], the last 1."""
+    top: mx.array
+    sums: mx.array
+
+    @classmethod
+    def of(cls, scores: mx.array, values: mx.array) -> Weighted:
+        """Scores [..., R, N], in powers of two, of values [..., N, Dv + 1], the last 1."""
         # In a softmax the maximum cancels, so it has no gradient.
         top = mx.stop_gradient(row_max(scores))
-        if self._top is None or self._sums is None:
-            self._sums = exp2_below(scores, top) @ values
-        else:
-            top = mx.maximum(top, self._top)
-            self._sums = self._sums * exp2_below(self._top, top) + exp2_below(scores, top) @ values
-        self._top = top
+        return cls(top, exp2_below(scores, top) @ values)
 
-    def result(self) -> mx.array:
+    def merged(self, other: Weighted) -> Weighted:
+        """Of all scores of both."""
+        top = mx.maximum(self.top, other.top)
+        return Weighted(
+            top,
+            self.sums * exp2_below(self.top, top) + other.sums * exp2_below(other.top, top),
+        )
+
+    def mean(self) -> mx.array:
         """The weighted mean, [..., R, Dv]."""
-        assert self._sums is not None and self._top is not None
         # Powers of two of NaN are not NaN: where the largest score is, so is the output.
-        return self._sums[..., :-1] / self._sums[..., -1:] + 0 * self._top
+        return self.sums[..., :-1] / self.sums[..., -1:] + 0 * self.top
 
 
 def with_ones(values: mx.array) -> mx.array:

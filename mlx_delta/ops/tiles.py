@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_delta.method.tiles import PACKED_ROWS, POOLED_QUERIES, choose
 
-from .exact_attention import HIDDEN, Far, OnlineSoftmax, hide, with_ones
+from .exact_attention import HIDDEN, Far, Weighted, hide, with_ones
 from .exp2 import exp2_below
 
 _LOG2_E = 1.4426950408889634
@@ -165,27 +165,46 @@ def tile_attention(
     tile_values = values[:, :, :last].reshape(B, n_kv, last // T, T, -1)
     parts = [queries[:, :, :, i * T : (i + 1) * T] for i in range(blocks)]
     lists = _choose(parts, tiles, keys, borders, start, mass)
-    outputs: list[mx.array] = []
+    near_parts: list[Weighted] = []
+    far_parts: list[Weighted] = []
     for i, part in enumerate(parts):
         border, end = borders[i], start + (i + 1) * T
         near = slice(border, end)
         own = part.reshape(B, n_kv, group * T, D)
         seen = mx.arange(border, end) <= mx.arange(end - T, end)[:, None]
         scores = hide(own @ keys[:, :, near].swapaxes(-1, -2), seen, group)
-        rows = []
+        near_parts.append(Weighted.of(scores, values[:, :, near]))
         for row, head in np.ndindex(B, n_kv):
-            softmax = OnlineSoftmax()
-            softmax.add(scores[row, head], values[row, head, near])
-            for index in _strips(lists[i][row, head], group * T, T):
-                strip = _gather(tiles[row, head], index)
-                softmax.add(own[row, head] @ strip.T, _gather(tile_values[row, head], index))
-            rows.append(softmax.result())
-        outputs.append(mx.stack(rows).reshape(B, n_kv, group, T, -1))
-        mx.async_eval(outputs[-1])  # block by block, so that strips stay in the cache
+            text = tiles[row, head], tile_values[row, head]
+            far_parts.append(_attend(own[row, head], *text, lists[i][row, head]))
+        # Block by block, so that strips stay in the cache.
+        mx.async_eval([near_parts[-1].sums, [part.sums for part in far_parts[-B * n_kv :]]])
         near_tiles = (end - border) // T
         count.computed += int(lists[i].sum()) + B * n_kv * near_tiles
         count.all += B * n_kv * end // T
-    return mx.concatenate(outputs, axis=3).reshape(B, n_heads, steps, -1).astype(dtype)
+    shape = (blocks, B, n_kv, group * T)
+    near_all, far_all = (
+        Weighted(
+            mx.stack([part.top for part in some]).reshape(*shape, 1),
+            mx.stack([part.sums for part in some]).reshape(*shape, -1),
+        )
+        for some in (near_parts, far_parts)
+    )
+    output = near_all.merged(far_all).mean().reshape(blocks, B, n_kv, group, T, -1)
+    return output.transpose(1, 2, 3, 0, 4, 5).reshape(B, n_heads, steps, -1).astype(dtype)
+
+
+def _attend(queries: mx.array, tiles: mx.array, values: mx.array, chosen: np.ndarray) -> Weighted:
+    """Queries [R, D] over the chosen ones of tiles [n, T, D], with values [n, T, Dv + 1]."""
+    T, found = tiles.shape[1], None
+    for index in _strips(chosen, queries.shape[0], T):
+        scores = queries @ _gather(tiles, index).T
+        strip = Weighted.of(scores, _gather(values, index))
+        found = strip if found is None else found.merged(strip)
+    if found is not None:
+        return found
+    rows = queries.shape[0]
+    return Weighted(mx.full((rows, 1), HIDDEN), mx.zeros((rows, values.shape[-1])))
 
 
 def _choose(
