@@ -75,6 +75,16 @@ def test_more_keys_than_a_strip_holds():
     np.testing.assert_allclose(output, expected, atol=ACCURACY, rtol=0)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["queries", "keys"])
+def test_nan_is_not_lost(place):
+    """Powers of two of NaN are numbers here."""
+    text = [np.array(x) for x in inputs((4, 2), 200, (16, 16))]
+    text[place][:, :, 100] = np.nan
+    output = np.array(exact_attention(*map(mx.array, text), 0.25))
+    assert np.isnan(output[:, :, 100]).all() and np.isfinite(output[:, :, :100]).all()
+    assert np.isnan(output[:, :, 101:]).all() == (place == 1)
+
+
 def test_room_to_grow_behind_the_text_is_not_read():
     queries, keys, values = inputs((4, 2), 200, (16, 16), 80)
     room = mx.full((1, 2, 56, 16), mx.nan)
