@@ -6,9 +6,9 @@
     python examples/prefill_results.py docs/results/prefill.jsonl --show
 
 Each measurement is a line of the file as soon as it is made, and lines that are there are not
-measured again: run the command anew until it has nothing to do. ``--show`` prints the tables of
-docs/results.md; ``python -m mlx_delta.pictures prefill docs/results/prefill.jsonl -o prefill``
-draws them.
+measured again: run the command anew until it has nothing to do. ``--show`` prints the tables,
+``--page docs/results.md`` puts them there, and ``python -m mlx_delta.pictures prefill
+docs/results/prefill.jsonl -o docs/pictures/prefill`` draws them.
 
 Ways: ``stock`` is mlx-lm's own model with float32 weights; ``exact`` ours with a dense cache;
 ``tiles:0.85`` ours with full keys and prefill by tiles. All use one BLAS, and take turns, a prompt
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -44,8 +45,10 @@ from mlx_delta.measure.prefill_file import Row, read_rows, tables
 from mlx_delta.measure.settings import PREFILL_STEP, Setting, parse_setting
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.measure.text import BUNDLED_TEXT, context_length, read_text
+from mlx_delta.system.cli import run_command
 from mlx_delta.system.devices import has_gpu
 
+MARKS = ("<!-- prefill -->", "<!-- end of prefill -->")
 END = AFTER = 128  # positions scored at a prompt's end, and after it
 FACTS = 60  # in a sample for recall
 # Tokens between a fact and its question, by length; one of a distance in each sample.
@@ -204,26 +207,46 @@ def measure(args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def main() -> None:
-    """Measure, or print the tables."""
+def write_page(page: Path, text: str) -> None:
+    """Put the tables between the marks of a page."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise ValueError(f"{page} has no {MARKS[0]} and {MARKS[1]}; put them where tables belong.")
+    page.write_text(f"{before}{mark}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, or show what was measured."""
+    if not args.show and args.page is None:
+        measure(args)
+        return
+    text = "\n\n".join(table.markdown() for table in tables(read_rows(args.file)))
+    if args.page is not None:
+        write_page(args.page, text)
+    if args.show:
+        print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="one line for each measurement")
-    parser.add_argument("--show", action="store_true", help="print the tables, measure nothing")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", choices=LENGTHS, default=list(LENGTHS))
-    parser.add_argument("--tokens", type=int, nargs="+", help="of the prompt")
-    parser.add_argument("--tiles", type=float, nargs="+", default=[0.85], help="shares to compute")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="of speed; windows, samples of others"
+    add = parser.add_argument
+    add("file", type=Path, help="one line for each measurement")
+    add("--show", action="store_true", help="print the tables, measure nothing")
+    add("--page", type=Path, help="put the tables into this page, measure nothing")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--models", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    add("--tokens", type=int, nargs="+", help="of the prompt")
+    add("--tiles", type=float, nargs="+", default=[0.85], help="shares to compute")
+    add("--rounds", type=int, default=1, help="of speed; of windows and samples of the others")
+    args = parser.parse_args(argv)
+    return run_command(
+        lambda: run(args), "measure shorter prompts", "Interrupted; the same command goes on."
     )
-    args = parser.parse_args()
-    if args.show:
-        print("\n\n".join(table.markdown() for table in tables(read_rows(args.file))))
-    else:
-        measure(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ _LN2 = 0.6931471805599453
 def exp2_below(scores: mx.array, top: mx.array) -> mx.array:
     """``2 ** (scores - top)``, for scores that are nowhere above ``top``.
 
-    Relative error at most 2e-7. What lies more than 126 below comes out as 2**-126. No gradient
+    Relative error at most 2e-7. What lies more than 126 below comes out as about 2**-126. No gradient
     flows into ``top``: in a softmax it cancels.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,58 @@ def test_tables_hold_means_and_answers():
         ["1024", "tiles:0.85", "0.250", "0.01000", "0.00200", "0.100", "1", "1 of 2"],
     ]
     assert mean(ROWS, "speed", 1024, "exact", "seconds") is None
+
+
+def example():
+    """``examples/prefill_results.py``."""
+    found = spec_from_file_location("prefill_results", ROOT / "examples" / "prefill_results.py")
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_command_measures_what_is_not_there_yet_and_fills_a_page(tmp_path, capsys, monkeypatch):
+    command, file, page = example(), tmp_path / "rows", tmp_path / "page.md"
+    asked = []
+
+    def measured(*what):
+        asked.append(what)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"seconds": 1, "processor_seconds": 1, "peak_bytes": 1, "density": None}
+
+    monkeypatch.setitem(command.PARTS, "speed", measured)
+    flags = [str(file), "--parts", "speed", "--models", "demo", "--tokens", "1024", "2048"]
+    assert command.main(flags) == 130
+    assert "Interrupted; the same command goes on." in capsys.readouterr().err
+    assert command.main(flags) == 0 and command.main(flags) == 0
+    ways = ("stock", "exact", "tiles:0.85")
+    expected = [("demo", tokens, way, 0) for tokens in (1024, 2048) for way in ways]
+    assert [row.key[1:] for row in read_rows(file)] == expected and len(asked) == 7
+    page.write_text("Before\n{}old\n{}\nafter\n".format(*command.MARKS))
+    for _ in range(2):
+        assert command.main([str(file), "--page", str(page)]) == 0
+    (table,) = tables(read_rows(file))
+    assert page.read_text() == "Before\n{0}\n{2}\n{1}\nafter\n".format(
+        *command.MARKS, table.markdown()
+    )
+    page.write_text("none")
+    assert command.main([str(file), "--page", str(page)]) == 1
+    assert "put them where tables belong" in capsys.readouterr().err
+
+
+def test_the_picture_shows_the_measurements():
+    pytest.importorskip("matplotlib")
+    from mlx_delta.pictures.prefill import draw_prefill
+    from mlx_delta.pictures.theme import LIGHT
+
+    figure = draw_prefill(ROWS, LIGHT)
+    speed, density, loss = figure.axes
+    assert [list(line.get_ydata()) for line in speed.lines] == [[], [2.0]]
+    assert [list(line.get_ydata()) for line in density.lines] == [[0.25]]
+    assert [list(line.get_ydata()) for line in loss.lines] == [[0.002], [0.01]]
+    with pytest.raises(ValueError, match="nothing was measured with tiles"):
+        draw_prefill([row for row in ROWS if row.way == "exact"], LIGHT)
 
 
 def test_the_documentation_has_the_tables_of_its_file():
