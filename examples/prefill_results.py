@@ -12,7 +12,8 @@ docs/results/prefill.jsonl -o docs/pictures/prefill`` draws them.
 
 Ways: ``stock`` is mlx-lm's own model with float32 weights; ``exact`` ours with a dense cache;
 ``tiles:0.85`` ours with full keys and prefill by tiles. All use one BLAS, and take turns, a prompt
-in chunks as mlx-lm cuts it, whose end is known. Parts:
+in chunks as mlx-lm cuts it, whose end is known. A model may be cut to its first layers, where
+whole ones take too long: ``smollm2[:6]``. Parts:
 
 - speed: seconds by the clock and of the processor (what can be compared on a busy machine), and
   the most memory that MLX took beside the weights.
@@ -61,16 +62,27 @@ DISTANCES = {
 SAMPLES = {2048: 4, 4096: 4, 8192: 1, 16384: 1}
 
 
+def parted(name: str) -> tuple[str, int | None]:
+    """A model's name, and how many of its layers."""
+    path, _, layers = name.removesuffix("]").partition("[:")
+    return path, int(layers) if layers else None
+
+
 @cache
 def ours(name: str) -> tuple[Any, Any]:
     """The model with a dense cache, and its tokenizer."""
-    return load(name, None)
+    path, layers = parted(name)
+    model, tokenizer = load(path, None)
+    model.model.layers = model.model.layers[:layers]
+    return model, tokenizer
 
 
 @cache
 def stock(name: str) -> Any:
     """mlx-lm's model, with float32 weights where there is no GPU, as ours has there."""
-    model, _ = load_model(find_model(name))
+    path, layers = parted(name)
+    model, _ = load_model(find_model(path))
+    model.model.layers = model.model.layers[:layers]
     if not has_gpu():
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
@@ -182,7 +194,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
     """What is to be measured, shortest first."""
     for part in args.parts:
         for name in args.models:
-            for tokens in args.tokens or LENGTHS[name]:
+            for tokens in args.tokens or LENGTHS.get(parted(name)[0], (2048,)):
                 if part == "recall" and tokens not in DISTANCES:
                     continue
                 count = args.rounds
@@ -238,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--show", action="store_true", help="print the tables, measure nothing")
     add("--page", type=Path, help="put the tables into this page, measure nothing")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--models", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    add("--models", nargs="+", default=list(LENGTHS), help="default: smollm2 demo")
     add("--tokens", type=int, nargs="+", help="of the prompt")
     add("--tiles", type=float, nargs="+", default=[0.85], help="shares to compute")
     add("--rounds", type=int, default=1, help="of speed; of windows and samples of the others")

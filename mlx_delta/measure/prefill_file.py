@@ -110,7 +110,7 @@ def _speed_table(model: str, rows: Sequence[Row]) -> Table:
             peak = mean(rows, "speed", tokens, way, "peak_bytes")
             density = mean(rows, "speed", tokens, way, "density")
             rounds = len([r for r in rows if r.key[:4] == ("speed", model, tokens, way)])
-            assert work is not None and clock is not None and peak is not None
+            assert work is not None and clock is not None
             lines.append(
                 [
                     f"{tokens}",
@@ -119,7 +119,7 @@ def _speed_table(model: str, rows: Sequence[Row]) -> Table:
                     f"{work:.1f}",
                     "–" if base is None else f"{base / work:.2f}",
                     "–" if density is None else f"{density:.3f}",
-                    f"{peak / 1e6:.0f}",
+                    "–" if peak is None else f"{peak / 1e6:.0f}",
                     f"{rounds}",
                 ]
             )

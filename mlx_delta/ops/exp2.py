@@ -31,8 +31,8 @@ _LN2 = 0.6931471805599453
 def exp2_below(scores: mx.array, top: mx.array) -> mx.array:
     """``2 ** (scores - top)``, for scores that are nowhere above ``top``.
 
-    Relative error at most 2e-7. What lies more than 126 below comes out as about 2**-126. No gradient
-    flows into ``top``: in a softmax it cancels.
+    Relative error at most 2e-7. What lies more than 126 below comes out as about 2**-126. No
+    gradient flows into ``top``: in a softmax it cancels.
 
     Args:
         scores: float32, finite: NaN need not come out as NaN.
