@@ -104,7 +104,7 @@ class HeldKeys(CacheFigures):
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
         if self.config.prefill == "exact":
             return None
-        return TilePlan(self.config.tiles, self.prompt_length, self.tile_count)
+        return TilePlan(self.config.tile_share, self.prompt_length, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
