@@ -87,7 +87,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: One of these.
     """
-    _check_numbers(args)
+    check_numbers(args)
     delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
     delta_flags += ["--delta-paper"] if args.delta_paper else []
     wish = given_wish(args)
@@ -131,7 +131,7 @@ def check_flags(args: argparse.Namespace) -> None:
             )
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers out of bounds by the name of their flag."""
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise ValueError(f"--max-tokens must be positive (or -1) but got {args.max_tokens}.")
