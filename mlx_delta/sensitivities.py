@@ -91,6 +91,15 @@ class Sensitivities:
         """Those of one head of a single layer."""
         return Sensitivities([self._only()[head : head + 1]])
 
+    def for_part(self, layers: slice) -> Sensitivities:
+        """Those of some of the layers."""
+        return Sensitivities(self.layers[layers], self.curve)
+
+    def share_of_heads(self, rank: int, size: int) -> Sensitivities:
+        """Those of the ``rank``-th of ``size`` equal shares of each layer's kv heads."""
+        shares = [None if x is None else np.split(x, size)[rank] for x in self.layers]
+        return Sensitivities(shares, self.curve)
+
     def of_layer(self, n_heads: int, head_dim: int) -> np.ndarray:
         """The weights of a single layer, float32 [Hkv, D].
 

@@ -187,6 +187,12 @@ class HeldKeys(CacheFigures):
         keys = self._keys.fetch(self.size(), self._encoded)
         return keys, self._values.dense(self.size(), keys.dtype)
 
+    def wait_for(self, other: mx.array) -> None:
+        """Let the state be evaluated only together with another array."""
+        if self._values is not None:
+            buffers: Any = mx.depends(list(self._values.buffers), other)
+            self._values.buffers = tuple(buffers)
+
     # Rewinding.
 
     def is_trimmable(self) -> bool:

@@ -110,7 +110,6 @@ class Terminal:
     def _insert(self, text: str) -> None:
         if self._readline is not None:
             self._readline.insert_text(text)
-            self._readline.redisplay()
 
     # Showing.
 

@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Generate a second time without the delta and show where the texts first differ.",
     )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="In several processes (mlx.launch): let each have some of the layers, rather than "
+        "some of every layer's heads.",
+    )
     add_delta_arguments(parser)
     return parser
 

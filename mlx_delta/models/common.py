@@ -88,7 +88,10 @@ def attend(layer: nn.Module, x: mx.array, mask: Any, cache: Any) -> mx.array:
 
 
 def make_delta_caches(
-    layers: list[nn.Module], config: DeltaConfig, prompt_length: int | None = None
+    layers: list[nn.Module],
+    config: DeltaConfig,
+    prompt_length: int | None = None,
+    part: slice | None = None,
 ) -> list[DeltaKVCache]:
     """One cache for each layer, with that layer's own threshold.
 
@@ -97,13 +100,36 @@ def make_delta_caches(
         config: The model's setting.
         prompt_length: Length of the prompt, for settings that depend on it; without it they
             take the length of the first chunk that comes, and tiles know of no end.
+        part: Which of the model's layers these are, in a pipeline.
     """
     if prompt_length is not None:
         config = config.resolve(prompt_length)
+    config = of_own_layers(config, part, len(layers))
     caches = [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
     for cache in caches:
         cache.prompt_length = prompt_length
     return caches
+
+
+def own_part(model: nn.Module) -> slice | None:
+    """Which layers of a model this process has, in a pipeline of several; ``None`` for all."""
+    inner = getattr(model, "model", None)
+    if getattr(inner, "pipeline_size", 1) == 1:
+        return None
+    return slice(inner.start_idx, inner.end_idx)  # type: ignore[union-attr]
+
+
+def of_own_layers(config: DeltaConfig, part: slice | None, n_own: int) -> DeltaConfig:
+    """The setting of a process's own layers; what is of so many already stays.
+
+    Args:
+        config: The setting, of all layers or of these.
+        part: Which ones these are; ``None`` for all.
+        n_own: How many these are.
+    """
+    if part is None or config.entries in (None, n_own):
+        return config
+    return config.for_part(part)
 
 
 def model_setting(model: nn.Module) -> DeltaConfig | None:
