@@ -7,6 +7,15 @@ it then lives on.
 
 from .conversation import Conversation
 from .options import ContextFullError, Options, Turn
-from .thread import ModelThread
+from .terminal import stopped_by_interrupt
+from .thread import ModelThread, Streaming
 
-__all__ = ["ContextFullError", "Conversation", "ModelThread", "Options", "Turn"]
+__all__ = [
+    "ContextFullError",
+    "Conversation",
+    "ModelThread",
+    "Options",
+    "Streaming",
+    "Turn",
+    "stopped_by_interrupt",
+]
