@@ -231,39 +231,6 @@ class DeltaConfig:
         found = self.threshold[layer]
         return dataclasses.replace(self, threshold=(found,) if isinstance(found, tuple) else found)
 
-    def for_part(self, layers: slice) -> DeltaConfig:
-        """The setting of some of the model's layers."""
-        found = self
-        if self.sensitivities is not None:
-            own = self.loaded_sensitivities.for_part(layers)
-            found = dataclasses.replace(self, sensitivities=own)
-        if isinstance(self.threshold, tuple):
-            found = dataclasses.replace(found, threshold=self.threshold[layers])
-        return found
-
-    def share_of_heads(self, rank: int, size: int) -> DeltaConfig:
-        """The setting of the ``rank``-th of ``size`` equal shares of each layer's kv heads."""
-        found = self
-        if self.sensitivities is not None:
-            own = self.loaded_sensitivities.share_of_heads(rank, size)
-            found = dataclasses.replace(self, sensitivities=own)
-        if isinstance(self.threshold, tuple):
-            shares = [
-                x[len(x) * rank // size : len(x) * (rank + 1) // size]
-                if isinstance(x, tuple)
-                else x
-                for x in self.threshold
-            ]
-            found = dataclasses.replace(found, threshold=tuple(shares))
-        return found
-
-    @property
-    def entries(self) -> int | None:
-        """How many layers or caches it has values for; ``None`` if it has the same for all."""
-        if isinstance(self.sensitivities, Sensitivities):
-            return len(self.sensitivities.layers)
-        return len(self.threshold) if isinstance(self.threshold, tuple) else None
-
     @property
     def loaded_sensitivities(self) -> Sensitivities:
         """The sensitivities themselves.

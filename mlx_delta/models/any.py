@@ -25,7 +25,8 @@ from mlx_delta.cache.layout import map_caches, replace_ordinary
 from mlx_delta.config import DeltaConfig
 
 from .anatomy import NotHanded, dense_caches, trace_heads
-from .common import model_setting, of_own_layers, own_part
+from .common import model_setting
+from .parts import of_own_layers, own_part
 from .queries import query_sensitivities
 from .sharing import share_heads
 

@@ -15,6 +15,8 @@ from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
 
+from .parts import of_own_layers
+
 
 def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | None:
     """The ``delta`` entry of a config.json as a setting; ``None`` (or JSON null) is dense."""
@@ -109,27 +111,6 @@ def make_delta_caches(
     for cache in caches:
         cache.prompt_length = prompt_length
     return caches
-
-
-def own_part(model: nn.Module) -> slice | None:
-    """Which layers of a model this process has, in a pipeline of several; ``None`` for all."""
-    inner = getattr(model, "model", None)
-    if getattr(inner, "pipeline_size", 1) == 1:
-        return None
-    return slice(inner.start_idx, inner.end_idx)  # type: ignore[union-attr]
-
-
-def of_own_layers(config: DeltaConfig, part: slice | None, n_own: int) -> DeltaConfig:
-    """The setting of a process's own layers; what is of so many already stays.
-
-    Args:
-        config: The setting, of all layers or of these.
-        part: Which ones these are; ``None`` for all.
-        n_own: How many these are.
-    """
-    if part is None or config.entries in (None, n_own):
-        return config
-    return config.for_part(part)
 
 
 def model_setting(model: nn.Module) -> DeltaConfig | None:

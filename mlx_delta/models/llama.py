@@ -13,7 +13,8 @@ import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
-from .common import attend, make_delta_caches, normalize_rope, own_part, read_delta
+from .common import attend, make_delta_caches, normalize_rope, read_delta
+from .parts import own_part
 from .pipeline import Layers
 from .sharing import share_heads
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .anatomy import NotHanded, trace_heads
 from .common import model_setting
+from .parts import share_of_heads
 
 
 def share(model: nn.Module, tensor_group: Any, pipeline_group: Any) -> None:
@@ -77,4 +78,4 @@ def share_heads(model: nn.Module, shard: Callable[[Any], None], group: Any = Non
     except ValueError as error:
         raise ValueError(f"[load] can't be split over {size} processes: {error}.") from error
     if delta is not None and size > 1:
-        model.args.delta = delta.share_of_heads(group.rank(), size)
+        model.args.delta = share_of_heads(delta, group.rank(), size)
