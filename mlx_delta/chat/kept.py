@@ -12,11 +12,15 @@ import mlx.nn as nn
 
 from mlx_delta.cache import HeldKeys, length_of
 from mlx_delta.cache.check_state import leaves
+from mlx_delta.cache.marks import Mark, go_to, mark
+from mlx_delta.cache.rewinding import reachable
 from mlx_delta.generate import make_caches
 
 from .going_back import go_back, shared
 from .options import Progress
 from .prompt import Prompt
+
+MOST_MARKS = 6  # of the last three exchanges: where a question begins, and where its answer does
 
 
 class KeptCaches:
@@ -41,6 +45,7 @@ class KeptCaches:
 
     def forget(self) -> None:
         """Drop the caches."""
+        self._marks: list[list[Mark]] = []  # one for each model, the furthest last
         self.caches: list[Any] = []
         self.draft_caches: list[Any] = []
         self.known = Prompt("", [])
@@ -69,12 +74,35 @@ class KeptCaches:
             self.caches = make_caches(self.model, len(tokens), self.max_kv_size)
             if self.draft_model is not None:
                 self.draft_caches = make_caches(self.draft_model, len(tokens))
-        start = go_back([self.caches, self.draft_caches], shared(tokens, self.known.tokens))
+        start = self._go_back(shared(tokens, self.known.tokens))
         if start is None:  # a cache that can't be taken back
             self.forget()
             return self.go_back_to(tokens)
         self.known = Prompt("", tokens[:start])
         return start
+
+    def _go_back(self, length: int) -> int | None:
+        """Go back to ``length``, or the nearest place before it that can be reached exactly."""
+        groups = [caches for caches in (self.caches, self.draft_caches) if caches]
+        self._marks = [place for place in self._marks if place[0].length <= length]
+        reached = min(reachable(caches, min(length, length_of(caches))) for caches in groups)
+        if self._marks and reached < self._marks[-1][0].length:
+            for caches, place in zip(groups, self._marks[-1], strict=True):
+                if not go_to(caches, place):
+                    return None
+            return self._marks[-1][0].length
+        return go_back(groups, length)
+
+    def mark(self) -> None:
+        """Remember the end of what was fed as a place to go back to."""
+        groups = [caches for caches in (self.caches, self.draft_caches) if caches]
+        length = len(self.known.tokens)
+        if not length or any(length_of(caches) != length for caches in groups):
+            return
+        place = [mark(caches) for caches in groups]
+        whole = [found for found in place if found is not None]
+        if len(whole) == len(groups):
+            self._marks = [*self._marks, whole][-MOST_MARKS:]
 
     def feed(
         self,
@@ -104,6 +132,8 @@ class KeptCaches:
             if on_progress is not None:
                 on_progress(start - reused, end - reused)
             yield reused, start - reused
+        if start == end:
+            self.mark()
 
     def settle(self, known: Prompt) -> None:
         """Note what was fed, of which the caches may lack the end or hold a little more."""
@@ -112,7 +142,9 @@ class KeptCaches:
             self.forget()
             return
         held = min(length_of(group) for group in groups if group)
+        go_back(groups, held)  # a draft model's may be a token behind
         self.known = known if held == len(known.tokens) else Prompt("", known.tokens[:held])
+        self.mark()
 
 
 def _step(model: nn.Module, tokens: list[int], caches: list[Any]) -> None:

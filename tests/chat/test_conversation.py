@@ -70,6 +70,23 @@ def test_the_next_turn_feeds_only_what_is_new(default, talk):
     assert conversation.last.fed <= len("<|end|>\n<|user|>\nAnd then?<|end|>\n<|assistant|>\n")
 
 
+def test_the_last_exchanges_are_edited_without_reading_all_again(loaded, talk):
+    conversation = talk(loaded, drawn={"max_tokens": 80}, system=LONG)
+    began = []
+    for question in ("Who?", "Where?", "When?", "Why?"):
+        began.append(conversation.cached)
+        list(conversation.ask(question))
+    for i in (3, 2, 1):  # each answer is longer than what could be rewound
+        conversation.undo()
+        list(conversation.ask("What?"))
+        assert conversation.last.reused >= began[i]
+        check(conversation)
+        conversation.undo()
+    conversation.undo()
+    list(conversation.ask("How?"))  # further back than the marks reach
+    check(conversation)
+
+
 @pytest.mark.parametrize("pieces", [0, 1, 5])
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(loaded, talk, pieces):
     conversation = talk(loaded)
