@@ -17,8 +17,6 @@ SHAPE = {"hidden_size": 64, "head_dim": 32}
 SETTINGS = {
     "full": SMALL,
     "one chain": dataclasses.replace(SMALL, keyframes=False, run_value="first"),
-    "optimal runs": DeltaConfig(block_size=8, window=16, level=0.03),
-    "packed16": dataclasses.replace(SMALL, key_bits=16),
     "packed4": dataclasses.replace(SMALL, key_bits=4, value_bits=4),
     "no window": dataclasses.replace(SMALL, window=0),
     "dense": None,
@@ -46,13 +44,13 @@ def new_caches(model) -> list:
     return make_prompt_cache(model)
 
 
-@pytest.mark.parametrize("length", [3, 7, 8, 24, 25, 40, 63, 64, 90])
+@pytest.mark.parametrize("length", [7, 24, 90])
 def test_the_text_goes_on_as_if_nothing_had_come_after(model, length):
     caches, undisturbed = new_caches(model), new_caches(model)
     for own in (caches, undisturbed):
         feed(model, own, TEXT[:length])
     place = mark(caches)
-    for after in (AFTER, AFTER[:5], AFTER):  # twice beyond what can be rewound
+    for after in (AFTER, AFTER):  # twice beyond what can be rewound
         feed(model, caches, after)
         assert go_to(caches, place) and length_of(caches) == length
     wanted = feed(model, undisturbed, OTHER)

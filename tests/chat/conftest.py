@@ -20,9 +20,7 @@ TEMPLATE = (
 BYTES = {"vocab_size": 256, "hidden_size": 64, "head_dim": 32, "tie_word_embeddings": True}
 SETTINGS = {
     "full": SMALL,
-    "packed16": dataclasses.replace(SMALL, key_bits=16),
     "packed4": dataclasses.replace(SMALL, key_bits=4, value_bits=4),
-    "dense": None,
 }
 
 

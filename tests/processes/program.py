@@ -1,6 +1,6 @@
 """What the tests launch in several processes: each case's tokens and caches, as JSON lines.
 
-    python tests/processes/program.py FOLDER [CASE ...]
+    mlx.launch --backend ring -n 4 python tests/processes/program.py "demo layers -" [CASE ...]
 
 A case is ``model sharing setting``, where sharing is ``heads``, ``layers`` or ``none``. The first
 process prints a line for each case: the tokens, and each process's bytes and layers of cache.
@@ -17,6 +17,7 @@ from mlx_delta.generate import make_caches, stream_generate
 from mlx_delta.generate.processes import Processes
 
 import mlx.core as mx  # isort: skip  (after mlx_delta: it chooses the BLAS)
+from mlx.utils import tree_flatten  # isort: skip
 
 TEXT = "It was a dark night, and the wind was in the trees. The password of Anna is blue. " * 6
 TOKENS = 24
@@ -37,15 +38,9 @@ def run(case: str, processes: Processes) -> dict:
         "tokens": tokens,
         "bytes": processes.of_each(sum(cache.nbytes for cache in caches)),
         "layers": processes.of_each(len(caches)),
-        "kept": processes.of_each(sum(x.nbytes for _, x in weights(model))),
+        "kept": processes.of_each(sum(x.nbytes for _, x in tree_flatten(model.parameters()))),
         "same": len(set(processes.of_each(hash(tuple(tokens)) >> 2))) == 1,
     }
-
-
-def weights(model) -> list:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(model.parameters())
 
 
 def main() -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
 
 import mlx_delta
 from mlx_delta.config import DeltaConfig
+from mlx_delta.generate.command import main
 from mlx_delta.models.parts import of_own_layers, share_of_heads
 from mlx_delta.sensitivities import Sensitivities
-from tests.processes.program import run
-from tests.tiny import SMALL, write_bitnet, write_checkpoint, write_llama
+from tests.processes.program import TEXT, run
+from tests.tiny import LLAMA, SMALL, write_bitnet, write_checkpoint, write_llama
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
@@ -37,7 +43,7 @@ class Alone:
         return [number]
 
 
-def launch(n: int, *command: str, prompt: str | None = None) -> subprocess.CompletedProcess:
+def launch(n: int, *command: str) -> subprocess.CompletedProcess:
     """Run a command in ``n`` processes over the loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,8 +55,7 @@ def launch(n: int, *command: str, prompt: str | None = None) -> subprocess.Compl
         [sys.executable, *start, *flags, sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
-        input=prompt,
-        stdin=subprocess.DEVNULL if prompt is None else None,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=240,
@@ -79,22 +84,14 @@ def check(case: dict, n: int) -> None:
     assert max(case["kept"]) < alone["kept"][0]
 
 
-def test_two_processes_give_the_tokens_of_one():
-    for case in cases_of(2, "demo heads -", f"demo heads {PACKED}", f"demo layers {PACKED}"):
-        check(case, 2)
-
-
 def test_four_processes_give_the_tokens_of_one(tmp_path):
-    path = write_llama(tmp_path / "four", **FOUR)
-    qwen = write_qwen(tmp_path / "qwen")
-    tiny = f"{SMALL_BLOCKS},{PACKED}"
+    path, qwen = write_llama(tmp_path / "four", **FOUR), write_qwen(tmp_path / "qwen")
     cases = cases_of(
         4,
-        f"{path} heads {tiny}",
-        f"{path} heads {SMALL_BLOCKS}",
+        f"{path} heads {SMALL_BLOCKS},{PACKED}",
         f"{path} layers {SMALL_BLOCKS}",
-        f"{qwen} heads {tiny}",
-        f"{qwen} layers {tiny}",
+        f"{qwen} heads {SMALL_BLOCKS}",
+        f"{qwen} layers {SMALL_BLOCKS},{PACKED}",
         "demo layers -",
     )
     for case in cases:
@@ -103,30 +100,33 @@ def test_four_processes_give_the_tokens_of_one(tmp_path):
 
 def write_qwen(path: Path) -> Path:
     """A random Qwen 2, to which the delta is applied: mlx-lm's own sharding and pipeline."""
-    from mlx.utils import tree_flatten
-    from mlx_lm.models import qwen2
-
-    from tests.tiny import LLAMA
-
     config = {**LLAMA, **FOUR, "model_type": "qwen2", "head_dim": 8}
     del config["head_dim"]
     config |= {"hidden_size": 256, "max_position_embeddings": 2048}
-    import mlx.core as mx
-
     mx.random.seed(3)
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
     return write_checkpoint(path, config, dict(tree_flatten(model.parameters())))
 
 
-def test_the_command_prints_once_and_says_what_each_has():
-    command = ("-m", "mlx_delta.generate", "--model", "demo", "--max-tokens", "6")
-    done = launch(2, *command, "--prompt", "-", "--temp", "0.5", prompt="It was a dark night")
+def test_two_processes_print_once_what_one_prints(capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(TEXT * 2)
+    flags = ("--model", "demo", "--max-tokens", "6", "--prompt-file", str(prompt))
+    done = launch(2, "-m", "mlx_delta.generate", *flags)
     assert done.returncode == 0, done.stderr
+    assert main(list(flags)) == 0
+    alone = capsys.readouterr().out
+    assert done.stdout.split("=" * 10)[1] == alone.split("=" * 10)[1]  # the text
     assert done.stdout.count("Generation: 6 tokens") == 1
-    assert "Processes: 2, with caches of 0.44, 0.44 MB" in done.stdout
-    wrong = launch(2, *command, "--prompt-file", "/nowhere.txt")
-    assert "Traceback" not in wrong.stdout + wrong.stderr
-    assert wrong.stderr.count("error: --prompt-file /nowhere.txt: no such file") == 1
+    size = float(re.search(r"Cache: ([0-9.]+) MB", alone)[1])
+    shares = re.search(r"Processes: 2, with caches of ([0-9.]+), ([0-9.]+) MB", done.stdout)
+    assert float(shares[1]) == float(shares[2]) == pytest.approx(size / 2, abs=0.006)
+
+
+def test_a_prompt_that_the_first_process_cannot_read_ends_all_with_one_line():
+    done = launch(2, "-m", "mlx_delta.generate", "--prompt-file", "/nowhere.txt")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.count("error: --prompt-file /nowhere.txt: no such file") == 1
 
 
 class Group:
@@ -161,8 +161,6 @@ def test_what_cannot_be_shared_is_named(tmp_path, write, groups, message):
 
 
 def test_the_setting_of_a_share():
-    import numpy as np
-
     weights = [np.arange(8.0).reshape(4, 2), None, np.ones((4, 2))]
     along = [np.arange(8.0).reshape(4, 2) - 3, None, None]
     whole = DeltaConfig(sensitivities=Sensitivities(weights, salience=along))
