@@ -36,6 +36,18 @@ def plain_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="package")
+def words_path(tmp_path_factory) -> Path:
+    """Of the demo's tokens, so that nearly each of them can be shown when it comes."""
+    return write_words(tmp_path_factory.mktemp("models") / "words")
+
+
+def write_words(path: Path) -> Path:
+    write_llama(path, hidden_size=64, head_dim=32)
+    set_template(path, TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="package")
 def template_path(tmp_path_factory) -> Path:
     path = write_llama(tmp_path_factory.mktemp("models") / "chat", **BYTES)
     set_template(path, TEMPLATE)

@@ -55,9 +55,9 @@ class Screen:
 
 
 @pytest.fixture
-def screen(plain_path):
+def screen(words_path):
     opened = Screen(
-        sys.executable, "-m", "mlx_delta.chat", "--model", str(plain_path), "-m", "1500"
+        sys.executable, "-m", "mlx_delta.chat", "--model", str(words_path), "-m", "1500"
     )
     yield opened
     opened.close()
@@ -67,7 +67,7 @@ def test_a_talk_in_a_terminal(screen, tmp_path):
     banner = screen.wait(r"Ctrl-D leaves[^>]*> ")
     assert "\x1b[" in banner and "context 2048 tokens" in banner
     screen.type("Hello\r")
-    screen.wait(r"Hello\r\n[^>]{20}")  # the answer has begun
+    screen.wait(r"(?s)Hello\r\n.{20}")  # the answer has begun
     screen.type("\x03")
     screen.wait(r"stopped\][^>]*tokens; [^>]*> ")
     screen.type("half a message\x03")
