@@ -6,7 +6,8 @@
 
     GET /notes                        all notes
     POST /notes {"text": ...}         adds one
-    POST /ask {"question": ...}       answers, piece by piece: one JSON object a line
+    POST /ask {"question": ...}       answers piece by piece, one JSON object a line: "id", "text" ...,
+                                      and at the end "done" or "error"
     DELETE /ask/ID                    stops an answer, as hanging up does
 
 The notes are fed once and kept in the caches: a new one feeds only itself. One thread has the
