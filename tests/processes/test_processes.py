@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,8 +47,9 @@ def launch(n: int, *command: str) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 20000 + 20000
-    script = Path(sysconfig.get_path("scripts")) / "mlx.launch"
-    start = [str(script)] if script.exists() else ["-m", "mlx._distributed_utils.launch"]
+    # The command as it is installed, wherever its script lies.
+    start = ["-c", "from importlib.metadata import entry_points as found; "
+             "found(name='mlx.launch', group='console_scripts')['mlx.launch'].load()()"]  # fmt: skip
     flags = ["--backend", "ring", "-n", str(n), "--starting-port", str(port)]
     return subprocess.run(
         [sys.executable, *start, *flags, sys.executable, *command],
