@@ -48,8 +48,11 @@ def launch(n: int, *command: str) -> subprocess.CompletedProcess:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 20000 + 20000
     # The command as it is installed, wherever its script lies.
-    start = ["-c", "from importlib.metadata import entry_points as found; "
-             "found(name='mlx.launch', group='console_scripts')['mlx.launch'].load()()"]  # fmt: skip
+    find = "from importlib.metadata import entry_points as found; "
+    start = [
+        "-c",
+        f"{find}found(name='mlx.launch', group='console_scripts')['mlx.launch'].load()()",
+    ]
     flags = ["--backend", "ring", "-n", str(n), "--starting-port", str(port)]
     return subprocess.run(
         [sys.executable, *start, *flags, sys.executable, *command],
