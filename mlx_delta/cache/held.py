@@ -160,7 +160,7 @@ class HeldKeys(CacheState):
         end = self.prompt_length
         if end is not None:
             end -= self._dropped[0] * self.config.block_size
-        return TilePlan(self.config.tiles, end, self.tile_count)
+        return TilePlan(self.config.tile_share, end, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
@@ -244,6 +244,12 @@ class HeldKeys(CacheState):
         size = max(0, *stored(self._lengths, self._dropped, self.config.block_size))
         keys = self._keys.fetch(size, stored(self._encoded, self._dropped))
         return keys, self._values.dense(size, keys.dtype)
+
+    def wait_for(self, other: mx.array) -> None:
+        """Let the state be evaluated only together with another array."""
+        if self._values is not None:
+            buffers: Any = mx.depends(list(self._values.buffers), other)
+            self._values.buffers = tuple(buffers)
 
     # Rewinding.
 
@@ -337,3 +343,20 @@ class HeldKeys(CacheState):
         self._encoded, self._dropped = targets, gone
         self._held_from = min(self._held_from, self.size())
         return n
+
+    def near_keys(self) -> mx.array | None:
+        """Full keys [1, Hkv, n, D] that the next token of a single text needs, for a mark."""
+        if self._keys is None:
+            return None
+        first = self._encoded[0] * self.config.block_size
+        return self._keys.full_keys(first, self._lengths[0])
+
+    def return_to(self, length: int, near: mx.array | None) -> None:
+        """Take a single text back to a length at which :meth:`near_keys` gave ``near``."""
+        if self._keys is None or near is None:
+            return
+        size = self.config.block_size
+        self._encoded = [(length - near.shape[2]) // size]
+        self._lengths = [length]
+        self._keys.refill(self._encoded[0], near)
+        self._held_from = min(self._held_from, length)

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
@@ -37,6 +37,7 @@ from .conversation import check_length, closing, encode, read_prompt, uses_templ
 from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
 from .memory import check_memory
+from .processes import Processes
 from .report import Report
 from .saved import (
     Fed,
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, generate, print.
+    """Load, generate, print; the first of several processes prints for all.
 
     Raises:
         ValueError: A flag, file or prompt that can't be used; the message names it.
@@ -68,9 +69,23 @@ def run(args: argparse.Namespace) -> None:
         MemoryError: Model or caches are larger than the memory.
     """
     check_flags(args)
+    processes = Processes()
+    processes.check_flags(args)
+    with processes.quiet():
+        generate_once(args, processes)
+
+
+def generate_once(args: argparse.Namespace, processes: Processes) -> None:
+    """Load, generate, print.
+
+    Raises:
+        ValueError: A flag, file or prompt that can't be used; the message names it.
+        OSError: A file that can't be read or written.
+        MemoryError: Model or caches are larger than the memory.
+    """
     if args.save_prompt_cache is not None:
         prompt_file.check_writable(args.save_prompt_cache)
-    text = read_prompt(args)
+    text = processes.share_text(lambda: read_prompt(args))
     caches, metadata = open_caches(args)
     name = choose_model(args, caches, metadata)
     # What was begun without a template goes on without one.
@@ -86,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
+        **processes.groups(args),
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
@@ -95,9 +111,11 @@ def run(args: argparse.Namespace) -> None:
     tokens = encode(args, tokenizer, text, caches)
     saves = args.save_prompt_cache is not None
     rest = closing(args, tokenizer) if saves and not args.only_read else []
+    if processes.size > 1 and args.seed is None:
+        args.seed = processes.share_number(secrets.randbits(32))
     seed = choose_seed(args)
     options = generation_options(args, model, tokenizer)
-    cached = cached_tokens(caches or [])
+    cached = length_of(caches or [])
     length = cached + len(tokens) + len(rest)
     check_prompt("generate", model, tokens + rest, caches)
     check_options("generate", model, options)
@@ -107,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     kept = None
     if caches is None:
         caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
-        kept = Kept(args, model, tokenizer, options) if args.cache_dir is not None else None
+        if args.cache_dir is not None:
+            kept = Kept(args, model, tokenizer, options, processes.size)
     check_caches_fit("generate", model, caches, options)
     check_memory("generate", model, length, options, first=True)
     fed, failed = Fed(), None
@@ -187,7 +206,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if kept is not None:
         kept.keep(answer)
-    report = dataclasses.replace(report, seed=seed)
+    report = dataclasses.replace(
+        report, seed=seed, share_bytes=processes.of_each(report.cache_bytes)
+    )
     dense = None
     if compared is not None:
         mx.random.seed(seed or 0)

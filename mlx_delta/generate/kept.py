@@ -31,11 +31,22 @@ class Kept:
         model: Loaded.
         tokenizer: Its tokenizer.
         options: mlx-lm's options.
+        processes: That share the model.
+
+    Raises:
+        ValueError: There are several: one might find what another does not.
     """
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, tokenizer: Any, options: dict[str, Any]
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        tokenizer: Any,
+        options: dict[str, Any],
+        processes: int = 1,
     ):
+        if processes > 1:
+            raise ValueError("--cache-dir does not go together with several processes; drop it.")
         directory = PrefixDirectory(args.cache_dir, parse_bytes(args.cache_budget), _say)
         self._store = PrefixCache(directory=directory)
         self._name = fingerprint(model, *(options.get(name) for name in _OPTIONS))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .exact_attention import Far, OnlineSoftmax, hide, query_blocks
+from .exact_attention import Far, Weighted, hide, query_blocks, with_ones
 
 # Tokens of a strip: what a processor's cache holds, unpacked.
 STRIP = 1024
@@ -49,41 +49,40 @@ def strip_attention(
         [B, Hq, L, Dv], of the queries' type; computed in float32.
     """
     B, n_heads, steps, D = queries.shape
-    keys, values = (x.astype(mx.float32) for x in near)
+    keys, values = near[0].astype(mx.float32), with_ones(near[1])
     n_kv = keys.shape[1]
     group = n_heads // n_kv
     scaled = (queries.astype(mx.float32) * (scale * _LOG2_E)).reshape(B, n_kv, group, steps, D)
     far = Far(keys, block_size, window_blocks)
-    rows: list[tuple[mx.array, int, OnlineSoftmax]] = []
-    latest: mx.array | None = None
+    rows: list[tuple[mx.array, int]] = []
+    found: list[Weighted] = []
     for first, end in query_blocks(start, steps, far):
         part = scaled[:, :, :, first - start : end - start]
-        if latest is not None:
-            (part,) = mx.depends([part], [latest])
+        if found:
+            (part,) = mx.depends([part], [found[-1].sums])
         part = part.reshape(B, n_kv, group * (end - first), D)
-        border, softmax = far.border(first), OnlineSoftmax()
+        border = far.border(first)
         span = slice(border - near_start, end - near_start)
         scores = part @ keys[:, :, span].swapaxes(-1, -2)
         seen = mx.arange(border, end) <= mx.arange(first, end)[:, None]
-        softmax.add(hide(scores, seen, group), values[:, :, span])
-        latest = softmax.latest
-        rows.append((part, border, softmax))
-    assert latest is not None
+        found.append(Weighted.of(hide(scores, seen, group), values[:, :, span]))
+        rows.append((part, border))
+    latest = found[-1].sums
     width = max(1, STRIP // block_size) * block_size
     for left in range(0, rows[-1][1], width):
         right = min(left + width, rows[-1][1])
         strip_keys, strip_values = unpack(left, right, latest)
-        strip_keys, strip_values = (x.astype(mx.float32) for x in (strip_keys, strip_values))
-        for part, border, softmax in rows:
+        strip_keys, strip_values = strip_keys.astype(mx.float32), with_ones(strip_values)
+        for i, (part, border) in enumerate(rows):
             count = min(right, border) - left
             if count > 0:
                 (part,) = mx.depends([part], [latest])
                 scores = part @ strip_keys[:, :, :count].swapaxes(-1, -2)
-                softmax.add(scores, strip_values[:, :, :count])
-                latest = softmax.latest
+                found[i] = found[i].merged(Weighted.of(scores, strip_values[:, :, :count]))
+                latest = found[i].sums
     outputs = [
-        softmax.result().reshape(B, n_kv, group, part.shape[2] // group, -1)
-        for part, _, softmax in rows
+        x.mean().reshape(B, n_kv, group, part.shape[2] // group, -1)
+        for x, (part, _) in zip(found, rows, strict=True)
     ]
     joined = mx.concatenate(outputs, axis=3)
     return joined.reshape(B, n_heads, steps, -1).astype(queries.dtype)
