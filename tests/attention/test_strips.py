@@ -83,4 +83,4 @@ def test_what_a_prompt_takes_besides_its_packed_keys_does_not_grow(monkeypatch):
         cache.trim(0)
     unpacked = 2 * 4 * cache.size() * KV_HEADS * width  # keys and values of one layer in float32
     growth = taken[2] - taken[0]
-    assert growth < 0.25 * unpacked * 2 / 3, (taken, unpacked)
+    assert growth < 0.5 * unpacked * 2 / 3, (taken, unpacked)
