@@ -47,7 +47,7 @@ class TileCount:
     @property
     def computed(self) -> int:
         """Tiles computed."""
-        self._computed += sum(int(counts.sum().item()) for counts in self._waiting)
+        self._computed += sum(int(np.array(counts).sum()) for counts in self._waiting)
         self._waiting.clear()
         return self._computed
 

@@ -219,7 +219,7 @@ def choose(
         )
         parts.append(part)
     if len(parts) > 1:
-        parts = [[mx.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)]]
+        parts = [[mx.concatenate(list(arrays), axis=2) for arrays in zip(*parts, strict=True)]]
     shares, lists, counts = parts[0]
     return Tiles(first, lists, counts, shares)
 
