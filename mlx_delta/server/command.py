@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
             announce(listener, engine, args)
             with ending_on_signals(listener):
                 listener.serve(engine)
+                listener.server_close()  # whoever comes now is told at once
                 if not engine.drain(args.grace):
                     _log.warning("answers that were not finished are cut short")
         finally:

@@ -217,16 +217,26 @@ class Engine(ResponseGenerator):
 
     # The engine's thread.
 
+    def _run_generate(self) -> None:
+        """The thread's life; MLX's own threads for it must end with it, or the process aborts."""
+        try:
+            super()._run_generate()
+        finally:
+            if hasattr(mx, "clear_streams"):
+                mx.clear_streams()
+
     def _generate(self) -> None:
         self.model_provider.load_default()
         try:
             while not self._stop:
                 self._take(sleep=not self._waiting and not self._running)
-                self._drop_gone()
-                while self._waiting and len(self._running) < self.rows:
-                    self._start(self._waiting.popleft())
-                if self._running:
-                    self._step()
+                try:
+                    self._turn()
+                except Exception as error:  # nothing is known of the batch then: its rows end
+                    _log.exception("a step failed; its %d requests end", len(self._running))
+                    for job in self._running.values():
+                        job.fail(error)
+                    self._drop_batch()
         finally:
             self._end()
 
@@ -239,6 +249,14 @@ class Engine(ResponseGenerator):
         while not self.requests.empty():
             job = self.requests.get()
             self._waiting.extend([job] if job is not None else [])
+
+    def _turn(self) -> None:
+        """Let go of who went away, let in who waits, and make a step."""
+        self._drop_gone()
+        while self._waiting and len(self._running) < self.rows:
+            self._start(self._waiting.popleft())
+        if self._running:
+            self._step()
 
     def _drop_gone(self) -> None:
         """Free the rows of clients that went away."""
@@ -289,16 +307,10 @@ class Engine(ResponseGenerator):
     def _step(self) -> None:
         """A token for every row, a piece of the prompts of others."""
         assert self._batch is not None
-        try:
-            prompts, tokens = self._batch.next()
-            self._keep_segments(prompts)
-            for response in tokens:
-                self._hand_on(response)
-        except Exception as error:  # nothing is known of the batch then: all of its rows end
-            _log.exception("a step failed; its %d requests end", len(self._running))
-            for job in self._running.values():
-                job.fail(error)
-            self._drop_batch()
+        prompts, tokens = self._batch.next()
+        self._keep_segments(prompts)
+        for response in tokens:
+            self._hand_on(response)
 
     def _keep_segments(self, responses: list[Any]) -> None:
         """Report progress, and keep the caches of prompts' begins that others may share."""

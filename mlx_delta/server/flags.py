@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from mlx_delta.loading import DEMO, MODEL_HELP
@@ -57,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-draft-tokens", type=int, default=3, help="Tokens that it guesses at a time")
     add("--alias", metavar="NAME", help="A name for the model that requests may use as well.")
     add("--trust-remote-code", action="store_true", help="Let the model's files run code.")
-    add("--chat-template", default="", help="A chat template (Jinja), instead of the model's.")
+    add(
+        "--chat-template",
+        default="",
+        help="A chat template (Jinja), or a file with one, instead of the model's.",
+    )
     add(
         "--chat-template-args",
         type=_object,
@@ -169,6 +174,8 @@ def check_flags(args: argparse.Namespace) -> None:
     key = args.api_key
     if key is not None and (not key.strip() or not key.isprintable() or not key.isascii()):
         raise ValueError("--api-key must be of visible ASCII characters.")
+    if args.chat_template and len(args.chat_template) < 1000 and Path(args.chat_template).is_file():
+        args.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
     args.is_local = _is_loopback(args.host)
     if args.prompt_concurrency > args.decode_concurrency:
         args.prompt_concurrency = args.decode_concurrency

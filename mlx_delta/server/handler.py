@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
@@ -71,10 +71,9 @@ class Handler(APIHandler):
         if path == "/stats":
             self._send_json(200, engine.figures())
         elif path == "/v1/models":
-            names = engine.served.names or (engine.served.name,)
-            self._send_json(200, {"object": "list", "data": [self._model(n) for n in names]})
+            self._send_json(200, {"object": "list", "data": [self._model(engine.served.name)]})
         elif path.startswith("/v1/models/"):
-            name = path.removeprefix("/v1/models/")
+            name = unquote(path.removeprefix("/v1/models/"))
             if name not in engine.served.names:
                 raise Refused(404, f"There is no model {name[:80]!r}.", code="model_not_found")
             self._send_json(200, self._model(name))
@@ -97,11 +96,10 @@ class Handler(APIHandler):
             raise Refused(404, f"There is no {path[:80]!r} here.")
         if not engine.generation_available():
             raise Refused(503, "The server's generation has ended; restart it.")
+        body = normalize(read_json(self._read_body()), path in CHATS, engine.served)
+        raw, unread = json.dumps(body).encode(), self.rfile
         engine.admit()
-        unread = self.rfile
         try:
-            body = read_json(self._read_body())
-            raw = json.dumps(normalize(body, path in CHATS, engine.served)).encode()
             self.headers.replace_header("Content-Length", str(len(raw)))
             self.rfile = io.BytesIO(raw)
             self._length = 0
@@ -185,6 +183,7 @@ class Handler(APIHandler):
     def _check_caller(self) -> None:
         """Refuse pages of other origins, names that are not this machine's, and wrong keys."""
         served = self.response_generator.served
+        self.path = self.path.partition("?")[0]
         origin = self.headers.get("Origin")
         if origin is not None and not ("*" in served.origins or origin in served.origins):
             raise Refused(
@@ -208,8 +207,9 @@ class Handler(APIHandler):
 
     def _is_local(self) -> bool:
         """Whether the request is addressed to this machine by a name of its own."""
-        name = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
+        name = ""
         try:
+            name = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
             return ipaddress.ip_address(name).is_loopback
         except ValueError:
             return name == "localhost" or name.endswith(".localhost")
@@ -260,7 +260,6 @@ class Handler(APIHandler):
 
     def handle_expect_100(self) -> bool:
         """Answer a client that asks whether it may send its body."""
-        self.path = urlsplit(self.path).path
         try:
             self._check_caller()
             self._body_length()
@@ -273,7 +272,6 @@ class Handler(APIHandler):
 
     def _answer(self, work: Callable[[], None]) -> None:
         """Do a request's work, whose errors become answers."""
-        self.path = urlsplit(self.path).path
         self.close_connection = True
         try:
             self._check_caller()
@@ -331,7 +329,7 @@ class Handler(APIHandler):
         self.headers = getattr(self, "headers", None) or {}
         if not getattr(self, "request_version", ""):
             self.request_version = "HTTP/1.0"
-        self._refuse(Refused(code, f"{message or 'The request is not understood'}."))
+        self._refuse(Refused(int(code), f"{message or 'The request is not understood'}."))
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line in the log for each answer."""

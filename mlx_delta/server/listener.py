@@ -70,7 +70,11 @@ class Listener(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection, or a refusal if there are too many."""
         if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # the system has no thread left
+                self._free.release()
+                raise
             return
         refused = Refused(503, "The server has too many connections; try again later.")
         _refuse_raw(request, refused)

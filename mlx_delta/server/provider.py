@@ -95,9 +95,9 @@ def served_by(provider: Provider, args: argparse.Namespace) -> Served:
     """The model as requests see it, with the command line's limits."""
     model, tokenizer = provider.model, provider.tokenizer
     context = context_length(model)
-    names = [name for name in (args.alias, args.model) if name]
-    if Path(args.model).is_dir():
-        names += [Path(args.model).name, str(Path(args.model).resolve())]
+    path = Path(args.model).expanduser()
+    own = [path.resolve().name, args.model, str(path.resolve())] if path.is_dir() else [args.model]
+    names = [name for name in (args.alias, *own) if name]
     return Served(
         names=tuple(dict.fromkeys(names)),
         context=context,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_delta.cache import length_of, rewind
+
+_log = logging.getLogger(__name__)
 
 
 class Prefixes:
@@ -43,7 +46,11 @@ class Prefixes:
         """Caches of the longest known begin of a prompt, and its length; they are the caller's."""
         if len(tokens) < 2:
             return None, 0
-        cache, rest = self._store.fetch_nearest_cache(model, tokens[:-1])
+        try:
+            cache, rest = self._store.fetch_nearest_cache(model, tokens[:-1])
+        except (OSError, ValueError) as error:  # of files: the prompt is read instead
+            _log.warning("no caches are found: %s", error)
+            return None, 0
         if cache is None:
             return None, 0
         found = len(tokens) - 1 - len(rest)
@@ -71,7 +78,10 @@ class Prefixes:
                     return
         if length:
             joined = [cache for caches in parts for cache in caches]
-            self._store.insert_cache(model, list(tokens[:length]), joined, cache_type=kind)
+            try:
+                self._store.insert_cache(model, list(tokens[:length]), joined, cache_type=kind)
+            except OSError as error:  # of files: the answer is there all the same
+                _log.warning("caches are not kept: %s", error)
 
 
 def cut_known(
