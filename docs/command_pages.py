@@ -7,7 +7,16 @@ import subprocess
 import sys
 from typing import Any
 
-COMMANDS = ("generate", "server", "convert", "evaluate", "calibrate", "benchmark", "pictures")
+COMMANDS = (
+    "generate",
+    "cache_prompt",
+    "server",
+    "convert",
+    "evaluate",
+    "calibrate",
+    "benchmark",
+    "pictures",
+)
 MARK = "<!-- commands -->"
 
 

@@ -10,6 +10,7 @@ from mlx_delta.wording import nearest
 # In the order in which one meets them. A command's package has its main in one of two modules.
 COMMANDS = {
     "generate": "Generate text; mlx_lm.generate's flags, and the delta's.",
+    "cache_prompt": "Read a prompt once, and keep its caches for many questions.",
     "server": "Serve a model over HTTP, as OpenAI's clients expect it.",
     "convert": "Convert a checkpoint (safetensors, GGUF, mlx-lm) for Macs, iPads and iPhones.",
     "calibrate": "Choose thresholds for a wanted sparsity or loss, and write them into a model.",

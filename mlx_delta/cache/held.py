@@ -8,6 +8,7 @@ packed (``packed_keys``), as the setting says.
 from __future__ import annotations
 
 import contextvars
+import itertools
 import json
 from typing import Any
 
@@ -17,9 +18,10 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.tiles import TileCount, TilePlan
 
 from .dense_keys import DenseKeys
+from .dropping import Dropping, stored
 from .figures import CacheFigures
 from .packed_keys import PackedKeys
-from .step import Step
+from .step import Part, Step
 from .store import spread
 from .values import ValueStore, count_arrays
 
@@ -51,6 +53,7 @@ class HeldKeys(CacheFigures):
         self.tile_count = TileCount()  # of a prefill by tiles, over all that was attended to here
         self._lengths = [0]
         self._encoded = [0]
+        self._dropped = [0]
         self._keys = None
         self._values = None
 
@@ -65,36 +68,84 @@ class HeldKeys(CacheFigures):
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] to every row.
 
         Raises:
-            ValueError: They do not fit each other, the setting, or what is in the cache.
+            ValueError: They do not fit each other, the setting, or what is in the cache; or blocks
+                would have to be dropped on the way, which :meth:`updates` does.
         """
+        parts = self.updates(keys, values)
+        if len(parts) > 1:
+            raise ValueError(
+                f"[{type(self).__name__}.update] {keys.shape[2]} tokens at once drop blocks on the "
+                f"way at max_size={self.config.max_size}; see updates."
+            )
+        return parts[0].step
+
+    def updates(self, keys: mx.array, values: mx.array) -> list[Part]:
+        """Append keys and values as :meth:`update`, in parts between which blocks are dropped."""
         self._check_new(keys, values)
         steps = keys.shape[2]
         if self._keys is None or self._values is None:
             self._make_stores(keys, values)
-        assert self._keys is not None and self._values is not None
         if self.config.block_fraction is not None:
             self._fix_block_size(steps)
-        starts = tuple(self._lengths)
+        dropping = Dropping.of(self.config)
+        if dropping is None:
+            step = self._append(keys, values)
+            return [Part(0, steps, step, (0,) * len(self._lengths), 0)]
+        ends = self._ends(steps)
+        cuts = {0, steps}
+        for start, end in zip(self._lengths, ends, strict=True):
+            cuts |= {cut - start for cut in dropping.cuts(max(0, start), end)}
+        parts = []
+        for first, end in itertools.pairwise(sorted(cuts)):
+            # A row whose text has ended drops no more: what comes is padding.
+            places = [min(n, e - 1) for n, e in zip(self._lengths, ends, strict=True)]
+            self._drop(dropping, [dropping.dropped(max(0, place)) for place in places])
+            step = self._append(keys[:, :, first:end], values[:, :, first:end], ends)
+            gone = tuple(n * dropping.size for n in self._dropped)
+            part = Part(first, end, step, gone, dropping.first * dropping.size)
+            # What the next part writes over is not to change what this one sees.
+            parts.append(part if end == steps else part.kept())
+        return parts
+
+    def _drop(self, dropping: Dropping, wanted: list[int]) -> None:
+        """Let so many blocks of each row be gone."""
+        new = [max(0, n - gone) for n, gone in zip(wanted, self._dropped, strict=True)]
+        if not any(new):
+            return
+        assert self._keys is not None and self._values is not None
+        self._keys.drop(dropping.first, new)
+        tokens = [n * dropping.size for n in new]
+        self._values.drop(dropping.first * dropping.size, tokens)
+        self._dropped = [n + gone for n, gone in zip(new, self._dropped, strict=True)]
+
+    def _append(self, keys: mx.array, values: mx.array, text_ends: list[int] | None = None) -> Step:
+        """Append to the stores, in which dropped blocks leave no gap."""
+        assert self._keys is not None and self._values is not None
+        steps, size = keys.shape[2], self.config.block_size
+        starts = tuple(stored(self._lengths, self._dropped, size))
         length = max(starts) + steps
         capacity = -(-length // self.step) * self.step
         self._values.write(values, starts, capacity)
         if self.config.block_fraction is None:
-            targets = self._far_blocks([end - 1 for end in self._ends(steps)])
+            ends = [n + steps for n in self._lengths]
+            pairs = zip(ends, self._ends(steps) if text_ends is None else text_ends, strict=True)
+            targets = self._far_blocks([min(pair) - 1 for pair in pairs])
             targets = [max(pair) for pair in zip(targets, self._encoded, strict=True)]
         else:
             targets = list(self._encoded)
-        far, near, firsts = self._keys.append(keys, starts, targets, capacity)
-        self._lengths = [start + steps for start in starts]
+        encoded = stored(targets, self._dropped)
+        far, near, firsts = self._keys.append(keys, starts, encoded, capacity)
+        self._lengths = [n + steps for n in self._lengths]
         self._encoded = targets
         return Step(
             starts=starts,
             steps=steps,
-            block_size=self.config.block_size if self.config.block_fraction is None else length,
+            block_size=size if self.config.block_fraction is None else length,
             window_blocks=self.config.window_blocks,
             far=far,
             near=near,
             firsts=tuple(firsts),
-            encoded=tuple(targets),
+            encoded=tuple(encoded),
             stored_values=self._values,
             dtype=values.dtype,
             tiles=self._tile_plan(),
@@ -104,7 +155,10 @@ class HeldKeys(CacheFigures):
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
         if self.config.prefill == "exact":
             return None
-        return TilePlan(self.config.tiles, self.prompt_length, self.tile_count)
+        end = self.prompt_length
+        if end is not None:
+            end -= self._dropped[0] * self.config.block_size
+        return TilePlan(self.config.tiles, end, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
@@ -112,8 +166,9 @@ class HeldKeys(CacheFigures):
         self.config.check_heads(keys.shape[1])
         kind.check_new(self.config, keys)
         ValueStore.check_new(self.config.value_bits, values)
-        self._lengths, self._encoded = (
-            spread(counts, keys.shape[0]) for counts in (self._lengths, self._encoded)
+        self._lengths, self._encoded, self._dropped = (
+            spread(counts, keys.shape[0])
+            for counts in (self._lengths, self._encoded, self._dropped)
         )
         self._keys = kind.make(self.config, keys)
         self._values = ValueStore.make(self.config.value_bits, values)
@@ -181,11 +236,12 @@ class HeldKeys(CacheFigures):
         return fetched, step.values[..., :length, :]
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys (held far away, full near) and values of all tokens so far."""
+        """Keys (held far away, full near) and values of all tokens so far that were not dropped."""
         if self._keys is None or self._values is None:
             raise ValueError(f"[{type(self).__name__}.keys_and_values] the cache is empty.")
-        keys = self._keys.fetch(self.size(), self._encoded)
-        return keys, self._values.dense(self.size(), keys.dtype)
+        size = max(0, *stored(self._lengths, self._dropped, self.config.block_size))
+        keys = self._keys.fetch(size, stored(self._encoded, self._dropped))
+        return keys, self._values.dense(size, keys.dtype)
 
     # Rewinding.
 
@@ -208,9 +264,22 @@ class HeldKeys(CacheFigures):
             return length
         back = [
             length if not full_from else own - (full_from + self.config.window)
-            for own, full_from in zip(self._lengths, self._keys.full_from, strict=True)
+            for own, full_from in zip(self._lengths, self.full_from, strict=True)
         ]
+        dropping = Dropping.of(self.config)
+        if dropping is not None and any(self._dropped):
+            begins = map(dropping.begins, self._dropped)
+            back += [own - begin for own, begin in zip(self._lengths, begins, strict=True)]
         return max(0, min(length, *back))
+
+    @property
+    def full_from(self) -> list[int]:
+        """Position in each row from which on all keys are at hand in full."""
+        size = self.config.block_size
+        return [
+            first + gone * size
+            for first, gone in zip(self._stored.full_from, self._dropped, strict=True)
+        ]
 
     def exact_length(self, length: int) -> int:
         """The largest length, up to this one, at which the text can be cut and go on exactly.
@@ -231,9 +300,15 @@ class HeldKeys(CacheFigures):
             return True
         lengths = [length - n for length in self._lengths]
         near = [far * self.config.block_size for far in self._far_blocks(lengths)]
+        dropping = Dropping.of(self.config)
+        if dropping is not None and any(
+            length > 0 and dropping.dropped(length) < gone
+            for length, gone in zip(lengths, self._dropped, strict=True)
+        ):
+            return False
         return all(
             first >= min(full_from, max(0, length))
-            for first, full_from, length in zip(near, self._keys.full_from, lengths, strict=True)
+            for first, full_from, length in zip(near, self.full_from, lengths, strict=True)
         )
 
     def trim(self, n: int) -> int:
@@ -255,8 +330,9 @@ class HeldKeys(CacheFigures):
         targets = [
             min(pair) for pair in zip(self._far_blocks(self._lengths), self._encoded, strict=True)
         ]
-        self._keys.rewind(self._encoded, targets)
-        self._encoded = targets
+        gone = [0 if n <= 0 else d for n, d in zip(self._lengths, self._dropped, strict=True)]
+        self._keys.rewind(stored(self._encoded, self._dropped), stored(targets, gone))
+        self._encoded, self._dropped = targets, gone
         self._held_from = min(self._held_from, self.size())
         return n
 
@@ -273,6 +349,8 @@ class HeldKeys(CacheFigures):
             "model": self._model,
             "item_size": self._item_size,
         }
+        if any(self._dropped):
+            header["dropped"] = self._dropped
         if self._held_from:
             header["held_from"] = self._held_from
         if self._keys is None or self._values is None:
@@ -309,6 +387,7 @@ class HeldKeys(CacheFigures):
         if len(buffers) != end + kind.n_arrays - 1:
             raise ValueError(f"it has {len(buffers) + 1} parts")
         self._lengths, self._encoded = (spread(header[x], 1) for x in ("lengths", "encoded"))
+        self._dropped = spread(header.get("dropped", [0]), 1)
         self._item_size, self._held_from = header["item_size"], header.get("held_from", 0)
         if all(x is None for x in buffers):
             return
@@ -321,6 +400,7 @@ class HeldKeys(CacheFigures):
         self._model = (heads, head_dim, value_dim)
         rows = keys[0].shape[0]
         self._lengths, self._encoded = spread(self._lengths, rows), spread(self._encoded, rows)
+        self._dropped = spread(self._dropped, rows)
         self._keys = kind.restore(self.config, header, keys)
         self._values = ValueStore(self.config.value_bits, tuple(values))
 
@@ -333,14 +413,21 @@ class HeldKeys(CacheFigures):
                 f"[{name}] saved keys have shape {(B, H, '..', head_dim)} but the state is of "
                 f"{len(self._lengths)} rows of a model of {self._model}."
             )
-        if len(self._encoded) != B:
+        if len(self._encoded) != B or len(self._dropped) != B:
             raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
         self.config.check_heads(H)
         size = self.config.block_size
-        room = self._keys.check(name, self._lengths, self._encoded)
+        dropping = Dropping.of(self.config)
+        for length, gone in zip(self._lengths, self._dropped, strict=True):
+            most = 0 if dropping is None else dropping.dropped(max(0, length))
+            if not 0 <= gone <= most or (dropping is not None and gone % dropping.step):
+                raise ValueError(f"[{name}] saved state counts {gone} dropped blocks of {length}.")
+        lengths = stored(self._lengths, self._dropped, size)
+        blocks = stored(self._encoded, self._dropped)
+        room = self._keys.check(name, lengths, blocks)
         capacity = room or self._values.capacity
         self._values.check(name, (B, H, capacity))
-        for length, encoded in zip(self._lengths, self._encoded, strict=True):
+        for length, encoded in zip(lengths, blocks, strict=True):
             if length > capacity or not 0 <= encoded * size <= max(0, length):
                 raise ValueError(
                     f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "

@@ -69,6 +69,15 @@ class KeyStore(Protocol):
         """
         ...
 
+    def drop(self, first: int, blocks: Sequence[int]) -> None:
+        """Take so many blocks of each row out; all that follows them moves up.
+
+        Args:
+            first: Blocks at the start that stay.
+            blocks: How many go, of each row; all of them far from what comes next.
+        """
+        ...
+
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""
         ...

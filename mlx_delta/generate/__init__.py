@@ -18,7 +18,9 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.layout import map_caches
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
 
@@ -161,12 +163,27 @@ def make_caches(
     Args:
         model: From :func:`mlx_delta.load`.
         prompt_tokens: Length of the prompt, for settings that depend on it (the paper's).
-        max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
-            ignores it where a model makes its own caches; here it is honoured.
+        max_kv_size: Keep this many tokens, the first always: 4 of them, or with the delta a block.
+            mlx-lm ignores it where a model makes its own caches; here it is honoured.
+
+    Raises:
+        ValueError: It is too small for the setting.
     """
     if model_setting(model) is not None:
-        return model.make_cache(prompt_length=prompt_tokens)
+        caches = model.make_cache(prompt_length=prompt_tokens)
+        if max_kv_size is None:
+            return caches
+        return map_caches(caches, lambda cache, _: bounded(cache, max_kv_size))
     caches = make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:
         caches = [RotatingKVCache(max_kv_size, keep=4) if type(c) is KVCache else c for c in caches]
     return caches
+
+
+def bounded(cache: Any, max_size: int) -> Any:
+    """A new cache in place of one of held keys, that keeps so many tokens."""
+    if not isinstance(cache, DeltaKVCache):
+        return cache
+    made = DeltaKVCache(cache.config.changed(max_size=max_size))
+    made.prompt_length = cache.prompt_length
+    return made

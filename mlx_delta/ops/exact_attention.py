@@ -143,6 +143,12 @@ class OnlineSoftmax:
             self._output = self._output * shrink + weights @ values
         self._top = top
 
+    @property
+    def latest(self) -> mx.array:
+        """What is computed last of all that was added, to wait for."""
+        assert self._output is not None
+        return self._output
+
     def result(self) -> mx.array:
         """The weighted mean, [..., R, Dv]."""
         assert self._sum is not None and self._output is not None

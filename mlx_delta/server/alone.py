@@ -6,13 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm import stream_generate
-from mlx_lm.models.cache import make_prompt_cache
-
-from mlx_delta.models.common import model_setting
 
 from .job import Job
+from .provider import caches_for
 from .refusal import Refused
 from .sampling import choose_processors, choose_sampler, probabilities
 from .store import Prefixes
@@ -38,8 +35,7 @@ def serve_alone(job: Job, provider: Any, prefixes: Prefixes, stops: Callable[[],
     if not processors:  # mlx-lm shows penalties only the part of a prompt that it is fed
         caches, known = prefixes.find(provider.model_key, prompt)
     if caches is None:
-        caches = new_caches(model, len(prompt))
-        caches += new_caches(draft, len(prompt)) if draft is not None else []
+        caches = caches_for(provider, len(prompt))
     job.start(None, known)
 
     def report(done: int, total: int) -> None:
@@ -89,11 +85,3 @@ def serve_alone(job: Job, provider: Any, prefixes: Prefixes, stops: Callable[[],
     prefixes.keep(provider.model_key, tokens, [part for part in parts if part])
     if last is not None:
         job.say(*last)
-
-
-def new_caches(model: nn.Module, prompt_tokens: int) -> list[Any]:
-    """New caches for a prompt of this length, on which a setting may depend."""
-    if model_setting(model) is not None:
-        caches: list[Any] = model.make_cache(prompt_length=prompt_tokens)
-        return caches
-    return list(make_prompt_cache(model))

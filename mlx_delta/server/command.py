@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -12,15 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_lm.models.cache import LRUPromptCache
-
 from mlx_delta.models.common import model_setting
+from mlx_delta.prefixes import PrefixCache, PrefixDirectory
+from mlx_delta.prefixes.prefix_cache import ALL
 from mlx_delta.system.cli import run_command
+from mlx_delta.system.memory import set_limit
 
 from .engine import Engine
 from .flags import build_parser, check_flags
 from .listener import Listener
-from .provider import Provider, check_options, served_by
+from .provider import Provider, caches_for, check_options, fingerprint_of, served_by
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +50,13 @@ def run(args: argparse.Namespace) -> None:
     )
     # Before the model is loaded: a port in use is told at once.
     with Listener(args.host, args.port, args.max_connections) as listener:
+        directory = open_directory(args)
+        if args.memory_limit is not None:
+            set_limit(args.memory_limit)
         provider = Provider(args)
         provider.load_default()
         check_options(provider, args)
-        engine = Engine(provider, make_store(args), served_by(provider, args))
+        engine = Engine(provider, make_store(provider, args, directory), served_by(provider, args))
         try:
             announce(listener, engine, args)
             with ending_on_signals(listener):
@@ -64,10 +69,29 @@ def run(args: argparse.Namespace) -> None:
     print("Stopped.", flush=True)
 
 
-def make_store(args: argparse.Namespace) -> Any:
-    """The store of prompts' caches."""
-    budget = {} if args.cache_budget is None else {"max_bytes": args.cache_budget}
-    return LRUPromptCache(args.prompt_cache_size, **budget)
+def open_directory(args: argparse.Namespace) -> PrefixDirectory | None:
+    """The directory of --cache-dir.
+
+    Raises:
+        OSError: It can't be used.
+    """
+    if args.cache_dir is None:
+        return None
+    return PrefixDirectory(args.cache_dir, args.cache_budget, _log.warning)
+
+
+def make_store(
+    provider: Provider, args: argparse.Namespace, directory: PrefixDirectory | None = None
+) -> PrefixCache:
+    """The store of prompts' caches: in memory, and in a directory if there is one."""
+    name = functools.cache(lambda _: fingerprint_of(provider, args))
+    return PrefixCache(
+        args.prompt_cache_size,
+        args.prompt_cache_bytes or ALL,
+        directory=directory,
+        identify=name if directory is not None else lambda _: None,
+        make_caches=lambda _, length: caches_for(provider, length),
+    )
 
 
 def announce(listener: Listener, engine: Engine, args: argparse.Namespace) -> None:

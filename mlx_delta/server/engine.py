@@ -28,7 +28,8 @@ from mlx_lm.server import (
 
 from .alone import serve_alone
 from .job import Job, Request
-from .refusal import Refused
+from .refusal import NO_MEMORY, Refused
+from .room import LOOK_EVERY, check_prompt, is_short_of_memory
 from .sampling import choose_processors, choose_sampler, probabilities
 from .served import Served
 from .store import Prefixes, cut_known
@@ -56,6 +57,7 @@ class Engine(ResponseGenerator):
         self._cutting = threading.Lock()  # a tokenizer is for one thread at a time
         self._counting = threading.Lock()
         self._open = 0
+        self._turns = 0
         self._closing = False
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -161,20 +163,7 @@ class Engine(ResponseGenerator):
                 else f"The prompt can't be cut into tokens: {reason}.",
                 param="messages" if request.request_type == "chat" else "prompt",
             ) from error
-        if not prompt:
-            raise Refused(400, "The prompt is empty; give at least one token.", param="prompt")
-        longest = served.longest_prompt
-        if longest is not None and len(prompt) > longest:
-            bound = (
-                "the model's context has"
-                if longest == served.context
-                else "the server's limit (--max-prompt-tokens) is"
-            )
-            raise Refused(
-                400,
-                f"The prompt has {len(prompt)} tokens but {bound} {longest}; shorten it.",
-                code="context_length_exceeded",
-            )
+        check_prompt(prompt, served, self.model_provider)
         args.max_tokens = served.room(len(prompt), args.max_tokens)
         tokenizer = self.model_provider.tokenizer
         context = GenerationContext(
@@ -255,8 +244,19 @@ class Engine(ResponseGenerator):
         self._drop_gone()
         while self._waiting and len(self._running) < self.rows:
             self._start(self._waiting.popleft())
+        self._turns += 1
+        if self._running and self._turns % LOOK_EVERY == 0 and is_short_of_memory(self.prefixes):
+            self._give_up_newest()
         if self._running:
             self._step()
+
+    def _give_up_newest(self) -> None:
+        """End the answer that was begun last, so that the others can go on."""
+        assert self._batch is not None
+        uid, job = self._running.popitem()
+        self._batch.remove([uid])
+        mx.clear_cache()
+        job.fail(Refused(503, "The server is out of memory; try again later.", code=NO_MEMORY))
 
     def _drop_gone(self) -> None:
         """Free the rows of clients that went away."""

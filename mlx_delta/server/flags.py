@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import json
-import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.generate.flags import check_delta_flags
 from mlx_delta.loading import DEMO, MODEL_HELP
-from mlx_delta.measure.asked import check_delta_flags
 from mlx_delta.system.arguments import add_delta_arguments
 from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.memory import parse_bytes, show_bytes
 
 from .served import MB, Served
 
+CACHE_BUDGET = 4 * 10**9
 KEY_VARIABLE = "MLX_DELTA_API_KEY"
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 # What each number must lie between, ends included.
 BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
@@ -141,10 +140,24 @@ def _add_work(group: Any) -> None:
     add("--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read in one step")
     add("--prompt-cache-size", type=int, default=10, help="Prompts whose caches are kept")
     add(
-        "--cache-budget",
         "--prompt-cache-bytes",
         type=_size,
-        help="Bytes of caches that are kept, such as 4GB. Default: no bound but their number.",
+        metavar="SIZE",
+        help="Bytes of them in memory, such as 2GB. Default: no bound but their number.",
+    )
+    add("--cache-dir", help="A directory in which they last from one start to the next.")
+    add(
+        "--cache-budget",
+        type=_size,
+        default=CACHE_BUDGET,
+        metavar="SIZE",
+        help=f"Bytes of them in that directory. Default: {show_bytes(CACHE_BUDGET)}.",
+    )
+    add(
+        "--memory-limit",
+        type=_size,
+        metavar="SIZE",
+        help="What model, caches and work may take together, such as 6GB. Default: what is free.",
     )
     add("--kv-bits", type=int, choices=(2, 4, 8), help="With --no-delta: mlx-lm's own quantization")
     add("--kv-group-size", type=int, default=64, choices=(32, 64, 128), help="Its group size")
@@ -190,14 +203,10 @@ def _is_loopback(host: str) -> bool:
 
 def _size(text: str) -> int:
     """Bytes that a text such as 4GB means."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500KB or 4GB")
-    unit = match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
-    size = float(match[1]) * _UNITS[unit]
-    if not math.isfinite(size):
-        raise argparse.ArgumentTypeError(f"{text!r} is too large")
-    return int(size)
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def _object(text: str) -> dict[str, Any]:

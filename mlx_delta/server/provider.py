@@ -11,11 +11,12 @@ from mlx_lm.server import ModelProvider
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
+from mlx_delta.generate.command import choose_delta
 from mlx_delta.loading import load
-from mlx_delta.measure.asked import delta_asked_for
 from mlx_delta.measure.text import context_length
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
+from mlx_delta.prefixes import fingerprint
 
 from .served import Served
 
@@ -44,7 +45,7 @@ class Provider(ModelProvider):
         template = {k: v for k, v in self._tokenizer_config.items() if k != "trust_remote_code"}
         model, tokenizer = load(
             model_path,
-            delta_asked_for(args, model_path),
+            choose_delta(args, model_path),
             tokenizer_config=template,
             adapter_path=adapter_path,
             trust_remote_code=args.trust_remote_code,
@@ -114,6 +115,26 @@ def served_by(provider: Provider, args: argparse.Namespace) -> Served:
         origins=tuple(args.allowed_origins),
         local_only=args.is_local,
     )
+
+
+def caches_for(provider: Any, prompt_tokens: int) -> list[Any]:
+    """New caches for a prompt of this length, on which a setting may depend: the draft's last."""
+    models = [m for m in (provider.model, provider.draft_model) if m is not None]
+    return [cache for model in models for cache in _new_caches(model, prompt_tokens)]
+
+
+def _new_caches(model: Any, prompt_tokens: int) -> list[Any]:
+    if model_setting(model) is not None:
+        caches: list[Any] = model.make_cache(prompt_length=prompt_tokens)
+        return caches
+    return list(make_prompt_cache(model))
+
+
+def fingerprint_of(provider: Provider, args: argparse.Namespace) -> str:
+    """A name of all that makes caches what they are: models, settings, and how they are packed."""
+    models = [m for m in (provider.model, provider.draft_model) if m is not None]
+    packing = (args.kv_bits, args.kv_group_size, args.quantized_kv_start) if args.kv_bits else ()
+    return fingerprint(models[0], *map(fingerprint, models[1:]), *packing)
 
 
 def _most_draft_tokens(provider: Provider) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NO_MEMORY = "out_of_memory"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -54,5 +55,5 @@ def failure(error: Exception) -> Refused:
     """What to tell a client whose answer an error ended."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, MemoryError) or "memory" in text.lower():
-        return Refused(503, f"The server ran out of memory: {text}", code="out_of_memory")
+        return Refused(503, f"The server ran out of memory: {text}", code=NO_MEMORY)
     return Refused(500, f"The server failed: {text}")

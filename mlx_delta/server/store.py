@@ -34,6 +34,10 @@ class Prefixes:
             self._store.close()
         self._store = LRUPromptCache(0)
 
+    def shrink(self) -> None:
+        """Let go of the caches in memory."""
+        self._store.trim_to(n_sequences=0)
+
     def __len__(self) -> int:
         return len(self._store)
 
@@ -47,13 +51,16 @@ class Prefixes:
         if len(tokens) < 2:
             return None, 0
         try:
-            cache, rest = self._store.fetch_nearest_cache(model, tokens[:-1])
+            cache, rest = self._store.fetch_nearest_cache(model, tokens)
+            if cache is not None and not rest:
+                cache, rest = self._store.fetch_nearest_cache(model, tokens[:-1])
+                rest = [*rest, tokens[-1]]
         except (OSError, ValueError) as error:  # of files: the prompt is read instead
             _log.warning("no caches are found: %s", error)
             return None, 0
         if cache is None:
             return None, 0
-        found = len(tokens) - 1 - len(rest)
+        found = len(tokens) - len(rest)
         return (cache, found) if found and length_of(cache) == found else (None, 0)
 
     def keep(

@@ -176,7 +176,7 @@ def test_a_huge_window_is_counted():
 def test_a_limit_on_address_space_is_said_not_died_of(tmp_path):
     program = (
         "import resource, sys, mlx_delta\n"
-        "from mlx_delta.generate import memory\n"
+        "from mlx_delta.system import memory\n"
         "from mlx_delta.generate.command import main\n"
         "real = memory._address_space\n"
         "memory._address_space = lambda: (resource.setrlimit(resource.RLIMIT_AS, (BYTES, -1)),"

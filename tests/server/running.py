@@ -14,7 +14,7 @@ from typing import Any
 import requests
 from openai import OpenAI
 
-from mlx_delta.server.command import make_store
+from mlx_delta.server.command import make_store, open_directory
 from mlx_delta.server.engine import Engine
 from mlx_delta.server.flags import build_parser, check_flags
 from mlx_delta.server.listener import Listener
@@ -89,7 +89,9 @@ def running(provider: Provider, store: Any = None, **changes: Any) -> Iterator[R
     args, loaded = provider.cli_args, dict(vars(provider))
     served = dataclasses.replace(served_by(provider, args), **changes)
     with Listener("127.0.0.1", 0, served.max_connections) as listener:
-        engine = Engine(provider, make_store(args) if store is None else store, served)
+        if store is None:
+            store = make_store(provider, args, open_directory(args))
+        engine = Engine(provider, store, served)
         thread = threading.Thread(target=listener.serve, args=[engine])
         thread.start()
         try:

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from .parrot import CONTEXT, SAYINGS, words
+from .parrot import CONTEXT, SAYINGS, ParrotProvider, words
+from .running import running
 
 COUNT = "".join(SAYINGS["count"])
 
@@ -200,6 +201,25 @@ def test_what_a_prompt_begins_with_is_read_once(parrot):
     assert cached(words(100)) == 99
     assert cached(words(100) + " count") >= 96
     assert cached(words(100, first=7)) == 0
+
+
+def test_caches_last_from_one_start_to_the_next(tmp_path):
+    folder = tmp_path / "prompts"
+
+    def cached() -> int:
+        provider = ParrotProvider(tmp_path, "--cache-dir", str(folder))
+        with running(provider) as server:
+            made = server.complete(words(100), max_tokens=3)
+        assert made.choices[0].text.strip() == "0, 1, 2,"
+        return made.usage.prompt_tokens_details.cached_tokens
+
+    assert cached() == 0
+    assert cached() == 99
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-5])
+    assert cached() == 0  # what was spoilt is read anew
+    assert cached() == 99
 
 
 def test_a_prompt_that_is_cached_to_its_end_is_answered(parrot, parrot_provider):

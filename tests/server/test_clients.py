@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from mlx_delta.server import room
+
 from .parrot import ParrotProvider, settle, words
 from .running import Running, running, wait_for
 
@@ -168,6 +170,21 @@ def test_a_failed_step_ends_its_requests_and_not_the_server(parrot, parrot_provi
     hold.steps.release(2)
     assert parrot.text("greet") == "Hello, world."
     assert parrot.post({"prompt": "w1"}, "/v1/completions").status_code == 200
+
+
+def test_memory_that_ends_ends_the_newest_answer_only(held, monkeypatch):
+    first, second = stream(held, stop="none"), stream(held, "w1 count")
+    wait_for(lambda: figures(held)["running"] == 2)
+    held.engine.model_provider.model.hold.steps.release(8)
+    read_until(second, b"0, ")
+    monkeypatch.setattr(room, "free_memory", lambda _=0: (1000, "a test"))
+    held.engine.model_provider.model.hold.steps.release(20)
+    assert b"out_of_memory" in read_until(second, b"out of memory")
+    monkeypatch.undo()
+    held.engine.model_provider.model.hold.steps.release(20)
+    read_until(first, b"20, ")
+    assert figures(held)["running"] == 1
+    first.close()
 
 
 def test_answers_on_their_way_are_finished_when_the_server_ends(parrot_provider):

@@ -54,7 +54,7 @@ def test_a_port_in_use_is_told_at_once(capsys):
         (["--api-key", " "], "error: --api-key must be of visible ASCII characters."),
         (["--no-delta", "--delta", "window=1"], "error: --no-delta and --delta window contradict "),
         (["--delta-kl", "0.1", "--delta-paper"], "error: --delta-paper and --delta-kl contradict "),
-        (["--max-body", "much"], "'much' is no size such as 500KB or 4GB"),
+        (["--max-body", "much"], "'much' is no number of bytes; write it like 6GB or 512MB"),
         (["--chat-template-args", "[]"], "'[]' is no JSON object"),
         (["--chat-template-args", "{"], "'{' is not JSON"),
         (["--model", "no/such/model", "--port", "0"], "error: [load] model 'no/such/model' is "),
@@ -67,7 +67,7 @@ def test_what_can_not_be_used_is_told_in_a_line(capsys, flags, line):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5", 5), ("4KB", 4096), ("4k", 4096), ("1.5 MB", 3 << 19), ("4GB", 1 << 32), ("2g", 2 << 30)],
+    [("5", 5), ("4KB", 4000), ("4k", 4000), ("1.5 MiB", 3 << 19), ("4GB", 4 * 10**9)],
 )
 def test_sizes(text, size):
     assert build_parser().parse_args(["--max-body", text]).max_body == size
