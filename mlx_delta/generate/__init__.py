@@ -110,6 +110,12 @@ def batch_generate(
             "shared by a batch; give a fixed block_size, or generate one prompt at a time."
         )
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    size = kwargs.pop("max_kv_size", None) if delta is not None else None
+    if size is not None:  # mlx-lm would ignore it
+        before = _for_each(name, "prompt_caches", kwargs.get("prompt_caches"), tokens)
+        pairs = zip(before, tokens, strict=True)
+        made = [make_caches(model, len(ids), size) if c is None else c for c, ids in pairs]
+        kwargs["prompt_caches"] = made
     caches = _for_each(name, "prompt_caches", kwargs.get("prompt_caches"), tokens)
     most = kwargs.get("max_tokens", BATCH_MAX_TOKENS)
     limits = _for_each(name, "max_tokens", most, tokens)

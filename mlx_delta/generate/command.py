@@ -23,6 +23,7 @@ from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
@@ -35,7 +36,6 @@ from .checks import check_caches_fit, check_options, check_prompt, room_for_answ
 from .conversation import check_length, closing, encode, read_prompt, uses_template
 from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
-from .limit import MemoryWatch, Plan, check_plan
 from .memory import check_memory
 from .report import Report
 from .saved import (
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     args.ignore_chat_template |= metadata.get("chat_template") == "false"
 
     delta = choose_delta(args, name) if caches is None else setting_of(caches)
+    set_limit(None if args.memory_limit is None else parse_bytes(args.memory_limit))
     if args.memory_limit is not None:
         plan_memory(args, name, delta, text)
     model, tokenizer = load(
@@ -166,17 +167,26 @@ def run(args: argparse.Namespace) -> None:
 
     def came(token: int) -> None:
         answer.append(token)
+        if kept is not None and len(answer) == 1:
+            kept.keep(answer, end=False)  # an answer may be interrupted
         watch.token(len(answer))
 
     answer: list[int] = []
-    show = not args.json
-    try:
-        report = produce(
-            model, tokenizer, tokens, caches, options, header, show, fed, cached, draft_caches, came
-        )
-    finally:
-        if kept is not None:
-            kept.keep(answer)
+    report = produce(
+        model,
+        tokenizer,
+        tokens,
+        caches,
+        options,
+        header,
+        not args.json,
+        fed,
+        cached,
+        draft_caches,
+        came,
+    )
+    if kept is not None:
+        kept.keep(answer)
     report = dataclasses.replace(report, seed=seed)
     dense = None
     if compared is not None:
@@ -193,12 +203,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_memory(args: argparse.Namespace, name: str, delta: Any, text: str) -> None:
-    """Set the limit, and refuse what will not fit it, before the weights are read.
+    """Refuse what will not fit the limit, before the weights are read.
 
     Raises:
         MemoryError: Model and prompt will not fit; the message says what would.
     """
-    set_limit(parse_bytes(args.memory_limit))
     path = find_model(name)
     config = read_config(path)
     setting = read_setting(path, config) if delta == MODEL_SETTING else delta

@@ -84,11 +84,17 @@ class Kept:
         """mlx-lm's callback, of the tokens that :meth:`begin` returned."""
         if 0 < done < whole:
             self.mark()
+            self.keep(end=False)
 
-    def keep(self, answer: Sequence[int] = ()) -> None:
-        """Keep prompt and answer, as far as the caches have them."""
+    def keep(self, answer: Sequence[int] = (), end: bool = True) -> None:
+        """Keep prompt and answer, as far as the caches have them.
+
+        Args:
+            answer: Tokens of it so far.
+            end: Whether the text is over: else only what is marked is kept.
+        """
         tokens = [*self._tokens, *answer]
-        self._store.insert_cache(self._name, tokens, self.caches, marks=self._marks)
+        self._store.insert_cache(self._name, tokens, self.caches, marks=self._marks, end=end)
 
 
 def _say(text: str) -> None:

@@ -145,9 +145,11 @@ class OnlineSoftmax:
 
     @property
     def latest(self) -> mx.array:
-        """What is computed last of all that was added, to wait for."""
-        assert self._output is not None
-        return self._output
+        """What is computed once all that was added is, to wait for."""
+        assert self._output is not None and self._sum is not None
+        # Not the output alone: the weights would be kept until somebody asks for their sum.
+        (latest,) = mx.depends([self._output], [self._sum])
+        return latest
 
     def result(self) -> mx.array:
         """The weighted mean, [..., R, Dv]."""

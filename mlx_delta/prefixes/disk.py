@@ -60,7 +60,8 @@ class PrefixDirectory:
         """Say at once whether anything can be written here."""
         try:
             folder = self.path / VERSION
-            folder.mkdir(parents=True, exist_ok=True)
+            # What people ask is theirs: nobody else reads it.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(None, "it is write-protected")
         except (OSError, ValueError) as error:  # a null byte

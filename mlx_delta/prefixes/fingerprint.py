@@ -7,7 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
+
+from mlx_delta.config import DeltaConfig
+from mlx_delta.sensitivities import Sensitivities
 
 # Words that are summed up at once: what is in between takes little memory.
 _PART = 1 << 22
@@ -39,9 +43,19 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
 
 
 def _said(value: Any) -> str:
-    """A value as text; a setting whole, with its sensitivities."""
-    whole = getattr(value, "to_dict", None)
-    return repr(value) if whole is None else repr(sorted(whole(whole=True).items()))
+    """A value as text; a setting whole, with its sensitivities.
+
+    Sensitivities that were found while loading, and are in no file, depend in their last digits on
+    how many threads there were: of these only the size.
+    """
+    if not isinstance(value, DeltaConfig):
+        return repr(value)
+    values = value.to_dict(whole=True)
+    found = value.sensitivities
+    if isinstance(found, Sensitivities) and found.file is None:
+        sums = [0.0 if x is None else float(x.sum()) for x in (*found.layers, *found.salience)]
+        values["sensitivities"] = [round(4 * np.log2(max(abs(x), 1e-30))) for x in sums]
+    return repr(sorted(values.items()))
 
 
 def _sums(weight: mx.array) -> list[int]:

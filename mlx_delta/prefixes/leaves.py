@@ -304,7 +304,9 @@ class WholeLeaf:
     """A cache that can't be cut, and is kept as it is for each place where a text goes on."""
 
     def __init__(self, cache: Any):
-        self.entry = {"kind": "whole", "class": type(cache).__name__}
+        self.entry: dict[str, Any] = {"kind": "whole", "class": type(cache).__name__}
+        if isinstance(cache, DeltaKVCache):
+            self.entry["config"] = cache.config.to_dict(whole=True)
         self.arrays: list[mx.array] = []
         self.form = self._take_apart(cache.state)
         mx.eval(self.arrays)
@@ -314,7 +316,10 @@ class WholeLeaf:
         """Whether a cache is one of mlx-lm's for one text, whose state says everything."""
         found = getattr(mlx_lm_cache, type(cache).__name__, None)
         own = found is type(cache) and issubclass(found, _BaseCache)
-        return own and not type(cache).__name__.startswith("Batch") and not cache.empty()
+        try:
+            return own and not type(cache).__name__.startswith("Batch") and not cache.empty()
+        except NotImplementedError:
+            return False
 
     def _take_apart(self, value: Any) -> Any:
         """A state as JSON values, with its arrays' numbers and types in their places."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from mlx_lm.models.cache import CacheList, LRUPromptCache
 
 from mlx_delta.cache import DeltaKVCache
+from mlx_delta.sensitivities import Sensitivities
 
 from .chain import in_common, names, root
 from .disk import PrefixDirectory
@@ -140,7 +142,8 @@ class PrefixCache:
         identity = self._identify(model)
         if self.directory is not None and identity is not None:
             layouts |= {layout.name: layout for layout in self.directory.layouts(identity)}
-        return [x for x in layouts.values() if like is None or _settings(like) == x.settings]
+        wanted = None if like is None else _settings(like)
+        return [x for x in layouts.values() if wanted is None or _alike(wanted, x.settings)]
 
     def _root(self, model: Any, layout: Layout) -> str:
         identity = self._identify(model)
@@ -250,6 +253,7 @@ class PrefixCache:
         *,
         cache_type: str = "assistant",
         marks: Iterable[Mark] = (),
+        end: bool = True,
     ) -> None:
         """Keep the caches of a text; they may be used and changed afterwards.
 
@@ -261,6 +265,7 @@ class PrefixCache:
                 first go first when memory is short.
             marks: Taken (:meth:`mark`) while the same caches were filled: other places at which a
                 text can go on.
+            end: Whether another text can go on where this one ends; otherwise at the marks only.
         """
         tokens = list(tokens)
         with self._lock:
@@ -279,7 +284,7 @@ class PrefixCache:
                     kept[i] = cut.block(i)
                 return kept[i]
 
-            for mark in [*marks, cut.mark()]:
+            for mark in [*marks, cut.mark()] if end else marks:
                 # Of tokens that are not given nobody knows what they were.
                 if mark.layout != cut.layout or mark.length > len(tokens):
                     continue
@@ -354,6 +359,32 @@ def _settings(caches: Sequence[Any]) -> list[Any]:
         else None
         for cache in _leaves(caches)
     ]
+
+
+def _alike(settings: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether settings are the same, but for the last digits of sensitivities.
+
+    Those that are found while a model is loaded depend in these on how many threads there were.
+    """
+
+    def numbers(setting: Any) -> list[np.ndarray]:
+        found = Sensitivities.from_dict(setting["sensitivities"])
+        arrays = [*found.layers, *found.salience]
+        return [np.zeros((1, 1), np.float32) if x is None else x for x in arrays]
+
+    if len(settings) != len(others):
+        return False
+    for setting, other in zip(settings, others, strict=True):
+        if setting == other:
+            continue
+        if setting is None or other is None or "sensitivities" not in setting:
+            return False
+        if {**setting, "sensitivities": 0} != {**other, "sensitivities": 0}:
+            return False
+        pairs = zip(numbers(setting), numbers(other), strict=True)
+        if not all(a.shape == b.shape and np.allclose(a, b, rtol=1e-3) for a, b in pairs):
+            return False
+    return True
 
 
 def _take_over(caches: Sequence[Any], like: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from .store import Prefixes
 
 
 class _Gone(Exception):
-    """The client went away while its prompt was read."""
+    """The client went away, or the server is ending."""
 
 
 def serve_alone(job: Job, provider: Any, prefixes: Prefixes, stops: Callable[[], bool]) -> None:
@@ -65,9 +65,7 @@ def serve_alone(job: Job, provider: Any, prefixes: Prefixes, stops: Callable[[],
     try:
         for piece in pieces:
             tokens.append(piece.token)
-            if job.is_gone:
-                return
-            if stops():
+            if job.is_gone or stops():
                 raise _Gone
             shown, reason = job.shown(piece.text, piece.finish_reason)
             said = (shown, piece.token, reason, *probabilities(args, piece.token, piece.logprobs))
@@ -76,7 +74,10 @@ def serve_alone(job: Job, provider: Any, prefixes: Prefixes, stops: Callable[[],
                 break
             job.say(*said)
     except _Gone:
-        job.fail(Refused(503, "The server is shutting down."))
+        if stops():
+            job.fail(Refused(503, "The server is shutting down."))
+        else:
+            job.leave()
         return
     finally:
         pieces.close()  # takes the draft's wrong guesses back

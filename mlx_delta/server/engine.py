@@ -264,9 +264,10 @@ class Engine(ResponseGenerator):
         if gone and self._batch is not None:
             self._batch.remove(gone)
             for uid in gone:
-                del self._running[uid]
-        if any(job.is_gone for job in self._waiting):
-            self._waiting = deque(job for job in self._waiting if not job.is_gone)
+                self._running.pop(uid).leave()
+        for job in [job for job in self._waiting if job.is_gone]:
+            self._waiting.remove(job)
+            job.leave()
 
     def _start(self, job: Job) -> None:
         """Put a job into the batch, or work on it by itself."""

@@ -264,9 +264,11 @@ class Handler(APIHandler):
             self._check_caller()
             self._body_length()
         except Refused as refused:
+            self.close_connection = True
             self._refuse(refused)
             return False
-        return super().handle_expect_100()
+        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
 
     # What they are told.
 

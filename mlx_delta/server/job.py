@@ -35,7 +35,7 @@ class Request(CompletionRequest):
     job: Job | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
     """A request that was admitted.
 
@@ -118,6 +118,10 @@ class Job:
     def fail(self, error: Exception | Refused) -> None:
         """End the answer with an error."""
         self.events.put(error if isinstance(error, Refused) else failure(error))
+
+    def leave(self) -> None:
+        """The client went away; its thread is told, lest it waits for ever."""
+        self.fail(Refused(499, "The client left."))
 
     @property
     def is_gone(self) -> bool:

@@ -17,7 +17,7 @@ from mlx_delta.measure.sparsity import measure_sparsity
 from tests.attention.test_hybrid import inputs
 from tests.tiny import SMALL, llama_model, tokens
 
-LENGTH = 300
+LENGTH = 200
 TEXT = tuple(mx.array(x) for x in inputs(LENGTH))
 SETTINGS = {
     "held": dataclasses.replace(SMALL, max_size=72),
@@ -51,7 +51,7 @@ def expected(config: DeltaConfig) -> mx.array:
 
 
 @each_setting
-@pytest.mark.parametrize("step", [LENGTH, 64, 37, 1])
+@pytest.mark.parametrize("step", [LENGTH, 37, 1])
 def test_what_is_seen_does_not_depend_on_how_a_text_is_cut(config, step):
     cache = DeltaKVCache(config)
     found = mx.concatenate(feed(cache, 0, LENGTH, step), axis=2)
@@ -63,26 +63,26 @@ def test_what_is_seen_does_not_depend_on_how_a_text_is_cut(config, step):
 
 @each_setting
 def test_its_buffers_stay_as_they_are(config):
-    """Between a drop and the next nothing grows beyond what the first thousand tokens took."""
+    """Nothing grows beyond what the first few hundred tokens took."""
     cache, sizes = DeltaKVCache(config), []
-    for _ in range(12):
+    for _ in range(6):
         feed(cache, 0, LENGTH)
         mx.eval(cache.state)
         sizes.append(cache.nbytes)
     unbounded = DeltaKVCache(dataclasses.replace(config, max_size=None))
-    for _ in range(12):
+    for _ in range(6):
         feed(unbounded, 0, LENGTH)
-    assert max(sizes[4:]) <= 1.1 * max(sizes[:4])
-    assert max(sizes) < unbounded.nbytes / 4
+    assert max(sizes[3:]) <= 1.1 * max(sizes[:3])
+    assert max(sizes) < unbounded.nbytes / 3
 
 
 @each_setting
 def test_a_batch_drops_each_rows_own(config):
     singles = [DeltaKVCache(config) for _ in range(2)]
-    for cache, n in zip(singles, (50, 170), strict=True):
+    for cache, n in zip(singles, (50, 110), strict=True):
         feed(cache, 0, n)
     batch = BatchDeltaKVCache.merge([copy.deepcopy(cache) for cache in singles])
-    rows = [tuple(x[:, :, n : n + 90] for x in TEXT) for n in (50, 170)]
+    rows = [tuple(x[:, :, n : n + 90] for x in TEXT) for n in (50, 110)]
     both = tuple(mx.concatenate(pair) for pair in zip(*rows, strict=True))
     mask = batch.make_mask(90)
     together = delta_attention(*both, batch, 0.25, mask)
@@ -118,15 +118,15 @@ def test_padding_drops_nothing():
 @each_setting
 def test_saved_and_restored(config):
     cache = DeltaKVCache(config)
-    feed(cache, 0, 200)
+    feed(cache, 0, 150)
     other = DeltaKVCache.from_state(cache.state)
-    for ours, theirs in zip(feed(other, 200, 280, 7), feed(cache, 200, 280, 7), strict=True):
+    for ours, theirs in zip(feed(other, 150, 190, 7), feed(cache, 150, 190, 7), strict=True):
         assert mx.array_equal(ours, theirs)
 
 
 @each_setting
 def test_going_back_is_exact_or_refused(config):
-    for length in range(160, 190):
+    for length in (160, 167, 171, 176):
         cache = DeltaKVCache(config)
         feed(cache, 0, length)
         with pytest.raises(ValueError, match="full keys are gone"):
@@ -136,7 +136,7 @@ def test_going_back_is_exact_or_refused(config):
         undisturbed = DeltaKVCache(config)
         feed(undisturbed, 0, length - back)
         pairs = zip(
-            feed(cache, length - back, 200), feed(undisturbed, length - back, 200), strict=True
+            feed(cache, length - back, 190), feed(undisturbed, length - back, 190), strict=True
         )
         assert all(np.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
     assert rewind([cache], cache.offset) == 0 and cache.dropped == (0,)
