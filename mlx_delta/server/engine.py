@@ -126,6 +126,11 @@ class Engine(ResponseGenerator):
             "peak_bytes": mx.get_peak_memory(),
         }
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing is admitted any more."""
+        return self._closing
+
     def drain(self, seconds: float) -> bool:
         """Admit nothing any more, and wait for what is on its way; returns whether it is done."""
         with self._counting:

@@ -71,8 +71,8 @@ class Parrot(nn.Module):
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Logits [B, L, V] of inputs [B, L]."""
         hold = self._hold
-        hold.calls += 1
         hold.rows = inputs.shape[0]
+        hold.calls += 1
         if hold.paused:
             hold.steps.acquire(timeout=20)
         if hold.fail:

@@ -103,9 +103,9 @@ def running(provider: Provider, store: Any = None, **changes: Any) -> Iterator[R
             vars(provider).update(loaded)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0, pause: float = 0.005) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.005)
+        time.sleep(pause)

@@ -235,7 +235,5 @@ def test_a_penalty_sees_the_cached_part_of_a_prompt(parrot):
     """The token that follows stands in the prompt, which the second time comes from a cache."""
     prompt = parrot.engine.model_provider.tokenizer
     tokens = [prompt.convert_tokens_to_ids("Hello"), *prompt.encode("w1 w2 w3 greet")]
-    texts = {
-        parrot.text(tokens, max_tokens=1, extra_body={"repetition_penalty": 50.0}) for _ in range(3)
-    }
+    texts = {parrot.text(tokens, max_tokens=1, presence_penalty=20) for _ in range(3)}
     assert len(texts) == 1 and texts != {"Hello"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -46,7 +47,6 @@ def test_a_port_in_use_is_told_at_once(capsys):
     [
         (["--port", "70000"], "error: --port must be from 0 to 65535 but got 70000."),
         (["--host", "192.0.2.1"], "error: [server] '192.0.2.1' is no name or address of this "),
-        (["--host", "no.such.name.invalid"], "error: [server] 'no.such.name.invalid' is no name "),
         (["--temp", "nan"], "error: --temp must be from 0 to 100 but got nan."),
         (["--max-tokens", "0"], "error: --max-tokens must be from 1 to 2147483648 but got 0."),
         (["--max-queue", "-1"], "error: --max-queue must be from 0 to 1048576 but got -1."),
@@ -57,7 +57,10 @@ def test_a_port_in_use_is_told_at_once(capsys):
         (["--max-body", "much"], "'much' is no number of bytes; write it like 6GB or 512MB"),
         (["--chat-template-args", "[]"], "'[]' is no JSON object"),
         (["--chat-template-args", "{"], "'{' is not JSON"),
-        (["--model", "no/such/model", "--port", "0"], "error: [load] model 'no/such/model' is "),
+        (
+            ["--model", "no/such/model", "--port", "0"],
+            "error: [load] there is no model directory 'no/such",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -137,7 +140,10 @@ def test_a_process_whose_model_was_used_in_a_thread_ends_well(parrot_provider):
         "with running(ParrotProvider(pathlib.Path(tempfile.mkdtemp()))) as server:\n"
         "    assert server.text('greet') == 'Hello, world.'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -67,7 +67,7 @@ def test_health_and_figures(parrot):
         ({}, 400, "prompt is missing."),
         ({"prompt": "greet", "model": "eagle"}, 404, 'There is no model "eagle" here; '),
         ({"prompt": words(CONTEXT + 1)}, 400, f"The prompt has {CONTEXT + 1} tokens but the "),
-        ({"prompt": "x" * 10_000}, 400, "The prompt has 10000 characters, more than "),
+        ({"prompt": "x" * 20_000}, 400, "The prompt has 20000 characters, more than "),
         ({"prompt": [1, 2, 99_999]}, 400, "prompt has token 99999 but the model has 0 to "),
         ({"prompt": " "}, 400, "The prompt is empty; give at least one token."),
         ({"prompt": "greet", "max_tokens": 0}, 400, "max_tokens must be a whole number "),
