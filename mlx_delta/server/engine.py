@@ -361,9 +361,8 @@ class Engine(ResponseGenerator):
         ending = Refused(503, "The server is shutting down.")
         for job in [*self._running.values(), *self._waiting]:
             job.fail(ending)
-        self._drop_batch()
         self._waiting.clear()
         self.model_provider.reset()
         self.prefixes.close()
         del self.prompt_cache
-        gc.collect()
+        self._drop_batch()

@@ -27,10 +27,10 @@ class StopWords:
         if not self._words:
             return text, False
         text = self._held + text
-        found = [at for word in self._words if (at := text.find(word)) >= 0]
-        if found:
+        ends = [(at + len(word), at) for word in self._words if (at := text.find(word)) >= 0]
+        if ends:  # the one that is whole first, however the text is cut
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(ends)[1]], True
         keep = max(map(self._begun, [text] * len(self._words), self._words))
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

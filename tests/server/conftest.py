@@ -13,9 +13,9 @@ def parrot_provider(tmp_path_factory):
     return ParrotProvider(tmp_path_factory.mktemp("parrot"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parrot(parrot_provider):
-    """A server of the parrot."""
+    """A server of the parrot; one for a file, so that prompts whose caches matter differ."""
     with running(parrot_provider) as server:
         yield server
 

@@ -197,10 +197,10 @@ def test_what_a_prompt_begins_with_is_read_once(parrot):
         assert made.choices[0].text.strip() == "0, 1,"
         return made.usage.prompt_tokens_details.cached_tokens
 
-    assert cached(words(100)) == 0
-    assert cached(words(100)) == 99
-    assert cached(words(100) + " count") >= 96
-    assert cached(words(100, first=7)) == 0
+    assert cached(words(100, first=50)) == 0
+    assert cached(words(100, first=50)) == 99
+    assert cached(words(100, first=50) + " count") >= 96
+    assert cached(words(100, first=51)) == 0
 
 
 def test_caches_last_from_one_start_to_the_next(tmp_path):
@@ -215,9 +215,8 @@ def test_caches_last_from_one_start_to_the_next(tmp_path):
 
     assert cached() == 0
     assert cached() == 99
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:-5])
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-5])
     assert cached() == 0  # what was spoilt is read anew
     assert cached() == 99
 

