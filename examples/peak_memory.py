@@ -16,20 +16,37 @@ import time
 
 import mlx_delta  # isort: skip  (before MLX, for the faster BLAS)
 import mlx.core as mx
+import numpy as np
 
+from mlx_delta import DeltaConfig
 from mlx_delta.measure.filling import generation_steps
 from mlx_delta.measure.settings import parse_setting
 from mlx_delta.measure.text import BUNDLED_TEXT, encode_text, read_text
+from mlx_delta.models.llama import Model, ModelArgs
 
+RANDOM = "random"  # a small model with random weights, for very long texts
 SETTINGS = ["dense", "kv8", "kv4", "delta", "delta:key_bits=4,value_bits=4"]
+
+
+def random_model() -> Model:
+    """A small Llama with random weights."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    more = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 4096}
+    model = Model(ModelArgs.from_dict({**sizes, **more, "delta": DeltaConfig()}))
+    mx.eval(model.parameters())
+    return model
 
 
 def measure(model_name: str, name: str, tokens: int, step: int) -> dict[str, float]:
     """One figure, in this process."""
-    model, tokenizer = mlx_delta.load(model_name)
+    if model_name == RANDOM:
+        model, ids = random_model(), np.random.default_rng(0).integers(0, 4096, tokens).tolist()
+    else:
+        model, tokenizer = mlx_delta.load(model_name)
+        ids = encode_text(tokenizer, read_text(BUNDLED_TEXT))
+        ids = (ids * (tokens // len(ids) + 1))[:tokens]
     setting = parse_setting(name, model.args.delta)
-    ids = encode_text(tokenizer, read_text(BUNDLED_TEXT))
-    ids = (ids * (tokens // len(ids) + 1))[:tokens]
     caches = setting.make_caches(model, tokens)
     mx.clear_cache()
     weights = mx.get_active_memory()
@@ -47,7 +64,7 @@ def measure(model_name: str, name: str, tokens: int, step: int) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help=f"{RANDOM!r}: a small one, random weights")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--prefill-step-size", type=int, default=2048)

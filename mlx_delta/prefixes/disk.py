@@ -283,7 +283,7 @@ class PrefixDirectory:
         if tail is not None:
             files.append(self._mark_file(identity, layout, names[-1], tail))
         for depth, file in enumerate(files):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.utime(file, ns=(now, now - depth * _DEPTH))
 
     def _evict(self) -> None:

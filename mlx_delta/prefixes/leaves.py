@@ -16,8 +16,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, _BaseCache
 
 from mlx_delta.cache import DeltaKVCache
-from mlx_delta.cache.held import STATE_VERSION
 from mlx_delta.cache.packed_log import LEAST_BLOCKS
+from mlx_delta.cache.state import STATE_VERSION
 from mlx_delta.cache.values import count_arrays
 
 from .raw import Piece, from_raw, no_tokens, padded, to_raw, type_name

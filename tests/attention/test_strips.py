@@ -64,14 +64,14 @@ def test_quantized_values_are_unpacked_in_strips_too(monkeypatch):
 
 
 def test_what_a_prompt_takes_besides_its_packed_keys_does_not_grow(monkeypatch):
-    """The peak of a chunk, less what is kept: the same after 16,000 tokens as after 4,000."""
+    """The peak of a chunk, less what is kept: little more after 6,000 tokens than after 2,000."""
     monkeypatch.setattr(strip_attention, "STRIP", 1024)
     config, width = DeltaConfig(key_bits=4, value_bits=4, threshold=1.0), 64
     cache = DeltaKVCache(config)
-    keys = mx.array(smooth_keys((1, KV_HEADS, 4096, width)))
+    keys = mx.array(smooth_keys((1, KV_HEADS, 2048, width)))
     queries = mx.random.normal((1, HEADS, 256, width))
     taken = []
-    for _ in range(4):
+    for _ in range(3):
         cache.update(keys, keys)
         mx.eval(cache.state)
         mx.clear_cache()
@@ -82,5 +82,5 @@ def test_what_a_prompt_takes_besides_its_packed_keys_does_not_grow(monkeypatch):
         taken.append(mx.get_peak_memory() - before)
         cache.trim(0)
     unpacked = 2 * 4 * cache.size() * KV_HEADS * width  # keys and values of one layer in float32
-    growth = taken[3] - taken[0]
-    assert growth < 0.25 * unpacked * 3 / 4, (taken, unpacked)
+    growth = taken[2] - taken[0]
+    assert growth < 0.25 * unpacked * 2 / 3, (taken, unpacked)

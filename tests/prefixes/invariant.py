@@ -29,26 +29,25 @@ from mlx_delta.measure.settings import Setting, parse_setting
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from mlx_delta.prefixes import PrefixCache, PrefixDirectory
 
-LENGTH = 400  # not a block's border
+LENGTH = 130  # not a block's border
 FACT, QUESTION = "Remember: the password of Anna is silver king. ", " The password of Anna is"
 ANSWER = " silver king"
 JUNK = [17, 4, 99, 1, 250]
-# A batch computes several rows in one product, which may round otherwise than one row by itself.
-TOLERANCE = 2e-3
+# A batch computes several rows in one product, which may round otherwise than one row by itself;
+# and where a key is rounded otherwise, its code of a few bits may be the next one.
+TOLERANCE = 0.05
 
+# Small blocks: a text of a few sentences is mostly held.
+_SMALL = "delta:block_size=16,window=16"
 SETTINGS = (
     "dense",
-    "delta",
-    "delta:keyframes=false,window=0,run_value=first,threshold=0.75",
-    "delta:key_bits=16,value_bits=16",
-    "delta:key_bits=8,value_bits=8",
-    "delta:key_bits=4,value_bits=4",
-    "delta:key_bits=3,value_bits=4",
-    "delta:key_bits=2,value_bits=4",
-    "delta:key_bits=2,window=0",
+    _SMALL,
+    "delta:block_size=16,window=0,keyframes=false,run_value=first,threshold=0.75",
+    *(f"{_SMALL},key_bits={bits},value_bits={min(16, 2 * bits)}" for bits in (16, 8, 4)),
+    f"{_SMALL},key_bits=3,value_bits=4",
+    f"{_SMALL},key_bits=2,value_bits=4",
+    f"{_SMALL},key_bits=4,value_bits=4,max_size=96",
     "paper:threshold=0.3",
-    "delta:max_size=320",
-    "delta:key_bits=4,value_bits=4,max_size=320",
 )
 
 
@@ -135,8 +134,8 @@ class Run:
         """The text went on, and another one goes on otherwise."""
         store, caches = PrefixCache(), copy.deepcopy(self.caches)
         mark = store.mark(caches)
-        self.forward(JUNK * 40, caches)
-        store.insert_cache("demo", self.text + JUNK * 40, caches, marks=[mark])
+        self.forward(JUNK * 12, caches)
+        store.insert_cache("demo", self.text + JUNK * 12, caches, marks=[mark])
         return self._fetched(store)
 
     def _fetched(self, store: PrefixCache) -> np.ndarray:
@@ -180,7 +179,7 @@ class Run:
 
     def _batch(self) -> list[Any]:
         others = self.setting.make_caches(self.model, len(self.text))
-        self.forward(self.text[:100], others)
+        self.forward(self.text[:50], others)
         pairs = zip(copy.deepcopy(self.caches), others, strict=True)
         return [type(own).merge([own, other]) for own, other in pairs]
 
@@ -242,7 +241,8 @@ PAGE_END = f"""
 - **copied**: the cache that was copied went on otherwise.
 - **left a batch**: another text joined, both took a step, it was taken back, and the row left.
 - **joined a batch**: question and answer are computed together with another text's. Products of
-  several rows may be rounded otherwise than those of one: differences up to {TOLERANCE:g} pass.
+  several rows may be rounded otherwise than those of one, and a key's code may then be the next
+  one: differences up to {TOLERANCE:g} pass, while the tokens are the same.
 
 `max_size` drops the blocks between the first, in which the fact stands here, and the newest.
 """

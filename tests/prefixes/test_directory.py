@@ -84,7 +84,7 @@ def test_texts_share_files(folder):
 def test_a_prefix_of_another_setting_or_model_is_not_taken(folder):
     store = Store(folder)
     assert store.fetch_nearest_cache("n", TEXT)[0] is None
-    other = llama_model(delta=dataclasses.replace(SMALL, key_bits=8))
+    other = llama_model(dataclasses.replace(SMALL, key_bits=8), num_hidden_layers=2)
     assert store.fetch_nearest_cache("m", TEXT, other.make_cache())[0] is None
     assert store.fetch_nearest_cache("m", TEXT, MODEL.make_cache())[0] is not None
 
@@ -204,7 +204,7 @@ def test_bytes_are_those_that_are_packed(tmp_path):
     model = llama_model(
         delta=dataclasses.replace(SMALL, block_size=64, window=64, key_bits=4, value_bits=16),
         head_dim=64,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
     )
     text = np.random.default_rng(0).integers(0, 4096, 2000).tolist()
     caches = filled(text, model)

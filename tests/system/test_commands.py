@@ -59,7 +59,7 @@ def test_the_package_lists_its_commands(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out.splitlines()
     for name, text in COMMANDS.items():
-        assert f"  {name:9}  {text}" in out
+        assert f"  {name:12}  {text}" in out
     assert main(["evalute"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: unknown command 'evalute' (did you mean evaluate")
