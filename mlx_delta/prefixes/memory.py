@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache
 
 from .pieces import Mark
-from .raw import Piece, own, piece_nbytes
+from .raw import Piece, piece_nbytes
 
 Tail = tuple[Any, ...]
 Key = tuple[str, Tail]  # the name of a text's last block, and the tokens after it
@@ -81,11 +80,10 @@ class PrefixMemory:
             self.remove(old)
         for i, name in enumerate(entry.names[1:]):
             if name not in self._blocks:
-                self._blocks[name] = own(block(i))
+                self._blocks[name] = block(i)
                 self._users[name] = 0
                 self.nbytes += piece_nbytes(self._blocks[name])
             self._users[name] += 1
-        entry.mark = dataclasses.replace(entry.mark, piece=own(entry.mark.piece))
         self._entries[entry.key] = entry
         self._at.setdefault(entry.names[-1], {})[entry.tail] = entry
         self.nbytes += entry.mark.nbytes

@@ -35,11 +35,6 @@ def from_raw(array: np.ndarray, name: str) -> mx.array:
     return made
 
 
-def own(piece: Piece) -> Piece:
-    """The piece with arrays of its own: a view would keep all of a cache in memory."""
-    return {name: x if x.base is None else x.copy() for name, x in piece.items()}
-
-
 def piece_nbytes(piece: Piece) -> int:
     """Bytes of all its arrays."""
     return sum(array.nbytes for array in piece.values())

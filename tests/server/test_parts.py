@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, LRUPromptCache, RotatingKVCache
 
 from mlx_delta import DeltaConfig, DeltaKVCache
+from mlx_delta.prefixes import PrefixCache
 from mlx_delta.server.stop_words import StopWords
 from mlx_delta.server.store import Prefixes, cut_known
 
@@ -95,6 +97,28 @@ def test_a_full_window_that_slides_is_not_kept():
     assert len(prefixes) == 0
     prefixes.keep("m", list(range(12)), [[full]])
     assert len(prefixes) == 1
+
+
+def test_kept_caches_are_let_go_at_once():
+    """A circle would keep them until Python looks for one: gigabytes of long prompts."""
+    store = PrefixCache()
+    config = DeltaConfig(block_size=8, window=8, sinks=1)
+    fill(DeltaKVCache(config), 40)
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        caches = [fill(DeltaKVCache(config), 40)]
+        mx.eval(caches[0].state)
+        store.insert_cache("m", list(range(40)), caches)
+        assert mx.get_active_memory() > before
+        del caches
+        found, _ = store.fetch_nearest_cache("m", list(range(41)))
+        mx.eval(found[0].state)
+        del found
+        assert mx.get_active_memory() <= before
+    finally:
+        gc.enable()
 
 
 def test_a_closed_store_is_empty():
