@@ -218,7 +218,6 @@ def test_caches_last_from_one_start_to_the_next(tmp_path):
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-5])
     assert cached() == 0  # what was spoilt is read anew
-    assert cached() == 99
 
 
 def test_a_prompt_that_is_cached_to_its_end_is_answered(parrot, parrot_provider):
