@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-COMMANDS = ("generate", "chat", "cache_prompt", "convert")
+COMMANDS = ("generate", "chat", "cache_prompt", "server", "convert")
 COMMANDS += ("evaluate", "calibrate", "benchmark", "pictures")
 MARK = "<!-- commands -->"
 

@@ -114,17 +114,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: One of these.
     """
     check_numbers(args)
-    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
-    delta_flags += ["--delta-paper"] if args.delta_paper else []
-    wish = given_wish(args)
-    delta_flags += [] if wish is None else [wish]
-    if wish is not None and args.delta_paper:
-        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
-    for name in ("level", "threshold"):
-        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
-            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
-    if args.no_delta and delta_flags:
-        raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
+    check_delta_flags(args)
     if args.no_delta and args.compare:
         raise ValueError("--compare needs the delta; drop --no-delta.")
     if args.compare and (args.prompt_cache_file or args.draft_model):
@@ -155,7 +145,7 @@ def check_flags(args: argparse.Namespace) -> None:
                     f"{flag(name)} comes too late with --prompt-cache-file: the cache holds the "
                     "beginning of the conversation; give it where the cache is made."
                 )
-        if wish is not None:
+        if (wish := given_wish(args)) is not None:
             raise ValueError(
                 f"{wish} comes too late with --prompt-cache-file: its keys are held already; give "
                 "it where the cache is made."
@@ -165,6 +155,25 @@ def check_flags(args: argparse.Namespace) -> None:
                 "--trust-remote-code with --prompt-cache-file needs --model: a file must not "
                 "choose whose code runs."
             )
+
+
+def check_delta_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of the delta that contradict each other.
+
+    Raises:
+        ValueError: Two of them.
+    """
+    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
+    delta_flags += ["--delta-paper"] if args.delta_paper else []
+    wish = given_wish(args)
+    delta_flags += [] if wish is None else [wish]
+    if wish is not None and args.delta_paper:
+        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
+    for name in ("level", "threshold"):
+        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
+            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
+    if args.no_delta and delta_flags:
+        raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
 
 
 def check_numbers(args: argparse.Namespace) -> None:

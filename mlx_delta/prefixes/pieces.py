@@ -161,18 +161,7 @@ class Cut:
 
     def __init__(self, caches: Sequence[Any]):
         found: list[Any] = []
-
-        def shape(caches: Sequence[Any]) -> list[Any]:
-            shapes: list[Any] = []
-            for cache in caches:
-                if isinstance(cache, CacheList):
-                    shapes.append(shape(cache.caches))
-                else:
-                    shapes.append(len(found))
-                    found.append(cache)
-            return shapes
-
-        self._shape = shape(caches)
+        self._shape = _shape_of(caches, found)
         held = [HeldLeaf.of(cache) for cache in found]
         first = next((leaf for leaf in held if leaf is not None), None)
         size = PLAIN_SIZE if first is None else first.size
@@ -270,9 +259,27 @@ def build(layout: Layout, blocks: Sequence[Piece], mark: Mark | None, length: in
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"pieces of a prefix do not fit each other: {error}") from error
 
-    def nested(shape: Any) -> Any:
-        if isinstance(shape, int):
-            return leaves[shape]
-        return CacheList(*(nested(x) for x in shape))
+    return [_nested(x, leaves) for x in layout.spec["shape"]]
 
-    return [nested(x) for x in layout.spec["shape"]]
+
+# Functions of their own: one within another that calls itself would keep the caches that it knows
+# of in memory until Python looks for circles.
+
+
+def _shape_of(caches: Sequence[Any], found: list[Any]) -> list[Any]:
+    """How caches are nested, as numbers of those that are put into ``found``."""
+    shapes: list[Any] = []
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            shapes.append(_shape_of(cache.caches, found))
+        else:
+            shapes.append(len(found))
+            found.append(cache)
+    return shapes
+
+
+def _nested(shape: Any, leaves: Sequence[Any]) -> Any:
+    """The caches of a shape."""
+    if isinstance(shape, int):
+        return leaves[shape]
+    return CacheList(*(_nested(x, leaves) for x in shape))

@@ -79,6 +79,7 @@ def test_a_command_runs_by_its_name(capsys, tmp_path):
         ("calibrate", ["--model", "no/such/model/here", "--sparsity", "0.1"]),
         ("evaluate", ["--model", "no/such/model/here"]),
         ("benchmark", ["--model", "no/such/model/here"]),
+        ("server", ["--model", "no/such/model/here", "--port", "0"]),
         ("pictures", ["tradeoff", "/no/such/file.json", "-o", "x"]),
     ],
 )
