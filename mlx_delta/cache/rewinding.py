@@ -35,12 +35,18 @@ def rewind(caches: Sequence[Any], n: int) -> int:
             f"[rewind] a {type(fixed[0]).__name__} of {length} tokens can't be rewound; make new "
             "caches and feed the text again."
         )
-    target = wanted
+    target = reachable(caches, wanted)
     held = [cache for cache in caches if isinstance(cache, HeldKeys)]
-    while (lowest := min([target, *(cache.exact_length(target) for cache in held)])) < target:
-        target = lowest
     if target < wanted and any(len(cache.lengths) > 1 for cache in held):
         raise ValueError(f"[rewind] the rows of a batch can't be taken back by {n} tokens exactly.")
     for cache in caches:
         cache.trim(length - target)
     return wanted - target
+
+
+def reachable(caches: Sequence[Any], length: int) -> int:
+    """The largest length, up to this one, to which :func:`rewind` can go back."""
+    held = [cache for cache in leaves(caches) if isinstance(cache, HeldKeys)]
+    while (lowest := min([length, *(cache.exact_length(length) for cache in held)])) < length:
+        length = lowest
+    return length

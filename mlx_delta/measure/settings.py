@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_delta.attention.dense import stock_cache
 from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import replace_ordinary
@@ -21,7 +22,7 @@ from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
 from mlx_delta.wording import nearest
 
-KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only")
+KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only", "stock")
 
 PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
 ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
@@ -62,7 +63,11 @@ class Setting:
         def make(index: int) -> Any:
             if delta is not None:
                 cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
-                return cache(delta.for_layer(index, len(caches)))
+                own_cache = cache(delta.for_layer(index, len(caches)))
+                own_cache.prompt_length = prompt_tokens  # at its end tiles are all computed
+                return own_cache
+            if self.kind == "stock":
+                return stock_cache()
             if self.max_size is not None:
                 return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
             return KVCache()
@@ -126,7 +131,8 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
     ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``rotating:1024`` (mlx-lm's
     ``--max-kv-size``), ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
     :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``paper:threshold=0.6`` (the
-    paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
+    paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped), ``stock``
+    (``dense`` by MLX's own attention, even where ours is faster).
 
     Args:
         names: The names.
@@ -152,10 +158,10 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         )
     if colon and not rest:
         raise ValueError(f"[parse_settings] {name!r} has nothing after its colon.")
-    if kind in ("dense", "kv8", "kv4"):
+    if kind in ("dense", "stock", "kv8", "kv4"):
         if rest:
             raise ValueError(f"[parse_settings] {kind!r} takes no options but got {rest!r}.")
-        return Setting(name, kind, kv_bits=int(kind[2:]) if kind != "dense" else None)
+        return Setting(name, kind, kv_bits=int(kind[2:]) if kind.startswith("kv") else None)
     if kind == "rotating":
         if not rest.isdecimal() or int(rest) <= ROTATING_KEEP:
             raise ValueError(

@@ -60,6 +60,9 @@ def hold_blocks(
         zero, int32 [B, Hkv, n_blocks]. Rows where the hold starts anew count as no zeros.
     """
     B, H, length, D = keys.shape
+    if stored is None and not config.cuts_runs and config.layer_threshold == 0:
+        zeros = _count_zeros(keys, config, first_block * config.block_size, previous)
+        return keys, zeros  # what has changed at all propagates
     # float32: differences of bf16 keys rounded to bf16 would move values across the threshold.
     blocks = keys.astype(mx.float32).reshape(B, H, -1, config.block_size, D)
     if config.run_value == "mean":
