@@ -52,8 +52,8 @@ def private_names(source: str) -> list[str]:
 
 
 def own(name: str) -> bool:
-    """Whether a name is of this library or of a script beside it."""
-    return name.startswith((".", "mlx_delta.", "examples."))
+    """Whether a name is of this library or of a script beside it; or of Python, which keeps it."""
+    return name.startswith((".", "mlx_delta.", "examples.", "os."))
 
 
 @pytest.mark.parametrize(
