@@ -59,7 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true", help="Let the model's files run code.")
     add(
         "--chat-template",
-        default="",
         help="A chat template (Jinja), or a file with one, instead of the model's.",
     )
     add(
