@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(SETTINGS),
         metavar="SETTING",
-        help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
-        f"rotating:1024. Default: {' '.join(SETTINGS)}.",
+        help="dense, delta, delta:key_bits=4,value_bits=4, paper, window-only, kv8, kv4, "
+        f"kv4-rotated, kivi4, kivi2, rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
     add("--seed", type=int, default=0, help="Seed of all that is random. Default: 0.")

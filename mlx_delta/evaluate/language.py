@@ -23,7 +23,7 @@ from mlx_delta.measure.text import encode_text, first_tokens
 from .figures import cache_figures, mean_figures
 
 LENGTH = 2048
-CHUNK = 32  # tokens at a time: logits of a whole window are too many to keep
+CHUNK = 128  # tokens at a time: logits of a whole window are too many to keep
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_delta.measure.provenance import machine_entry
 from mlx_delta.measure.results_file import VERSION, read_results
 from mlx_delta.measure.settings import Setting
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.version import VERSION as RELEASE
 
 from .language import summarize_kld, summarize_perplexity
@@ -82,6 +83,8 @@ class Results:
         }
         if setting.delta is not None:
             run["delta"] = setting.delta.to_dict()
+            if isinstance(setting.delta.sensitivities, Sensitivities):
+                run["delta"]["sensitivities"] = str(setting.delta.sensitivities)
         for other in self.data["runs"]:
             if other["task"] == task:
                 self._compare(f"results of {task} with", other["options"], options)

@@ -6,6 +6,7 @@ only a way to make caches, so the weights are shared and the settings can take t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,10 @@ from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
 from mlx_delta.wording import nearest
 
-KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only")
+from .baselines import BASELINES, QuantizedStore
+
+QUANTIZED = ("kv8", "kv4")  # mlx-lm's
+KINDS = ("dense", "delta", "paper", *QUANTIZED, *BASELINES, "rotating", "window-only")
 
 PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
 ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
@@ -65,6 +69,9 @@ class Setting:
                 return cache(delta.for_layer(index, len(caches)))
             if self.max_size is not None:
                 return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
+            if self.kind in BASELINES:
+                baseline, bits = BASELINES[self.kind]
+                return baseline(bits)
             return KVCache()
 
         return replace_ordinary(caches, make)
@@ -99,9 +106,15 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        if self.max_size is not None and cached_tokens(caches) > 0:
+        seen = cached_tokens(caches)
+        if self.max_size is not None and seen > 0:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
+        periods = {c.period for c in caches if isinstance(c, QuantizedStore) and c.period}
+        if periods and seen > 0:
+            size = min(periods)
+            cuts = [0, *range(size - seen % size, len(tokens), size), len(tokens)]
+            return (tokens[a:b] for a, b in itertools.pairwise(cuts))
         return iter([tokens])
 
     def _step(self, model: nn.Module, tokens: list[int], caches: list[Any]) -> mx.array:
@@ -123,8 +136,9 @@ class Setting:
 def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> list[Setting]:
     """Settings from their names on the command line.
 
-    ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``rotating:1024`` (mlx-lm's
-    ``--max-kv-size``), ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
+    ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``kv4-rotated`` (as llama.cpp quantizes),
+    ``kivi4`` and ``kivi2`` (keys by channel), ``rotating:1024`` (mlx-lm's ``--max-kv-size``),
+    ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
     :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``paper:threshold=0.6`` (the
     paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
 
@@ -152,10 +166,10 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         )
     if colon and not rest:
         raise ValueError(f"[parse_settings] {name!r} has nothing after its colon.")
-    if kind in ("dense", "kv8", "kv4"):
+    if kind in ("dense", *QUANTIZED, *BASELINES):
         if rest:
             raise ValueError(f"[parse_settings] {kind!r} takes no options but got {rest!r}.")
-        return Setting(name, kind, kv_bits=int(kind[2:]) if kind != "dense" else None)
+        return Setting(name, kind, kv_bits=int(kind[2:]) if kind in QUANTIZED else None)
     if kind == "rotating":
         if not rest.isdecimal() or int(rest) <= ROTATING_KEEP:
             raise ValueError(
