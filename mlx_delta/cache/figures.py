@@ -23,6 +23,7 @@ class CacheFigures(_BaseCache):
     config: DeltaConfig
     _lengths: list[int]
     _encoded: list[int]
+    _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
     _keys: DenseKeys | PackedKeys | None
     _values: ValueStore | None
 
@@ -51,6 +52,11 @@ class CacheFigures(_BaseCache):
     def encoded(self) -> tuple[int, ...]:
         """Blocks of each row that are held."""
         return tuple(self._encoded)
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Tokens in a block of each row."""
+        return self._sizes or [self.config.block_size] * len(self._lengths)
 
     @property
     def held_from(self) -> int:

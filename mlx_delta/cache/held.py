@@ -51,6 +51,7 @@ class HeldKeys(CacheFigures):
         self.tile_count = TileCount()  # of a prefill by tiles, over all that was attended to here
         self._lengths = [0]
         self._encoded = [0]
+        self._sizes = None
         self._keys = None
         self._values = None
 
@@ -89,7 +90,9 @@ class HeldKeys(CacheFigures):
         return Step(
             starts=starts,
             steps=steps,
-            block_size=self.config.block_size if self.config.block_fraction is None else length,
+            block_sizes=tuple(
+                self.block_sizes if self.config.block_fraction is None else [length] * len(starts)
+            ),
             window_blocks=self.config.window_blocks,
             far=far,
             near=near,
@@ -116,6 +119,8 @@ class HeldKeys(CacheFigures):
             spread(counts, keys.shape[0]) for counts in (self._lengths, self._encoded)
         )
         self._keys = kind.make(self.config, keys)
+        if self._sizes is not None:
+            self._keys = DenseKeys.make(self.config, keys, sizes=self._sizes)
         self._values = ValueStore.make(self.config.value_bits, values)
         self._model = (keys.shape[1], keys.shape[3], values.shape[3])
         self._item_size = keys.itemsize
@@ -160,9 +165,9 @@ class HeldKeys(CacheFigures):
         return [length + steps for length in self._lengths]
 
     def _far_blocks(self, positions: list[int]) -> list[int]:
-        """How many blocks a query at each position sees as held ones."""
-        block_size, window_blocks = self.config.block_size, self.config.window_blocks
-        return [max(0, position // block_size - window_blocks) for position in positions]
+        """How many blocks a query of each row sees as held ones, at these positions."""
+        rows = zip(positions, self.block_sizes, strict=True)
+        return [max(0, position // size - self.config.window_blocks) for position, size in rows]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return keys and values for attention code that knows nothing of deltas.
@@ -172,8 +177,10 @@ class HeldKeys(CacheFigures):
         """
         step = self.update(keys, values)
         length = step.length
-        first_block = min(step.starts) // step.block_size - step.window_blocks
-        near = max(0, first_block) * step.block_size
+        near = min(
+            max(0, start // size - step.window_blocks) * size
+            for start, size in zip(step.starts, step.block_sizes, strict=True)
+        )
         if step.steps == 1 or near == 0:
             fetched = step.held if step.steps == 1 else step.full
             return fetched[..., :length, :], step.values[..., :length, :]
@@ -220,7 +227,7 @@ class HeldKeys(CacheFigures):
         layer, on the windows before them. So without a window (``window=0``) every block's border
         will do, and with one only the start of the text.
         """
-        for candidate in (length, length // self.config.block_size * self.config.block_size):
+        for candidate in (length, *(length // size * size for size in self.block_sizes)):
             if self._cuts_exactly(max(self._lengths) - candidate):
                 return candidate
         return 0
@@ -230,7 +237,8 @@ class HeldKeys(CacheFigures):
         if self._keys is None:
             return True
         lengths = [length - n for length in self._lengths]
-        near = [far * self.config.block_size for far in self._far_blocks(lengths)]
+        pairs = zip(self._far_blocks(lengths), self.block_sizes, strict=True)
+        near = [far * size for far, size in pairs]
         return all(
             first >= min(full_from, max(0, length))
             for first, full_from, length in zip(near, self._keys.full_from, lengths, strict=True)
@@ -322,6 +330,8 @@ class HeldKeys(CacheFigures):
         rows = keys[0].shape[0]
         self._lengths, self._encoded = spread(self._lengths, rows), spread(self._encoded, rows)
         self._keys = kind.restore(self.config, header, keys)
+        if isinstance(self._keys, DenseKeys) and "sizes" in header:
+            self._sizes = self._keys.sizes
         self._values = ValueStore(self.config.value_bits, tuple(values))
 
     def _check_state(self, name: str) -> None:
@@ -336,11 +346,11 @@ class HeldKeys(CacheFigures):
         if len(self._encoded) != B:
             raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
         self.config.check_heads(H)
-        size = self.config.block_size
         room = self._keys.check(name, self._lengths, self._encoded)
         capacity = room or self._values.capacity
         self._values.check(name, (B, H, capacity))
-        for length, encoded in zip(self._lengths, self._encoded, strict=True):
+        rows = zip(self._lengths, self._encoded, self.block_sizes, strict=True)
+        for length, encoded, size in rows:
             if length > capacity or not 0 <= encoded * size <= max(0, length):
                 raise ValueError(
                     f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "

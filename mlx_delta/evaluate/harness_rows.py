@@ -29,12 +29,14 @@ def can_batch(model: nn.Module, setting: Setting) -> bool:
     """Whether texts of different lengths can share a batch under a setting.
 
     Not where a cache has no batch twin (quantized, rotating, ``window-only``, sliding-window
-    layers), nor where the window is measured on each prompt (the paper's).
+    layers). Where the window is measured on each prompt (the paper's), each row has its own.
     """
     if setting.kv_bits is not None:
         return False
-    if setting.delta is not None and setting.delta.block_fraction is not None:
-        return False
+    delta = setting.delta
+    if delta is not None and delta.block_fraction is not None:
+        if delta.keyframes or delta.threshold_mode != "absolute":
+            return False  # thresholds or runs depend on the block, and blocks on the row
     return all(type(c) in (KVCache, DeltaKVCache) for c in setting.make_caches(model))
 
 

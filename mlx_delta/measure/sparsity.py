@@ -6,6 +6,7 @@ are zero; which queries saw which blocks as held follows from their positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def share_of_zeros(caches: Sequence[Any], row: int = 0) -> float:
     Over the elements of encoded blocks, keyframes among them; 0 if there are none.
     """
     layers = [_block_zeros(c, row) for c in caches if isinstance(c, HeldKeys) and not c.empty()]
-    sizes = [c.config.block_size for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    sizes = [c.block_sizes[row] for c in caches if isinstance(c, HeldKeys) and not c.empty()]
     total = sum(z.size * size * head_dim for (z, head_dim), size in zip(layers, sizes, strict=True))
     return float(sum(z.sum() for z, _ in layers) / total) if total else 0.0
 
@@ -95,7 +96,7 @@ def _skipped(cache: HeldKeys, first: int, end: int, row: int) -> np.ndarray:
     """
     zeros, head_dim = _block_zeros(cache, row)
     first = max(first, min(end, cache.held_from))  # those before saw full keys only
-    return zeros @ queries_of_blocks(cache.config, zeros.shape[1], first, end) / head_dim
+    return zeros @ queries_of_blocks(_row_config(cache, row), zeros.shape[1], first, end) / head_dim
 
 
 def queries_of_blocks(config: DeltaConfig, n_blocks: int, first: int, end: int) -> np.ndarray:
@@ -112,9 +113,14 @@ def _block_zeros(cache: HeldKeys, row: int) -> tuple[np.ndarray, int]:
     return np.array(cache.zeros[row, :, : cache.encoded[row]], np.int64), cache.head_dim
 
 
+def _row_config(cache: HeldKeys, row: int) -> DeltaConfig:
+    """The setting of one row: with its own block size."""
+    return dataclasses.replace(cache.config, block_size=cache.block_sizes[row])
+
+
 def _paper(cache: HeldKeys, length: int, row: int) -> float:
     zeros, head_dim = _block_zeros(cache, row)
-    config = cache.config
+    config = _row_config(cache, row)
     if not zeros.size:
         return 0.0
     span = min(config.window + config.block_size, length)
