@@ -6,6 +6,8 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,22 @@ from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.version import VERSION as RELEASE
 
 from .language import summarize_kld, summarize_perplexity
+from .needles import summarize_needles
 from .recall import summarize_recall
+from .ruler import RULER, summarize_ruler
+from .samples import summarize
 
 SAVE_EVERY = 3.0  # seconds
-SUMMARIES = {
+SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "recall": summarize_recall,
     "perplexity": summarize_perplexity,
     "kld": summarize_kld,
+    "fidelity": summarize_kld,
+    "needles": summarize_needles,
+    **dict.fromkeys(RULER, summarize_ruler),
+    "winogrande": partial(summarize, metric="accuracy"),
+    "lambada": partial(summarize, metric="accuracy"),
+    "squad": partial(summarize, metric="f1"),
 }
 
 

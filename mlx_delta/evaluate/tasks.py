@@ -17,10 +17,15 @@ from mlx_delta.measure.text import context_length, read_text
 from mlx_delta.wording import nearest
 
 from .language import LanguageOptions, make_windows, measure_window
+from .local_tasks import FILE_TASKS
 from .recall import RecallOptions, RecallTask, measure_sample
 from .results import Results
+from .ruler import RULER
+from .samples import CHECK_EVERY, SampleTask, copied
 
-TASKS = ("recall", "perplexity", "kld")
+LANGUAGE = ("perplexity", "kld", "fidelity")
+COMPARED = ("kld", "fidelity")  # with the same model's dense cache
+TASKS = ("recall", *LANGUAGE, "needles", *RULER)
 
 EXTRA = "pip install 'mlx_delta[evaluate]'"
 
@@ -31,17 +36,27 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
     Raises:
         ValueError: A task is unknown, or given twice; or it needs lm-evaluation-harness, which is
             not installed.
+        FileNotFoundError: A task's file is not there.
     """
     for i, name in enumerate(names):
-        if name in names[:i]:
+        if name.partition("=")[0] in [other.partition("=")[0] for other in names[:i]]:
             raise ValueError(f"[evaluate] task {name!r} is given twice; drop one.")
-    others = [name for name in names if name not in TASKS]
+        kind, equals, file = name.partition("=")
+        if equals and kind not in FILE_TASKS:
+            raise ValueError(
+                f"[evaluate] task {kind!r} takes no file{nearest(kind, FILE_TASKS)}; those that do "
+                f"are {', '.join(FILE_TASKS)}."
+            )
+        if equals and not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"[evaluate] {name!r}: there is no file {file!r}.")
+    others = [name for name in names if name not in TASKS and "=" not in name]
     if not others:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f"[evaluate] unknown task {others[0]!r}{nearest(others[0], TASKS)}; known are "
-            f"{', '.join(TASKS)}, and those of lm-evaluation-harness once it is installed: {EXTRA}."
+            f"{', '.join(TASKS)}, {'=FILE, '.join(FILE_TASKS)}=FILE, and those of "
+            f"lm-evaluation-harness once it is installed: {EXTRA}."
         )
     from .harness import harness_tasks
 
@@ -50,7 +65,8 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
         if name not in known:
             raise ValueError(
                 f"[evaluate] unknown task {name!r}{nearest(name, known)}; known are "
-                f"{', '.join(TASKS)}, and those of lm-evaluation-harness."
+                f"{', '.join(TASKS)}, {'=FILE, '.join(FILE_TASKS)}=FILE, and those of "
+                "lm-evaluation-harness."
             )
 
 
@@ -114,7 +130,7 @@ class Session:
         return measure
 
     def language(self, tasks: Sequence[str], options: LanguageOptions, text: Text) -> Step:
-        """The windows that settings lack for ``perplexity``, ``kld`` or both at once."""
+        """The windows that settings lack for tasks of ``LANGUAGE``; several at once."""
         windows = make_windows(self.tokenizer, text.content, options, context_length(self.model))
         entry = {"length": len(windows[0]) - 1, "windows": len(windows), **text.entry()}
         runs = {task: self._runs(task, entry, len(windows)) for task in tasks}
@@ -129,7 +145,7 @@ class Session:
                     self.tokenizer,
                     windows[i],
                     [self.settings[n] for n in needed],
-                    bool(lacking.get("kld")),
+                    any(lacking.get(task) for task in COMPARED),
                 )
                 for n, record in zip(needed, records, strict=True):
                     for task in tasks:
@@ -138,6 +154,55 @@ class Session:
                 self.results.save()
 
         return measure
+
+    def samples(self, task: SampleTask) -> Step:
+        """The samples that settings lack; see :class:`SampleTask`.
+
+        A setting that is dense up to some length takes dense attention's records of shorter
+        samples; one in so many is measured all the same, and all are should those differ.
+        """
+        runs = self._runs(task.name, task.options, sum(map(len, task.groups)))
+
+        def measure() -> None:
+            for setting, run in zip(self.settings, runs, strict=True):
+                dense: dict[int, Any] = {}
+                if setting.kind != "dense":
+                    of_dense = (r for r in runs if r["kind"] == "dense")
+                    dense = {r["index"]: r for run in of_dense for r in run["records"]}
+                self._measure_samples(task, setting, run, dense)
+
+        return measure
+
+    def _measure_samples(
+        self, task: SampleTask, setting: Setting, run: dict[str, Any], dense: dict[int, Any]
+    ) -> None:
+        done = {record["index"] for record in run["records"]}
+        missing = [[i for i in group if i not in done] for group in task.groups]
+        short = {i for i in dense if task.tokens(i) <= setting.dense_up_to}
+        checked = {i for i in short if i % CHECK_EVERY == 0}
+        count = sum(map(len, missing))
+        with tqdm(total=count, desc=f"{task.name}, {setting.name}", disable=not count) as bar:
+            # Those that are checked come first: on them it depends what is taken over.
+            for only_checked in (True, False):
+                for group in missing:
+                    part = [i for i in group if (i in checked) is only_checked]
+                    taken = [i for i in part if not only_checked and i in short]
+                    run["records"] += [copied(dense[i]) for i in taken]
+                    part = [i for i in part if i not in taken]
+                    if part:
+                        run["records"] += task.measure(self.model, setting, part, dense)
+                    bar.update(len(part) + len(taken))
+                    self.results.save()
+                differing = [
+                    record["index"]
+                    for record in run["records"]
+                    if record["index"] in checked
+                    and record.get("score") != dense[record["index"]].get("score")
+                ]
+                if differing:
+                    short = set()
+                if checked:
+                    run["checked"] = {"samples": len(checked), "differing": len(differing)}
 
     def harness(self, task: str, options: Any) -> Step:
         """One of lm-evaluation-harness's tasks, with the settings that lack it."""

@@ -49,6 +49,16 @@ class Setting:
     kv_bits: int | None = None
     max_size: int | None = None
 
+    @property
+    def dense_up_to(self) -> int:
+        """Tokens of a text up to which everything is as with a dense cache."""
+        delta = self.delta
+        if self.kind not in ("delta", "window-only") or delta is None:
+            return 0
+        if delta.key_bits is not None or delta.value_bits is not None or delta.block_fraction:
+            return 0
+        return (delta.window_blocks + 1) * delta.block_size
+
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
         """New caches for a model; ``prompt_tokens`` as for its ``make_cache``.
 
