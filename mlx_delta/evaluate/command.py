@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(SETTINGS),
         metavar="SETTING",
-        help="dense, delta, delta:key_bits=4,value_bits=4, paper, window-only, kv8, kv4, "
+        help="dense, delta, delta:sparsity=0.75,key_bits=4, paper, window-only, kv8, kv4, "
         f"kv4-rotated, kivi4, kivi2, rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)

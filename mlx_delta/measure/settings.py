@@ -20,6 +20,7 @@ from mlx_delta.cache.check_state import cached_tokens
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.wording import nearest
 
 from .baselines import BASELINES, QuantizedStore
@@ -149,8 +150,9 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
     ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``kv4-rotated`` (as llama.cpp quantizes),
     ``kivi4`` and ``kivi2`` (keys by channel), ``rotating:1024`` (mlx-lm's ``--max-kv-size``),
     ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
-    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``paper:threshold=0.6`` (the
-    paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
+    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:sparsity=0.75`` and
+    ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``paper:threshold=0.6``
+    (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
 
     Args:
         names: The names.
@@ -189,9 +191,37 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         return Setting(name, kind, max_size=int(rest))
     base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
     try:
-        return Setting(name, kind, delta=DeltaConfig.parse(rest, base))
+        return Setting(name, kind, delta=_parse_delta(rest, base))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
+
+
+def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
+    """A setting of the delta; ``sparsity=0.75`` and ``kl=0.002`` stand for the level of that."""
+    wanted: dict[str, float] = {}
+    fields = []
+    for field in text.split(","):
+        key, _, value = field.partition("=")
+        if key not in ("sparsity", "kl"):
+            fields.append(field)
+            continue
+        try:
+            wanted[key] = float(value)
+        except ValueError as error:
+            raise ValueError(f"{key} must be a number but got {value!r}.") from error
+    delta = DeltaConfig.parse(",".join(fields), base)
+    if not wanted:
+        return delta
+    if len(wanted) > 1:
+        raise ValueError("sparsity and kl both set the level; give one of them.")
+    if not isinstance(delta.sensitivities, Sensitivities) or not delta.sensitivities.curve:
+        raise ValueError(
+            f"{next(iter(wanted))} needs a calibrated model; run `python -m mlx_delta.calibrate` "
+            "first, or give a level."
+        )
+    return delta.changed(
+        level=delta.sensitivities.level_for(wanted.get("sparsity"), wanted.get("kl"))
+    )
 
 
 def cache_nbytes(caches: Sequence[Any]) -> int:

@@ -126,8 +126,8 @@ def test_greedy_is_recognised(model, tokenizer):
     token = int(
         mx.argmax(model(mx.array(context)[None], cache=[KVCache() for _ in range(3)])[0, -1])
     )
-    rows = rows.Rows(model, setting("dense"), [context, context], True)
-    (_, first), (_, second) = rows.score([[token], [token + 1]])
+    batch = rows.Rows(model, setting("dense"), [context, context], True)
+    (_, first), (_, second) = batch.score([[token], [token + 1]])
     assert first and not second
 
 
@@ -213,9 +213,7 @@ def greedy_tokens(model: Any, tokenizer: Any, prompt: str, steps: int) -> list[i
 def test_generation_limits_and_stops(model, tokenizer, batch_size, monkeypatch):
     steps: list[int] = []
     step = rows.Rows.step
-    monkeypatch.setattr(
-        rows.Rows, "step", lambda self, t: steps.append(len(t)) or step(self, t)
-    )
+    monkeypatch.setattr(rows.Rows, "step", lambda self, t: steps.append(len(t)) or step(self, t))
     prompts = [row["context"] for row in squad()[:3]]
     written = [greedy_tokens(model, tokenizer, prompt, 9) for prompt in prompts]
     text = tokenizer.decode(written[1])
