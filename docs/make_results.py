@@ -93,6 +93,10 @@ RUNS = (
         ("--length", "16384", "--distances", "2000", "8000", "16000", "--answers", "2"),
     ),
     Run(
+        "demo-needles", "demo", ("needles",), ("dense", "delta", "delta:sparsity=0.75", *PAPER),
+        ("--needles", "password", "--lengths", "2048", "8192", "16384", "--samples", "1"),
+    ),
+    Run(
         "demo-kld", "demo", ("kld",),
         ("dense", *DELTA, *PAPER, "window-only", *OTHERS), ("--windows", "4"),
     ),

@@ -16,7 +16,7 @@ from mlx_delta.system.cli import HelpFormatter, run_command
 
 from .language import FIDELITY_LENGTH, LanguageOptions
 from .local_tasks import FILE_TASKS
-from .needles import DEPTHS, NeedleOptions, NeedleTask
+from .needles import DEPTHS, FORMS, NeedleOptions, NeedleTask
 from .recall import TEMPLATES, RecallOptions
 from .results import Results
 from .ruler import RULER, RulerOptions, RulerTask
@@ -88,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(DEPTHS),
         metavar="SHARE",
         help=f"Where needles are. Default: {' '.join(map(str, DEPTHS))}.",
+    )
+    add(
+        "--needles",
+        choices=list(FORMS),
+        default="number",
+        help="What needles tell; the bundled models were taught passwords. Default: number.",
     )
 
     harness = parser.add_argument_group("TASK=FILE and lm-evaluation-harness")
@@ -186,9 +192,8 @@ def sample_task(
     chat = args.apply_chat_template is not False
     lengths = tuple(args.lengths) if args.lengths else None
     if task == "needles":
-        needles = NeedleOptions(
-            args.seed, lengths, tuple(args.depths), args.samples or NeedleOptions.texts, chat
-        )
+        texts, depths = args.samples or NeedleOptions.texts, tuple(args.depths)
+        needles = NeedleOptions(args.seed, lengths, depths, texts, chat, args.needles)
         return NeedleTask(tokenizer, text.content, needles, context, text.entry())
     if task in RULER:
         samples = args.samples or RulerOptions.samples

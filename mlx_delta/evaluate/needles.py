@@ -24,6 +24,7 @@ from mlx_delta.measure.stats import wilson
 from mlx_delta.measure.text import encode_piece, encode_text, first_tokens
 
 from .figures import cache_figures, mean_figures
+from .recall import FACTS
 from .samples import Records, fitting_lengths
 
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -35,9 +36,49 @@ PLACES = (
     "Lisbon", "Cairo", "Oslo", "Lima", "Kyoto", "Perth", "Boston", "Delhi", "Vienna", "Quito",
     "Dublin", "Nairobi", "Prague", "Seoul", "Tunis", "Havana", "Riga", "Accra", "Bergen", "Turin",
 )  # fmt: skip
-TOLD = "\n\nThe special magic number for {place} is: {number}.\n\n"
-ASKED = "\n\nWhat is the special magic number for {place}?"
-BEGUN = "The special magic number for {place} is:"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The wording of needles.
+
+    Attributes:
+        told: A needle.
+        asked: The question; empty: none but the beginning of its answer.
+        begun: The beginning of the answer.
+        keys: What needles are about.
+        words: The value is two of these; none: a number of five digits.
+    """
+
+    told: str
+    asked: str
+    begun: str
+    keys: tuple[str, ...]
+    words: tuple[str, ...] = ()
+
+    def value(self, rng: np.random.Generator) -> str:
+        """A random value."""
+        if not self.words:
+            return str(rng.integers(10_000, 100_000))
+        return " ".join(self.words[i] for i in rng.integers(len(self.words), size=2))
+
+
+FORMS = {
+    "number": Form(
+        "The special magic number for {key} is: {value}.",
+        "What is the special magic number for {key}?",
+        "The special magic number for {key} is:",
+        PLACES,
+    ),
+    # What the bundled models were taught to recall.
+    "password": Form(
+        f"{FACTS['templates']['password']['told']} {{value}}.".replace("{name}", "{key}"),
+        "",
+        FACTS["templates"]["password"]["asked"].replace("{name}", "{key}"),
+        tuple(FACTS["names"]),
+        tuple(FACTS["words"]),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +92,7 @@ class NeedleOptions:
         depths: Where needles are, as shares of a text.
         texts: Texts of each length.
         chat: Whether to ask in the model's chat template, where it has one.
+        form: One of :data:`FORMS`.
     """
 
     seed: int = 0
@@ -58,6 +100,7 @@ class NeedleOptions:
     depths: tuple[float, ...] = DEPTHS
     texts: int = TEXTS
     chat: bool = True
+    form: str = "number"
 
 
 @dataclass(frozen=True)
@@ -94,6 +137,7 @@ class NeedleTask:
     ):
         _check(options)
         self._tokenizer, self._seed = tokenizer, options.seed
+        self._form = FORMS[options.form]
         self._prose = encode_text(tokenizer, prose)
         self.depths = tuple(sorted(options.depths))
         self.lengths = fitting_lengths("needles", options.lengths, LENGTHS, context)
@@ -111,6 +155,7 @@ class NeedleTask:
             "depths": list(self.depths),
             "texts": options.texts,
             "chat": chat,
+            "form": options.form,
         }
         self._texts = options.texts
         self.groups = [[i] for i in range(len(self.lengths) * options.texts)]
@@ -137,19 +182,20 @@ class NeedleTask:
         """
         length = self.tokens(index)
         rng = np.random.default_rng([self._seed, length, index % self._texts])
-        places = [PLACES[i] for i in rng.permutation(len(PLACES))[: len(self.depths)]]
-        numbers = [str(n) for n in rng.integers(10_000, 100_000, len(places))]
+        form, tokenizer = self._form, self._tokenizer
+        keys = [form.keys[i] for i in rng.permutation(len(form.keys))[: len(self.depths)]]
+        values = [form.value(rng) for _ in keys]
         questions = []
-        for depth, place, number in zip(self.depths, places, numbers, strict=True):
-            begun = BEGUN.format(place=place)
-            asked = ASKED.format(place=place) + self._after + begun
-            told = list(self._tokenizer.encode(asked, add_special_tokens=False))
-            questions.append((depth, told, encode_piece(self._tokenizer, f" {number}")))
+        for depth, key, value in zip(self.depths, keys, values, strict=True):
+            asked = f"\n\n{form.asked.format(key=key)}" if form.asked else ""
+            asked += self._after + form.begun.format(key=key)
+            told = list(tokenizer.encode(asked, add_special_tokens=False))
+            questions.append((depth, told, encode_piece(tokenizer, f" {value}")))
         room = length - len(self._before) - max(len(q) + len(a) for _, q, a in questions)
-        needles = [
-            list(self._tokenizer.encode(TOLD.format(place=p, number=n), add_special_tokens=False))
-            for p, n in zip(places, numbers, strict=True)
-        ]
+        needles = []
+        for key, value in zip(keys, values, strict=True):
+            text = f"\n\n{form.told.format(key=key, value=value)}\n\n"
+            needles.append(list(tokenizer.encode(text, add_special_tokens=False)))
         at = int(rng.integers(len(self._prose) - max(room, 0) + 1))
         ids: list[int] = []
         for depth, needle in zip(self.depths, needles, strict=True):
@@ -212,6 +258,10 @@ def _check(options: NeedleOptions) -> None:
     depths = options.depths
     if not depths or len(set(depths)) < len(depths) or not all(0 <= d <= 1 for d in depths):
         raise ValueError(f"[needles] depths must differ and be in [0, 1] but got {depths}.")
+    if options.form not in FORMS:
+        raise ValueError(
+            f"[needles] form must be one of {', '.join(FORMS)} but got {options.form!r}."
+        )
     if len(depths) > len(PLACES):
         raise ValueError(f"[needles] depths must be at most {len(PLACES)} but got {len(depths)}.")
 
