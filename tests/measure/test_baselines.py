@@ -42,7 +42,7 @@ def test_rotated_codes_are_those_of_the_turned_tokens():
         wanted = rounded(x @ turn, 4) @ turn
         # A number on the border between two codes may fall either way.
         assert np.mean(np.abs(found - wanted) > 1e-4) < 0.002
-        assert 0.01 < np.abs(found - x).mean() < 0.2
+        assert 0.01 < np.abs(found - x).mean() < 0.5
 
 
 @pytest.mark.parametrize("make", [RotatedKVCache, ChannelKVCache])
