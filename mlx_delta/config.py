@@ -245,15 +245,16 @@ class DeltaConfig:
             )
         return self.sensitivities
 
-    def channel_weights(self, n_heads: int, head_dim: int) -> np.ndarray:
-        """Of a setting of one layer: the weight of each channel's errors, float32 [Hkv, D].
+    def sensitivities_of_layer(self, n_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a setting of one layer: its weights and its salience, each float32 [Hkv, D].
 
         Raises:
             ValueError: The sensitivities are of a layer of another shape, or not loaded.
         """
         if self.sensitivities is None:
             # As if queries had a mean square of 1, and their scores were divided by sqrt(D).
-            return np.full((n_heads, head_dim), 1 / head_dim, np.float32)
+            weights = np.full((n_heads, head_dim), 1 / head_dim, np.float32)
+            return weights, np.zeros_like(weights)
         return self.loaded_sensitivities.of_layer(n_heads, head_dim)
 
     def for_head(self, head: int) -> DeltaConfig:

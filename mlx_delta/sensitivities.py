@@ -1,4 +1,7 @@
-"""How much a model's output minds errors of its keys: a weight for each layer, head and channel.
+"""How much a model's output minds errors of its keys, and which keys it looks at.
+
+A weight for each layer, kv head and channel says the first, ``salience`` the second: keys along
+it are looked at more (see :mod:`mlx_delta.method.runs`).
 
 :mod:`mlx_delta.calibrate` measures them and writes them beside the model; ``config.json`` names
 the file under ``delta``, and :func:`mlx_delta.load` reads it.
@@ -17,7 +20,8 @@ import numpy as np
 
 FILE_NAME = "delta_sensitivities.safetensors"
 MOST_LAYERS = 1 << 14
-FORMAT = "mlx_delta sensitivities 1"
+FORMAT = "mlx_delta sensitivities 2"
+FORMATS = ("mlx_delta sensitivities 1", FORMAT)  # the first had no salience
 # Of models that are known by name; a file beside a model comes first.
 BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
 
@@ -30,9 +34,12 @@ class Sensitivities:
         curve: What levels do: rows of (level, share of deltas that are zero outside the window,
             KL divergence from dense attention in nats per token), levels ascending.
         file: Name of the file they come from, beside the model.
+        salience: For each layer float32 [Hkv, D], or ``None``, which is all zeros; of no layer if
+            not given.
 
     Raises:
-        ValueError: A weight is negative or not finite, or the curve's levels do not ascend.
+        ValueError: A weight is negative or not finite, salience is not finite or of another
+            shape, or the curve's levels do not ascend.
     """
 
     def __init__(
@@ -40,8 +47,10 @@ class Sensitivities:
         layers: Sequence[np.ndarray | None],
         curve: Sequence[Sequence[float]] = (),
         file: str | None = None,
+        salience: Sequence[np.ndarray | None] = (),
     ):
-        self.layers = tuple(None if x is None else np.array(x, np.float32) for x in layers)
+        self.layers = _float_arrays(layers)
+        self.salience = _float_arrays(salience or [None] * len(self.layers))
         self.curve = tuple((float(level), float(zeros), float(kl)) for level, zeros, kl in curve)
         self.file = file
         for i, weights in enumerate(self.layers):
@@ -52,7 +61,7 @@ class Sensitivities:
                     f"[Sensitivities] weights of layer {i} must be finite numbers >= 0, one for "
                     f"each kv head and channel, but have shape {weights.shape} or other values."
                 )
-            weights.flags.writeable = False
+        self._check_salience()
         levels = [row[0] for row in self.curve]
         if any(b <= a for a, b in zip(levels, levels[1:], strict=False)) or min(levels, default=0):
             raise ValueError("[Sensitivities] the curve's levels must ascend from 0.")
@@ -60,7 +69,25 @@ class Sensitivities:
         for weights in self.layers:
             digest.update(b"-" if weights is None else repr(weights.shape).encode())
             digest.update(b"" if weights is None else weights.tobytes())
+        if any(x is not None for x in self.salience):
+            for along in self.salience:
+                digest.update(b"-" if along is None else along.tobytes())
         self._digest = digest.digest()
+
+    def _check_salience(self) -> None:
+        if len(self.salience) != len(self.layers):
+            raise ValueError(
+                f"[Sensitivities] salience is of {len(self.salience)} layers but the weights are "
+                f"of {len(self.layers)}."
+            )
+        for i, (weights, along) in enumerate(zip(self.layers, self.salience, strict=True)):
+            if along is None:
+                continue
+            if weights is None or along.shape != weights.shape or not np.isfinite(along).all():
+                raise ValueError(
+                    f"[Sensitivities] salience of layer {i} must be finite numbers, as many as "
+                    f"the layer's weights, but has shape {along.shape} or other values."
+                )
 
     def __hash__(self) -> int:
         """Of the weights."""
@@ -85,14 +112,22 @@ class Sensitivities:
                 f"[DeltaConfig] sensitivities are of {len(self.layers)} layers but the model has "
                 f"{n_layers}."
             )
-        return Sensitivities([self.layers[layer]])
+        return Sensitivities([self.layers[layer]], salience=[self.salience[layer]])
 
     def for_head(self, head: int) -> Sensitivities:
         """Those of one head of a single layer."""
-        return Sensitivities([self._only()[head : head + 1]])
+        return self.for_heads(slice(head, head + 1))
 
-    def of_layer(self, n_heads: int, head_dim: int) -> np.ndarray:
-        """The weights of a single layer, float32 [Hkv, D].
+    def for_heads(self, heads: slice) -> Sensitivities:
+        """Those of some heads of each layer."""
+        parts = [
+            [None if x is None else x[heads] for x in arrays]
+            for arrays in (self.layers, self.salience)
+        ]
+        return Sensitivities(parts[0], self.curve, self.file, parts[1])
+
+    def of_layer(self, n_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """The weights of a single layer and its salience, each float32 [Hkv, D].
 
         Raises:
             ValueError: They are of a layer of another shape.
@@ -103,7 +138,8 @@ class Sensitivities:
                 f"[DeltaConfig] sensitivities are of {weights.shape[0]} kv heads of "
                 f"{weights.shape[1]} channels but the layer has {n_heads} of {head_dim}."
             )
-        return weights
+        along = self.salience[0]
+        return weights, np.zeros_like(weights) if along is None else along
 
     def check_heads(self, n_heads: int) -> None:
         """Refuse weights of one layer that are of another number of kv heads.
@@ -159,12 +195,10 @@ class Sensitivities:
 
     def to_dict(self) -> dict[str, Any]:
         """The weights as plain JSON values."""
-        return {
-            "layers": [
-                None if x is None else [*x.shape, base64.b64encode(x.tobytes()).decode("ascii")]
-                for x in self.layers
-            ]
-        }
+        written = {"layers": _to_json(self.layers)}
+        if any(x is not None for x in self.salience):
+            written["salience"] = _to_json(self.salience)
+        return written
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sensitivities:
@@ -174,15 +208,11 @@ class Sensitivities:
             ValueError: They are broken.
         """
         try:
-            layers = [
-                None
-                if entry is None
-                else np.frombuffer(base64.b64decode(entry[2]), np.float32).reshape(entry[:2])
-                for entry in values["layers"]
-            ]
+            layers = _from_json(values["layers"])
+            salience = _from_json(values.get("salience", ()))
         except (TypeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"[DeltaConfig] sensitivities can't be read: {error}.") from error
-        return cls(layers)
+        return cls(layers, salience=salience)
 
     # As a file.
 
@@ -190,7 +220,12 @@ class Sensitivities:
         """Write them as safetensors; the curve goes into the metadata."""
         import mlx.core as mx
 
-        arrays = {f"layers.{i}": mx.array(x) for i, x in enumerate(self.layers) if x is not None}
+        arrays = {
+            f"{name}.{i}": mx.array(x)
+            for name, parts in (("layers", self.layers), ("salience", self.salience))
+            for i, x in enumerate(parts)
+            if x is not None
+        }
         metadata = {
             "format": FORMAT,
             "layers": str(len(self.layers)),
@@ -231,12 +266,43 @@ class Sensitivities:
         try:
             loaded: Any = mx.load(str(file), return_metadata=True)
             arrays, metadata = loaded
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in FORMATS:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
-            if not len(arrays) <= int(metadata["layers"]) <= MOST_LAYERS:
-                raise ValueError(f"it has {len(arrays)} of {metadata['layers'][:20]} layers")
-            layers = [arrays.get(f"layers.{i}") for i in range(int(metadata["layers"]))]
-            found = [None if x is None else np.array(x.astype(mx.float32)) for x in layers]
-            return cls(found, json.loads(metadata["curve"]), file.name)
+            count = int(metadata["layers"])
+            if not len(arrays) <= 2 * count <= 2 * MOST_LAYERS:
+                raise ValueError(f"it has {len(arrays)} arrays of {str(count)[:20]} layers")
+            parts = [
+                [arrays.get(f"{name}.{i}") for i in range(count)] for name in ("layers", "salience")
+            ]
+            layers, salience = (
+                [None if x is None else np.array(x.astype(mx.float32)) for x in part]
+                for part in parts
+            )
+            return cls(layers, json.loads(metadata["curve"]), file.name, salience)
         except (RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"[load] {file} can't be read as sensitivities: {error}.") from error
+
+
+def _float_arrays(arrays: Sequence[np.ndarray | None]) -> tuple[np.ndarray | None, ...]:
+    """Copies that nobody changes."""
+    copies = tuple(None if x is None else np.array(x, np.float32) for x in arrays)
+    for copy in copies:
+        if copy is not None:
+            copy.flags.writeable = False
+    return copies
+
+
+def _to_json(arrays: Sequence[np.ndarray | None]) -> list[Any]:
+    return [
+        None if x is None else [*x.shape, base64.b64encode(x.tobytes()).decode("ascii")]
+        for x in arrays
+    ]
+
+
+def _from_json(entries: Sequence[Any]) -> list[np.ndarray | None]:
+    return [
+        None
+        if entry is None
+        else np.frombuffer(base64.b64decode(entry[2]), np.float32).reshape(entry[:2])
+        for entry in entries
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -16,17 +17,34 @@ CURVE = [(0, 0, 0), (0.1, 0.4, 0.001), (0.4, 0.6, 0.004)]
 
 def _some(layers: int = 3, heads: int = 2, channels: int = 8, **others: object) -> Sensitivities:
     rng = np.random.default_rng(0)
-    return Sensitivities([rng.uniform(0, 9, (heads, channels)) for _ in range(layers)], **others)
+    weights, salience = (
+        [rng.uniform(least, 9, (heads, channels)) for _ in range(layers)] for least in (0, -9)
+    )
+    return Sensitivities(weights, **{"salience": salience, **others})
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path):
-    saved = Sensitivities([*_some(2).layers, None], CURVE)
+    some = _some(3)
+    saved = Sensitivities([*some.layers[:2], None], CURVE, salience=[None, some.salience[1], None])
     saved.save(tmp_path / "s.safetensors")
     read = Sensitivities.read(tmp_path / "s.safetensors")
     assert read == saved
     assert read.curve == saved.curve
     assert read.file == "s.safetensors"
     assert read.layers[2] is None
+    assert read.salience[0] is None
+    np.testing.assert_array_equal(read.salience[1], some.salience[1])
+
+
+def test_a_file_without_salience_is_read(tmp_path):
+    """As files were at first."""
+    some = _some(2)
+    arrays = {f"layers.{i}": mx.array(x) for i, x in enumerate(some.layers)}
+    metadata = {"format": "mlx_delta sensitivities 1", "layers": "2", "curve": "[]"}
+    mx.save_safetensors(str(tmp_path / "old.safetensors"), arrays, metadata)
+    read = Sensitivities.read(tmp_path / "old.safetensors")
+    assert read == Sensitivities(some.layers)
+    assert read != some
 
 
 def test_another_file_is_refused(tmp_path):
@@ -68,6 +86,15 @@ def test_bad_weights_are_refused(layers):
         Sensitivities([np.array(x) for x in layers])
 
 
+@pytest.mark.parametrize(
+    "salience", [[np.full((2, 8), np.nan)], [np.ones((2, 4))], []], ids=["nan", "shape", "layers"]
+)
+def test_bad_salience_is_refused(salience):
+    weights = _some(1).layers
+    with pytest.raises(ValueError, match="salience (is of|of layer)"):
+        Sensitivities(weights * 2 if not salience else weights, salience=salience or [None])
+
+
 def test_a_setting_names_their_file_or_holds_them():
     named = DeltaConfig(level=0.1, sensitivities=_some(file="s.safetensors"))
     assert named.to_dict()["sensitivities"] == "s.safetensors"
@@ -80,12 +107,14 @@ def test_a_setting_names_their_file_or_holds_them():
 def test_a_layer_and_a_head_have_their_own():
     config = DeltaConfig(sensitivities=_some())
     layer = config.for_layer(1, 3)
-    np.testing.assert_array_equal(layer.channel_weights(2, 8), _some().layers[1])
-    np.testing.assert_array_equal(layer.for_head(1).channel_weights(1, 8), _some().layers[1][1:])
+    wanted = _some().layers[1], _some().salience[1]
+    np.testing.assert_array_equal(layer.sensitivities_of_layer(2, 8), wanted)
+    second = [x[1:] for x in wanted]
+    np.testing.assert_array_equal(layer.for_head(1).sensitivities_of_layer(1, 8), second)
     with pytest.raises(ValueError, match="of 3 layers but the model has 4"):
         config.for_layer(0, 4)
     with pytest.raises(ValueError, match="of 2 kv heads of 8 channels but the layer has 2 of 16"):
-        layer.channel_weights(2, 16)
+        layer.sensitivities_of_layer(2, 16)
 
 
 def test_a_name_alone_can_not_be_held_by():
@@ -148,7 +177,7 @@ def test_load_reads_the_file_beside_the_model(tmp_path: Path):
     (path / "config.json").write_text(json.dumps({**LLAMA, "delta": delta}))
     model, _ = load(path)
     assert model.args.delta == DeltaConfig(level=0.2, sensitivities=saved)
-    assert model.make_cache()[2].config.sensitivities == Sensitivities([saved.layers[2]])
+    assert model.make_cache()[2].config.sensitivities == saved.for_layer(2, 3)
     (path / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="weights.safetensors is missing"):
         load(path)

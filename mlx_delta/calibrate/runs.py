@@ -21,6 +21,7 @@ from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.ternary.model import TernaryModel
 
 from .divergence import Comparison, DenseText
+from .salience import measure_salience
 from .weights import Watched, Way, correct_layers, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
@@ -162,16 +163,20 @@ def calibrate_runs(
     watched = watch(model, first, base)
     progress()
     weights, predicting = measure_weights(model, first, base, watched, way, seed)
+    salience: Sequence[np.ndarray | None] = [None] * len(weights)
+    if way == "gradients":
+        salience = measure_salience([watched], [predicting], weights, base)
     progress()
     n_layers = len(model.make_cache())
     if corrected:
-        level = _level_for(watched, _filled(watched, weights, n_layers), base, USUAL)
+        felt = _filled(watched, weights, salience, n_layers)
+        level = _level_for(watched, felt, base, USUAL)
         start = (base.window_blocks + 1) * base.block_size
         text = DenseText(model, first[:CORRECTED], min(start, len(first) - 1))
         held = base.changed(level=level)
-        weights = correct_layers(text, held, watched, weights, predicting, progress)
+        weights = correct_layers(text, held, watched, weights, salience, predicting, progress)
         del text
-    sensitivities = _filled(watched, weights, n_layers)
+    sensitivities = _filled(watched, weights, salience, n_layers)
     held = base.changed(sensitivities=sensitivities)
     levels, shares = _shares(watched, held)
     text = DenseText(model, second, len(second) // 2)
@@ -183,7 +188,8 @@ def calibrate_runs(
         curve.append((level, text.compare(held.changed(level=level))))
         progress()
     rows = [(level, found.zeros, found.divergence) for level, found in curve]
-    sensitivities = Sensitivities(sensitivities.layers, [(0.0, 0.0, 0.0), *rows])
+    curve_rows = [(0.0, 0.0, 0.0), *rows]
+    sensitivities = Sensitivities(sensitivities.layers, curve_rows, salience=sensitivities.salience)
     level = float(f"{sensitivities.level_for(sparsity, kl):.4g}")
     config = base.changed(sensitivities=sensitivities, level=level)
     chosen = text.compare(config)
@@ -191,11 +197,17 @@ def calibrate_runs(
     return RunsCalibration(config, chosen, tuple(curve), len(first))
 
 
-def _filled(watched: Watched, weights: Sequence[np.ndarray], n_layers: int) -> Sensitivities:
+def _filled(
+    watched: Watched,
+    weights: Sequence[np.ndarray],
+    salience: Sequence[np.ndarray | None],
+    n_layers: int,
+) -> Sensitivities:
     layers: list[np.ndarray | None] = [None] * n_layers
-    for layer, own in zip(watched.layers, weights, strict=True):
-        layers[layer] = own
-    return Sensitivities(layers)
+    along = list(layers)
+    for layer, own, direction in zip(watched.layers, weights, salience, strict=True):
+        layers[layer], along[layer] = own, direction
+    return Sensitivities(layers, salience=along)
 
 
 def _level_for(

@@ -103,6 +103,7 @@ def correct_layers(
     config: DeltaConfig,
     watched: Watched,
     weights: Sequence[np.ndarray],
+    salience: Sequence[np.ndarray | None],
     predicting: Sequence[np.ndarray],
     progress: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
@@ -113,6 +114,7 @@ def correct_layers(
         config: With the level to hold at.
         watched: Keys of that window.
         weights: Of each held layer, [Hkv, D].
+        salience: Of each held layer, [Hkv, D], or ``None``.
         predicting: What predicts the divergence, see :func:`measure_weights`.
         progress: Called after each layer.
     """
@@ -120,8 +122,9 @@ def correct_layers(
     ratios = []
     for i, layer in enumerate(watched.layers):
         everywhere: list[np.ndarray | None] = [None] * n_layers
-        everywhere[layer] = weights[i]
-        setting = config.changed(sensitivities=Sensitivities(everywhere))
+        along = list(everywhere)
+        everywhere[layer], along[layer] = weights[i], salience[i]
+        setting = config.changed(sensitivities=Sensitivities(everywhere, salience=along))
         own = setting.for_layer(layer, n_layers)
         measured = text.compare(setting, only=layer).divergence
         keys = watched.keys[i]

@@ -90,7 +90,9 @@ def write_sensitivities(file: Path, sensitivities: Sensitivities) -> Sensitiviti
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return Sensitivities(sensitivities.layers, sensitivities.curve, FILE_NAME)
+    return Sensitivities(
+        sensitivities.layers, sensitivities.curve, FILE_NAME, sensitivities.salience
+    )
 
 
 def write_text(file: Path, text: str) -> None:

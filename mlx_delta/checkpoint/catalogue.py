@@ -53,7 +53,7 @@ class Entry:
     revision: str
     packages: tuple[Package, ...]
     sensitivities: str | None = None
-    zeros: float = 0.65
+    zeros: float = 0.7
 
 
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"

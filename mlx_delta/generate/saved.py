@@ -131,7 +131,8 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
         return dataclasses.replace(first, threshold=threshold)
     if not isinstance(first.sensitivities, Sensitivities):
         return first
-    joined = Sensitivities([(c or first).loaded_sensitivities.layers[0] for c in configs])
+    each = [(c or first).loaded_sensitivities for c in configs]
+    joined = Sensitivities([x.layers[0] for x in each], salience=[x.salience[0] for x in each])
     own = getattr(getattr(args, "delta", None), "sensitivities", None)
     return dataclasses.replace(first, sensitivities=own if own == joined else joined)
 

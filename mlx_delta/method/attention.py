@@ -80,12 +80,13 @@ def hold_by_cost(keys: np.ndarray, config: DeltaConfig) -> tuple[np.ndarray, np.
     """Held keys [N, D] in the modes that cut runs, and which elements start one."""
     held = keys.astype(np.float32)
     starts = np.ones(keys.shape, bool)
-    weights = config.channel_weights(1, keys.shape[1])[0]
+    weights, salience = (x[0] for x in config.sensitivities_of_layer(1, keys.shape[1]))
     for start in range(0, len(keys) - config.block_size + 1, config.block_size):
         block = slice(start, start + config.block_size)
         held[block], starts[block] = block_runs(
             held[block],
             weights,
+            salience,
             config.run_level,
             optimal=config.threshold_mode == "optimal",
             sinks=config.sinks - start,

@@ -1,21 +1,23 @@
 """Which runs a block of keys is cut into, by what the model feels of each channel's error.
 
 The plain specification, in float32, for one block of one kv head: keys [n, D] after RoPE, and
-weights [D], how much the model's output minds a squared error of each channel. Everything faster
-must agree with it.
+weights w [D], how much the model's output minds a squared error of each channel, and salience
+u [D], along which keys are looked at more. Everything faster must agree with it.
 
 A run's elements are all held as their weighted mean. Tokens weigh
 
-    m_t = clip(p_t / mean(p), 1/8, 8),   p_t = sum_d w_d (k_td - mean_d)^2:
+    m_t = clip(p_t / mean(p), 1/8, 8),
+    p_t = exp(sum_d u_d k_td) sum_d w_d (k_td - mean_d)^2:
 
-those that stand out from their block carry what attention recalls. A channel's runs cost
+those that stand out from their block carry what attention recalls, and of these, those that lie
+where queries look. A channel's runs cost
 
     sum_t m_t (k_td - mean of the run)^2 + (level / sqrt(w_d)) * runs.
 
 *Optimal* runs have the smallest cost; *greedy* ones start where a key differs from the running
 weighted mean of the run by more than ``sqrt(level) * w_d^(-1/4) * m_t^(-1/4)``, which takes one
-pass. Scaling the keys by ``c``, and the weights by ``c^-2``, changes nothing if the level is
-scaled by ``c``.
+pass. Scaling the keys by ``c``, the salience by ``1 / c`` and the weights by ``c^-2`` changes
+nothing if the level is scaled by ``c``.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ LEAST_TOKEN, MOST_TOKEN = np.float32(1 / 8), np.float32(8)
 LEAST_WEIGHT = np.float32(1e-30)  # has a finite inverse square root
 
 
-def token_weights(keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def token_weights(keys: np.ndarray, weights: np.ndarray, salience: np.ndarray) -> np.ndarray:
     """How much each token of keys [n, D] counts, [n]; all alike if the keys do not vary."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         mean = keys.sum(axis=0, dtype=np.float32) / np.float32(len(keys))
         deviation = keys - mean
         share = (deviation * deviation * weights).sum(axis=1, dtype=np.float32)
+        looked_at = (deviation * salience).sum(axis=1, dtype=np.float32)
+        share = share * np.exp(looked_at - looked_at.max())  # only ratios matter
         relative = share / (share.sum(dtype=np.float32) / np.float32(len(keys)))
     if not np.isfinite(relative).all():
         return np.ones(len(keys), np.float32)
@@ -115,18 +119,24 @@ def greedy_starts(
 
 
 def block_runs(
-    keys: np.ndarray, weights: np.ndarray, level: float, optimal: bool, sinks: int
+    keys: np.ndarray,
+    weights: np.ndarray,
+    salience: np.ndarray,
+    level: float,
+    optimal: bool,
+    sinks: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a block's keys [n, D] are held as, float32, and which elements start a run.
 
     Args:
         keys: float32.
         weights: Of the channels, [D].
+        salience: Of the channels, [D].
         level: What a run costs.
         optimal: Rather than greedy.
         sinks: Tokens at the start of the block that keep their keys.
     """
-    tokens = token_weights(keys, weights)
+    tokens = token_weights(keys, weights, salience)
     cut = optimal_starts if optimal else greedy_starts
     starts = cut_sinks(cut(keys, weights, tokens, level), sinks)
     return weighted_means(keys, starts, tokens), starts

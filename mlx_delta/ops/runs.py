@@ -39,23 +39,27 @@ def hold_runs(
         ``blocks``; and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
     B, H, n_blocks, size, D = blocks.shape
-    weights = config.channel_weights(H, D)
+    own = config.sensitivities_of_layer(H, D)
     first = first_block * size
     sinks = np.clip(config.sinks - first - size * np.arange(n_blocks), 0, size)
     gpu = mx.default_device() == mx.Device(mx.gpu)
     xp = mx if gpu else np
     keys = blocks if gpu else np.asarray(blocks)
     lanes = keys.reshape(-1, size, D)  # [M, n, D]: blocks of all heads and rows
-    each = np.broadcast_to(weights[None, :, None], (B, H, n_blocks, D)).reshape(-1, D)
+    weights, salience = (
+        np.broadcast_to(x[None, :, None], (B, H, n_blocks, D)).reshape(-1, D) for x in own
+    )
     exact = np.broadcast_to(sinks, (B, H, n_blocks)).reshape(-1)
     arguments = (config.threshold_mode == "optimal", config.run_level)
     if gpu:
-        means, starts = cut_blocks(mx, lanes, mx.array(each), exact, *arguments)
+        means, starts = cut_blocks(
+            mx, lanes, mx.array(weights), mx.array(salience), exact, *arguments
+        )
     else:
         step = max(1, LANES // D)
+        some = [slice(i, i + step) for i in range(0, len(lanes), step)]
         parts = [
-            cut_blocks(np, lanes[i : i + step], each[i : i + step], exact[i : i + step], *arguments)
-            for i in range(0, len(lanes), step)
+            cut_blocks(np, lanes[s], weights[s], salience[s], exact[s], *arguments) for s in some
         ]
         means, starts = (np.concatenate(part) for part in zip(*parts, strict=True))
     zeros = (size * D - starts.reshape(B, H, n_blocks, -1).astype(xp.int32).sum(axis=-1)).astype(
@@ -69,14 +73,23 @@ def hold_runs(
 
 
 def cut_blocks(
-    xp: ModuleType, keys: Array, weights: Array, sinks: np.ndarray, optimal: bool, level: float
+    xp: ModuleType,
+    keys: Array,
+    weights: Array,
+    salience: Array,
+    sinks: np.ndarray,
+    optimal: bool,
+    level: float,
 ) -> tuple[Array, Array]:
-    """Means and starts [M, n, D] of keys of that shape with weights [M, D]; ``sinks`` [M]."""
+    """Means and starts [M, n, D] of keys of that shape.
+
+    Weights and salience are [M, D], ``sinks`` [M].
+    """
     steps = keys.swapaxes(0, 1)  # [n, M, D]
     if xp is np:
         steps = np.ascontiguousarray(steps)
     with np.errstate(all="ignore"):  # NaN and infinities have their own rule
-        tokens = _token_weights(xp, keys, weights)
+        tokens = _token_weights(xp, keys, weights, salience)
         costs = np.float32(level) / xp.sqrt(xp.maximum(weights, LEAST_WEIGHT))
         if xp is mx and level > 0 and has_runs_kernel(keys.shape[1]):
             return cut_runs(keys, tokens, costs, sinks, optimal)
@@ -94,11 +107,13 @@ def cut_blocks(
     return means.swapaxes(0, 1), starts.swapaxes(0, 1)
 
 
-def _token_weights(xp: ModuleType, keys: Array, weights: Array) -> Array:
+def _token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array) -> Array:
     """[M, n], see :func:`mlx_delta.method.runs.token_weights`."""
     n = keys.shape[1]
     deviation = keys - keys.sum(axis=1, keepdims=True) / np.float32(n)
     share = (deviation * deviation * weights[:, None]).sum(axis=2)
+    looked_at = (deviation * salience[:, None]).sum(axis=2)
+    share = share * xp.exp(looked_at - looked_at.max(axis=1, keepdims=True))
     relative = share / (share.sum(axis=1, keepdims=True) / np.float32(n))
     usable = (xp.abs(relative) < xp.inf).all(axis=1, keepdims=True)
     clipped = xp.minimum(xp.maximum(relative, LEAST_TOKEN), MOST_TOKEN)

@@ -14,7 +14,8 @@ from mlx_delta.attention.probe import near_and_causal, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
 from mlx_delta.calibrate.gradients import key_gradients
-from mlx_delta.calibrate.weights import correct_layers, measure_weights, watch
+from mlx_delta.calibrate.salience import measure_salience
+from mlx_delta.calibrate.weights import Watched, correct_layers, measure_weights, watch
 from mlx_delta.generate.command import build_parser, choose_delta
 from mlx_delta.measure.sparsity import share_of_zeros
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
@@ -93,11 +94,27 @@ def test_squared_gradients_predict_the_divergence_of_a_layer():
         errors = np.square(held - np.array(watched.keys[i])[:, : held.shape[1]])
         predicted = 0.5 * (np.array(squares[i])[:, : held.shape[1]] * errors).sum() / (200 - 24)
         assert 0.25 < measured.divergence / predicted < 4, (i, measured, predicted)
-    corrected = correct_layers(text, SMALL_RUNS.changed(level=3e-3), watched, weights, squares)
+    held = SMALL_RUNS.changed(level=3e-3)
+    corrected = correct_layers(text, held, watched, weights, [None] * 3, squares)
     for own, before in zip(corrected, weights, strict=True):
         factor = own / before
         assert factor.min() == pytest.approx(factor.max(), rel=1e-5)
         assert 1 / 8.01 < factor.max() < 8.01
+
+
+def test_salience_finds_the_direction_that_queries_look_along():
+    """Squares made to grow with one channel of each head's keys, and a little noise."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(2, 200, 16)).astype(np.float32)
+    noise = rng.lognormal(0, 0.3, (2, 200, 16))
+    squares = np.exp(0.8 * keys[np.arange(2), :, [3, 9]])[..., None] * noise
+    watched = Watched((0,), [mx.array(keys)], [])
+    weights = [squares.mean(axis=1).astype(np.float32)]
+    (found,) = measure_salience([watched], [[squares]], weights, SMALL_RUNS)
+    for head, channel in enumerate((3, 9)):
+        others = np.delete(found[head], channel)
+        assert found[head, channel] == pytest.approx(0.4, rel=0.2)  # half is trusted
+        assert np.abs(others).max() < 0.1
 
 
 def _held(keys: mx.array, config: DeltaConfig) -> mx.array:

@@ -22,8 +22,11 @@ LEVEL = 0.3
 def _check(keys: np.ndarray, optimal: bool, sinks: np.ndarray, level: float = LEVEL) -> None:
     """Cut blocks [M, n, D] on the bench; runs, means and exact tokens are as specified."""
     M, _, D = keys.shape
-    weights = np.random.default_rng(0).lognormal(0, 1, (M, D)).astype(np.float32)
-    tokens = np.stack([runs.token_weights(k, w) for k, w in zip(keys, weights, strict=True)])
+    rng = np.random.default_rng(0)
+    weights = rng.lognormal(0, 1, (M, D)).astype(np.float32)
+    along = rng.normal(0, 0.3, (M, D)).astype(np.float32)
+    felt = zip(keys, weights, along, strict=True)
+    tokens = np.stack([runs.token_weights(*own) for own in felt])
     costs = np.stack([runs.run_costs(w, level) for w in weights])
     means, starts = runs_kernel.cut_runs(
         mx.array(keys), mx.array(tokens), mx.array(costs), sinks, optimal

@@ -21,16 +21,20 @@ from ..tiny import smooth_keys
 few = settings(max_examples=40, deadline=None)
 
 
+NONE = np.float32(0)  # of salience: queries look at all keys alike
+
+
 def _block(seed: int, n: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     keys = smooth_keys((n, channels), seed) * rng.uniform(0.3, 3, channels).astype(np.float32)
     weights = rng.lognormal(0, 2, channels).astype(np.float32)
-    return keys, weights, runs.token_weights(keys, weights)
+    return keys, weights, runs.token_weights(keys, weights, NONE)
 
 
 def _sensitivities(heads: int, channels: int, seed: int = 0) -> Sensitivities:
     rng = np.random.default_rng(seed)
-    return Sensitivities([rng.lognormal(0, 2, (heads, channels))])
+    weights = rng.lognormal(0, 2, (heads, channels))
+    return Sensitivities([weights], salience=[rng.normal(0, 0.3, weights.shape)])
 
 
 @few
@@ -62,7 +66,7 @@ def test_optimal_runs_cost_no_more_than_greedy_ones(seed, level):
 def test_level_0_is_exact(optimal):
     keys, weights, _ = _block(3, 64, 8)
     keys[10:20, 3] = keys[10, 3]
-    held, starts = runs.block_runs(keys, weights, 0.0, optimal, sinks=0)
+    held, starts = runs.block_runs(keys, weights, NONE, 0.0, optimal, sinks=0)
     np.testing.assert_array_equal(held, keys)
     assert not starts[11:20, 3].any()
 
@@ -76,10 +80,10 @@ def test_level_0_is_exact(optimal):
 def test_units_of_the_keys_do_not_matter(seed, factor, optimal):
     """Powers of 4 and 16: exact, with their square roots."""
     keys, weights, _ = _block(seed, 32, 8)
-    held, starts = runs.block_runs(keys, weights, 0.5, optimal, sinks=2)
+    held, starts = runs.block_runs(keys, weights, NONE, 0.5, optimal, sinks=2)
     scaled = np.float32(factor)
     other, cuts = runs.block_runs(
-        keys * scaled, weights / scaled**2, 0.5 * factor, optimal, sinks=2
+        keys * scaled, weights / scaled**2, NONE, 0.5 * factor, optimal, sinks=2
     )
     assert (starts != cuts).mean() < 0.01  # square roots round
     if np.array_equal(starts, cuts):
@@ -99,24 +103,43 @@ def test_optimal_runs_read_the_same_backwards(seed):
 
 def test_an_offset_of_a_channel_does_not_matter():
     keys, weights, _ = _block(5, 64, 8)
-    _, starts = runs.block_runs(keys, weights, 0.5, True, sinks=0)
-    _, moved = runs.block_runs(keys + np.float32(16), weights, 0.5, True, sinks=0)
+    _, starts = runs.block_runs(keys, weights, NONE, 0.5, True, sinks=0)
+    _, moved = runs.block_runs(keys + np.float32(16), weights, NONE, 0.5, True, sinks=0)
     assert (starts != moved).mean() < 0.02
 
 
 def test_tokens_that_stand_out_count_more():
     keys = smooth_keys((64, 8)) * np.float32(0.1)
     keys[40] += 5
-    tokens = runs.token_weights(keys, np.ones(8, np.float32))
+    tokens = runs.token_weights(keys, np.ones(8, np.float32), NONE)
     assert tokens.argmax() == 40
     assert tokens[40] == 8
     assert tokens.min() >= 0.125
 
 
+def test_tokens_that_queries_look_at_count_more():
+    keys = np.random.default_rng(0).normal(0, 1, (64, 8)).astype(np.float32)
+    along = np.zeros(8, np.float32)
+    along[2] = 3
+    looked_at = runs.token_weights(keys, np.ones(8, np.float32), along)
+    alike = runs.token_weights(keys, np.ones(8, np.float32), NONE)
+    assert np.corrcoef(np.log(looked_at), keys[:, 2])[0, 1] > 0.7
+    assert abs(np.corrcoef(np.log(alike), keys[:, 2])[0, 1]) < 0.3
+
+
+def test_salience_has_no_units_of_its_own():
+    """Keys of thousands overflow no exponential."""
+    keys = np.random.default_rng(1).normal(0, 1e3, (16, 8)).astype(np.float32)
+    tokens = runs.token_weights(keys, np.ones(8, np.float32), np.ones(8, np.float32))
+    np.testing.assert_array_equal(np.unique(tokens), np.float32([0.125, 8]))
+    moved = runs.token_weights(keys + 64, np.ones(8, np.float32), np.ones(8, np.float32))
+    np.testing.assert_array_equal(tokens, moved)
+
+
 def test_higher_levels_hold_more():
     keys, weights, _ = _block(1, 64, 16)
     zeros = [
-        (~runs.block_runs(keys, weights, level, True, sinks=0)[1]).mean()
+        (~runs.block_runs(keys, weights, NONE, level, True, sinks=0)[1]).mean()
         for level in (0.0, 0.01, 0.1, 1.0, 10.0, 1e6)
     ]
     assert zeros == sorted(zeros)
@@ -198,10 +221,13 @@ def test_mlx_and_numpy_cut_alike(monkeypatch):
 
     monkeypatch.setattr(ops, "has_runs_kernel", lambda size: False)
     keys = smooth_keys((4, 16, 12))
-    weights = np.random.default_rng(0).lognormal(0, 2, (4, 12)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    weights = rng.lognormal(0, 2, (4, 12)).astype(np.float32)
+    salience = rng.normal(0, 0.3, (4, 12)).astype(np.float32)
     for optimal in (True, False):
         sinks = np.array([2, 0, 0, 0])
-        numpy = ops.cut_blocks(np, keys, weights, sinks, optimal, 0.3)
-        mlx = ops.cut_blocks(mx, mx.array(keys), mx.array(weights), sinks, optimal, 0.3)
+        felt = weights, salience
+        numpy = ops.cut_blocks(np, keys, *felt, sinks, optimal, 0.3)
+        mlx = ops.cut_blocks(mx, *map(mx.array, (keys, *felt)), sinks, optimal, 0.3)
         np.testing.assert_array_equal(numpy[1], np.array(mlx[1]))
         np.testing.assert_allclose(numpy[0], np.array(mlx[0]), rtol=1e-5, atol=1e-6)

@@ -42,9 +42,9 @@ def test_packed_as_specified(mode, bits, kind):
     masks, counts, payload = (np.array(x) for x in (packed.masks, packed.counts, packed.payload))
     for head, block in np.ndindex(2, 3):
         own = np.array(keys[0, head, block * 16 : block * 16 + 16].astype(mx.float32))
-        weights = config.channel_weights(2, 32)[head]
+        felt = (x[head] for x in config.sensitivities_of_layer(2, 32))
         optimal = mode == "optimal"
-        means, starts = runs.block_runs(own, weights, 0.3, optimal, config.sinks - 16 * block)
+        means, starts = runs.block_runs(own, *felt, 0.3, optimal, config.sinks - 16 * block)
         grid = ref.block_grid(own, bits, kind) if bits < 16 else None
         wanted = ref.pack_runs(means, starts, grid, bits, kind)
         np.testing.assert_array_equal(masks[0, head, block], wanted.mask)
