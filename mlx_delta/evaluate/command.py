@@ -197,11 +197,11 @@ def sample_task(
         return NeedleTask(tokenizer, text.content, needles, context, text.entry())
     if task in RULER:
         samples = args.samples or RulerOptions.samples
-        options = RulerOptions(args.seed, lengths, samples, chat, args.batch_size)
-        return RulerTask(task, tokenizer, options, context)
+        ruler = RulerOptions(args.seed, lengths, samples, chat, args.batch_size)
+        return RulerTask(task, tokenizer, ruler, context)
     kind, _, file = task.partition("=")
-    options = (tokenizer, Path(file).expanduser(), args.limit, args.batch_size)
-    made: SampleTask = FILE_TASKS[kind](*options)
+    path = Path(file).expanduser()
+    made: SampleTask = FILE_TASKS[kind](tokenizer, path, args.limit, args.batch_size)
     return made
 
 

@@ -43,9 +43,11 @@ class QuantizedStore(_BaseCache):
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]; all so far, [B, Hkv, S, ..]."""
         raise NotImplementedError
 
-    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """The causal mask, in mlx-lm's forms."""
-        return create_attention_mask(*args, offset=self.offset, **kwargs)
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """The causal mask for the next ``N`` tokens, in mlx-lm's forms."""
+        return create_attention_mask(N, self.offset, return_array, window_size)
 
     def size(self) -> int:
         """Tokens so far."""
@@ -55,8 +57,8 @@ class QuantizedStore(_BaseCache):
         """Whether nothing was written."""
         return self.offset == 0
 
-    @property
-    def state(self) -> list[Any]:
+    @property  # only to be evaluated: nothing restores these caches
+    def state(self) -> list[Any]:  # type: ignore[misc]
         """All arrays."""
         return [array for codes in self._buffers.values() for array in codes]
 
@@ -123,7 +125,7 @@ class ChannelKVCache(QuantizedStore):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append; groups before the call have been through the codes, the call's tokens not."""
         groups = self.offset // GROUP
-        recent = (keys, values)
+        recent: tuple[mx.array, ...] = (keys, values)
         if self._recent:
             pairs = zip(self._recent, recent, strict=True)
             recent = tuple(mx.concatenate([old, new], axis=2) for old, new in pairs)
@@ -153,8 +155,8 @@ class ChannelKVCache(QuantizedStore):
             self._write("values", mx.quantize(values, GROUP, self.width), groups * GROUP)
         self._recent = tuple(mx.contiguous(x[:, :, done:]) for x in recent)
 
-    @property
-    def state(self) -> list[Any]:
+    @property  # only to be evaluated: nothing restores these caches
+    def state(self) -> list[Any]:  # type: ignore[misc]
         """All arrays."""
         return [*super().state, *self._recent]
 

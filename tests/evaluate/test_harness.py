@@ -54,7 +54,7 @@ def direct(model: Any, name: str, context: list[int], continuation: list[int]) -
 
 
 @pytest.mark.parametrize("task", ["winogrande", "squadv2"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, "paper:threshold=0.5"])
 def test_batches_change_nothing(model, tokenizer, data, name, task):
     # Packed keys are float16, which a batch may round the other way; blocks are padded to its
     # largest.
@@ -266,7 +266,7 @@ def test_sampling_has_a_seed_of_its_own(model, tokenizer):
     assert greedy == [same]
 
 
-@pytest.mark.parametrize("name", ["kv8", "paper", "window-only", "rotating:16"])
+@pytest.mark.parametrize("name", ["kv8", "kivi4", "window-only", "rotating:16"])
 def test_settings_that_cannot_batch_say_so(tokenizer, name, capsys):
     model = llama_model(head_dim=64)  # mlx-lm quantizes in groups of 64
     pairs = requests(("The old river in the garden", " was"), ("A", " dog and a cat"))
