@@ -68,7 +68,7 @@ NOTES = {
     "and score the second half of each. Here too, on books in Markdown (the data set WikiText "
     "could not be fetched): 99 % of the tokens diverge by no more than the next column says, the "
     "worst one by the last. Of so short a chunk little is far enough away to be held.",
-    "needles": "Numbers told at five depths of three texts of each length, and asked for in the "
+    "needles": "Numbers told at eight depths of two texts of each length, and asked for in the "
     "model's chat template, the answer begun for it; found when each digit ranks first. Other "
     "settings are asked for what dense attention finds.",
     "winogrande": "All 1,267 items of the validation set, no examples. The texts have some "

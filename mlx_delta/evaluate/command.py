@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     samples = parser.add_argument_group("needles and ruler-*")
     add = samples.add_argument
     add("--lengths", type=int, nargs="+", metavar="N", help="Tokens of their texts.")
-    add("--samples", type=int, help="Texts of each length. Default: 3 for needles, else 10.")
+    add("--samples", type=int, help="Texts of each length. Default: 2 for needles, else 10.")
     add(
         "--depths",
         type=float,

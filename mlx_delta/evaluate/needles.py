@@ -28,8 +28,8 @@ from .recall import FACTS
 from .samples import Records, fitting_lengths
 
 LENGTHS = (1024, 2048, 4096, 8192)
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TEXTS = 3  # of each length
+DEPTHS = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.95)
+TEXTS = 2  # of each length
 MARK = "<<text>>"  # where a chat template's text goes
 
 PLACES = (

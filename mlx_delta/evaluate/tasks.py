@@ -164,45 +164,61 @@ class Session:
         runs = self._runs(task.name, task.options, sum(map(len, task.groups)))
 
         def measure() -> None:
+            lacking = [_not_done(run, task) for run in runs]
+            count = sum(map(len, lacking))
+            with tqdm(total=count, desc=task.name, disable=not count) as bar:
+                # All settings of a group before the next: what is there can be compared.
+                for group in task.groups:
+                    for setting, run, missing in zip(self.settings, runs, lacking, strict=True):
+                        part = [i for i in group if i in missing]
+                        self._measure_group(task, setting, run, part, copying=True)
+                        bar.update(len(part))
             for setting, run in zip(self.settings, runs, strict=True):
-                dense: dict[int, Any] = {}
-                if setting.kind != "dense":
-                    of_dense = (r for r in runs if r["kind"] == "dense")
-                    dense = {r["index"]: r for run in of_dense for r in run["records"]}
-                self._measure_samples(task, setting, run, dense)
+                self._check_copies(task, setting, run)
 
         return measure
 
-    def _measure_samples(
-        self, task: SampleTask, setting: Setting, run: dict[str, Any], dense: dict[int, Any]
+    def _measure_group(
+        self,
+        task: SampleTask,
+        setting: Setting,
+        run: dict[str, Any],
+        part: list[int],
+        copying: bool,
     ) -> None:
-        done = {record["index"] for record in run["records"]}
-        missing = [[i for i in group if i not in done] for group in task.groups]
-        short = {i for i in dense if task.tokens(i) <= setting.dense_up_to}
-        checked = {i for i in short if i % CHECK_EVERY == 0}
-        count = sum(map(len, missing))
-        with tqdm(total=count, desc=f"{task.name}, {setting.name}", disable=not count) as bar:
-            # Those that are checked come first: on them it depends what is taken over.
-            for only_checked in (True, False):
-                for group in missing:
-                    part = [i for i in group if (i in checked) is only_checked]
-                    taken = [i for i in part if not only_checked and i in short]
-                    run["records"] += [copied(dense[i]) for i in taken]
-                    part = [i for i in part if i not in taken]
-                    if part:
-                        run["records"] += task.measure(self.model, setting, part, dense)
-                    bar.update(len(part) + len(taken))
-                    self.results.save()
-                differing = [
-                    record["index"]
-                    for record in run["records"]
-                    if record["index"] in checked
-                    and record.get("score") != dense[record["index"]].get("score")
-                ]
-                if differing:
-                    short = set()
-                if checked:
-                    run["checked"] = {"samples": len(checked), "differing": len(differing)}
+        """Samples of a group that a setting lacks."""
+        dense = {} if setting.kind == "dense" else self._dense_records(task.name)
+        short = {i for i in part if i in dense and task.tokens(i) <= setting.dense_up_to}
+        taken = [i for i in part if copying and i in short and i % CHECK_EVERY]
+        run["records"] += [copied(dense[i]) for i in taken]
+        part = [i for i in part if i not in taken]
+        if part:
+            run["records"] += task.measure(self.model, setting, part, dense)
+        self.results.save()
+
+    def _check_copies(self, task: SampleTask, setting: Setting, run: dict[str, Any]) -> None:
+        """Compare what was measured with what would have been taken over."""
+        if not any(record.get("as_dense") for record in run["records"]):
+            return
+        dense = self._dense_records(task.name)
+        measured = [
+            record
+            for record in run["records"]
+            if not record.get("as_dense") and task.tokens(record["index"]) <= setting.dense_up_to
+        ]
+        differing = [r for r in measured if r["score"] != dense[r["index"]]["score"]]
+        run["checked"] = {"samples": len(measured), "differing": len(differing)}
+        if differing:
+            run["records"] = [r for r in run["records"] if not r.get("as_dense")]
+            missing = _not_done(run, task)
+            for group in task.groups:
+                part = [i for i in group if i in missing]
+                self._measure_group(task, setting, run, part, copying=False)
+
+    def _dense_records(self, task: str) -> dict[int, Any]:
+        """Dense attention's records of a task, by number."""
+        runs = [r for r in self.results.data["runs"] if (r["task"], r["kind"]) == (task, "dense")]
+        return {record["index"]: record for run in runs for record in run["records"]}
 
     def harness(self, task: str, options: Any) -> Step:
         """One of lm-evaluation-harness's tasks, with the settings that lack it."""
@@ -243,3 +259,9 @@ def _lacking(runs: Sequence[dict[str, Any]], index: int) -> set[int]:
         for n, run in enumerate(runs)
         if all(record["index"] != index for record in run["records"])
     }
+
+
+def _not_done(run: dict[str, Any], task: SampleTask) -> set[int]:
+    """Samples of a task that a run lacks."""
+    done = {record["index"] for record in run["records"]}
+    return {i for group in task.groups for i in group if i not in done}
