@@ -1,8 +1,8 @@
-"""Safetensors files: a strict header check, reads of single rows, and a streaming writer.
+"""Safetensors files: a header checked before all else, reads of single rows, a streaming writer.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes with the header's
-length, a JSON header, then the tensors without gaps. A header is checked in full before a byte
-of data is read, so that a hostile file is refused instead of being mapped or allocated.
+:mod:`mlx_delta.checkpoint.safetensors_header` reads a header as for loading a model, and checks it
+in full before a byte of data is read, so that a hostile file is refused instead of being mapped or
+allocated.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConvertError
-from .files import parse_json, regular_file
+from mlx_delta.checkpoint import safetensors_header
+from mlx_delta.checkpoint.safetensors_header import ITEM_BYTES
 
-# Bytes of an element. numpy has no bfloat16; it travels as uint16.
-ITEM_BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
-    **{"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
-}
+from .errors import ConvertError
+from .files import regular_file
+
+# numpy has no bfloat16; it travels as uint16.
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 
-# The limit of the reference implementation.
-MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 8
 # Pieces of a tensor that may wait to be written.
 MAX_PENDING = 6
 
@@ -84,64 +80,16 @@ def read_header(file: Path) -> dict[str, Tensor]:
     Raises:
         ConvertError: The file is not safetensors, is truncated, or its header is inconsistent.
     """
-    size = regular_file(file).st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            raise ConvertError(f"{file} has {size} bytes: not a safetensors file.")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise ConvertError(
-                f"{file} announces a header of {length} bytes but has {size}: truncated or not a "
-                "safetensors file; fetch it again."
-            )
-        header = parse_json(stream.read(length), f"the header of {file}")
-    if not isinstance(header, dict):
-        raise ConvertError(f"the header of {file} is not a JSON object.")
-    header.pop("__metadata__", None)
-    tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    position = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
-        if tensor.start != position:
-            raise ConvertError(f"{file}: tensor {tensor.name!r} overlaps another or leaves a gap.")
-        position += tensor.nbytes
-    if position != size:
-        raise ConvertError(
-            f"{file} has {size} bytes but its header announces {position}: truncated or changed; "
-            "fetch it again."
-        )
-    return tensors
-
-
-def _entry(file: Path, name: str, entry: Any, data_start: int) -> Tensor:
-    """One tensor of a header."""
-    where = f"{file}: tensor {name[:120]!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ConvertError(f"{where} has a broken header entry.")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ConvertError(f"{where} has the type {str(dtype)[:40]!r}, which is unknown.")
-    if not _whole(shape) or len(shape) > MAX_DIMENSIONS:
-        raise ConvertError(f"{where} has the shape {str(shape)[:80]}.")
-    if not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ConvertError(f"{where} has the offsets {str(offsets)[:80]}.")
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    nbytes = offsets[1] - offsets[0]
-    if count * ITEM_BYTES[dtype] != nbytes:
-        raise ConvertError(
-            f"{where}: shape {shape} of {dtype} takes {count * ITEM_BYTES[dtype]} bytes but has "
-            f"{nbytes}."
-        )
-    return Tensor(file, name, dtype, tuple(shape), data_start + offsets[0], nbytes)
-
-
-def _whole(values: Any) -> bool:
-    """Whether it is a list of whole numbers that are not negative."""
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
-    )
+    try:
+        regular_file(file)
+        return {
+            name: Tensor(file, name, t.dtype, t.shape, t.start, t.nbytes)
+            for name, t in safetensors_header.read_header(file).items()
+        }
+    except ConvertError:
+        raise
+    except ValueError as error:  # the reader that loads models
+        raise ConvertError(str(error).removeprefix("[load] ")) from None
 
 
 @dataclass(frozen=True)

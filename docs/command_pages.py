@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-COMMANDS = ("generate", "convert", "evaluate", "calibrate", "benchmark", "pictures")
+COMMANDS = ("generate", "chat", "convert", "evaluate", "calibrate", "benchmark", "pictures")
 MARK = "<!-- commands -->"
 
 

@@ -176,8 +176,8 @@ def picture(name: str, text: str) -> str:
     """A picture for light and dark pages."""
     return (
         "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="pictures/{name}-dark.png">\n'
-        f'  <img alt="{text}" src="pictures/{name}-light.png">\n'
+        f'  <source media="(prefers-color-scheme: dark)" srcset="../pictures/{name}-dark.png">\n'
+        f'  <img alt="{text}" src="../pictures/{name}-light.png">\n'
         "</picture>"
     )
 
@@ -209,7 +209,7 @@ def page(folder: Path, commands: dict[str, str]) -> str:
             if name in commands:
                 parts.append(f"    {commands[name]}\n")
     words = (folder / "results" / "page.md").read_text(encoding="utf-8")
-    return words.format(machine=machine, results="\n".join(parts))
+    return words.replace("{machine}", machine).replace("{results}", "\n".join(parts))
 
 
 def readme_table(folder: Path) -> str:

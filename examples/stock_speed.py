@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx_delta  # noqa: F401  isort: skip  (before MLX: it chooses the BLAS)
 import mlx.core as mx
-from mlx_lm.utils import load_model
+from mlx_lm.utils import dequantize_model, load_model
 
 from mlx_delta import DeltaConfig, load
 from mlx_delta.loading import find_model
@@ -35,7 +35,8 @@ def speed_table(args: argparse.Namespace) -> None:
     length, steps = args.tokens, args.steps
     stock, _ = load_model(find_model(args.model))
     off, _ = load(args.model, None)
-    if not has_gpu():
+    if not has_gpu():  # float32 weights, as ours are there
+        stock = dequantize_model(stock)
         stock.set_dtype(mx.float32)
     models = {"stock mlx-lm": stock, "delta off": off}
     if not args.no_delta:

@@ -29,7 +29,7 @@ inline uint delta_code(float key, float low, float step) {
 
 // The mean of the run that starts at token t of a channel: first + sum of (key - first) / count,
 // which of one key or of equal ones is exactly that. words: this simdgroup's mask words, W apart.
-// MLX compiles kernels without fast-math, so the division is rounded as IEEE says.
+// The kernel is compiled without fast-math, so the division is rounded as IEEE says.
 template <typename S, int D, int Size>
 inline float delta_mean(const device S* keys, const threadgroup uint* words, uint lane, int t) {
   constexpr int W = (D + 31) / 32;

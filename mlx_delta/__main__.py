@@ -10,6 +10,7 @@ from mlx_delta.wording import nearest
 # In the order in which one meets them. A command's package has its main in one of two modules.
 COMMANDS = {
     "generate": "Generate text; mlx_lm.generate's flags, and the delta's.",
+    "chat": "Talk to a model; the conversation's caches are kept from turn to turn.",
     "convert": "Convert a checkpoint (safetensors, GGUF, mlx-lm) for Macs, iPads and iPhones.",
     "calibrate": "Choose thresholds for a wanted sparsity or loss, and write them into a model.",
     "evaluate": "Measure what ways to keep keys and values save and cost on a model.",

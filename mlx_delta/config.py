@@ -84,7 +84,8 @@ class DeltaConfig:
         prefill: ``"exact"``: a prompt's queries look at all keys. ``"tiles"``: only at blocks of
             keys that are expected to matter to a block of queries (:mod:`mlx_delta.method.tiles`);
             faster on long prompts, and not exact.
-        tiles: For ``prefill="tiles"``: the share of the expected attention that is computed.
+        tiles: For ``prefill="tiles"``: the share of the expected attention that is computed; one
+            number, or one for each layer (``python -m mlx_delta.calibrate --tiles``).
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -103,7 +104,7 @@ class DeltaConfig:
     level: float | None = None
     sensitivities: Sensitivities | str | None = None
     prefill: Prefill = "exact"
-    tiles: float = 0.85
+    tiles: float | tuple[float, ...] = 0.85
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and validate every field once."""
@@ -116,6 +117,7 @@ class DeltaConfig:
             object.__setattr__(self, "threshold", 1.0)
         # JSON gives lists; tuples keep the configuration hashable.
         object.__setattr__(self, "threshold", _nested(self.threshold, tuple))
+        object.__setattr__(self, "tiles", _nested(self.tiles, tuple))
         given_weights: Any = self.sensitivities
         if isinstance(given_weights, Mapping):
             read = Sensitivities.from_dict(given_weights)
@@ -210,26 +212,35 @@ class DeltaConfig:
         return threshold
 
     def for_layer(self, layer: int, n_layers: int) -> DeltaConfig:
-        """The setting of one layer, with that layer's own threshold.
+        """The setting of one layer, with that layer's own threshold and share of tiles.
 
         Thresholds of its heads stay in a tuple of one layer, ``((0.9, 1.1),)``, so that they are
         never taken for thresholds of layers.
 
         Raises:
-            ValueError: There are thresholds for another number of layers.
+            ValueError: There are thresholds or shares for another number of layers.
         """
+        own: dict[str, Any] = {}
         if self.sensitivities is not None:
-            own = self.loaded_sensitivities.for_layer(layer, n_layers)
-            return dataclasses.replace(self, sensitivities=own)
-        if not isinstance(self.threshold, tuple):
-            return self
-        if len(self.threshold) != n_layers:
-            raise ValueError(
-                f"[DeltaConfig] threshold has {len(self.threshold)} values but the model has "
-                f"{n_layers} layers."
-            )
-        found = self.threshold[layer]
-        return dataclasses.replace(self, threshold=(found,) if isinstance(found, tuple) else found)
+            own["sensitivities"] = self.loaded_sensitivities.for_layer(layer, n_layers)
+        for name in ("threshold", "tiles"):
+            values = getattr(self, name)
+            if isinstance(values, tuple):
+                if len(values) != n_layers:
+                    raise ValueError(
+                        f"[DeltaConfig] {name} has {len(values)} values but the model has "
+                        f"{n_layers} layers."
+                    )
+                found = values[layer]
+                own[name] = (found,) if isinstance(found, tuple) else found
+        return dataclasses.replace(self, **own) if own else self
+
+    @property
+    def tile_share(self) -> float:
+        """The share of tiles of a setting of one layer."""
+        if isinstance(self.tiles, tuple):
+            raise ValueError("[DeltaConfig] tiles per layer: call for_layer first.")
+        return self.tiles
 
     @property
     def loaded_sensitivities(self) -> Sensitivities:
@@ -296,6 +307,7 @@ class DeltaConfig:
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["threshold"] = _nested(self.threshold, list)
+        values["tiles"] = _nested(self.tiles, list)
         if isinstance(self.sensitivities, Sensitivities):
             named = None if whole else self.sensitivities.file
             values["sensitivities"] = named or self.sensitivities.to_dict()

@@ -172,9 +172,12 @@ def _check_prefill(config: DeltaConfig) -> None:
         raise ValueError(
             f"[DeltaConfig] prefill must be 'exact' or 'tiles' but got {shown(config.prefill)}."
         )
-    share = config.tiles
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"[DeltaConfig] tiles must be in [0, 1] but got {shown(share)}.")
+    shares = config.tiles if isinstance(config.tiles, tuple) else (config.tiles,)
+    if not shares:
+        raise ValueError("[DeltaConfig] tiles must not be an empty list.")
+    for share in shares:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"[DeltaConfig] tiles must be in [0, 1] but got {shown(share)}.")
     if config.prefill == "exact":
         return
     if config.block_fraction is not None or config.block_size not in TILE_SIZES:

@@ -30,6 +30,7 @@ from .models.any import attend_with
 from .models.common import read_delta
 from .models.float_layers import use_float_products
 from .models.queries import query_sensitivities
+from .models.sharing import share
 from .sensitivities import Sensitivities
 from .system.devices import has_gpu
 from .system.memory import free_memory
@@ -74,6 +75,8 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tensor_group: mx.distributed.Group | None = None,
+    pipeline_group: mx.distributed.Group | None = None,
 ) -> tuple[Any, ...]:
     """Load a model that attends with the delta, and its tokenizer.
 
@@ -95,6 +98,10 @@ def load(
         revision: Revision of the repository.
         trust_remote_code: Let the tokenizer, and a dense model, run code of their own. No file
             can switch this on.
+        tensor_group: Of several processes (``mx.distributed.init()``): each keeps its share of
+            every layer's heads, and their delta.
+        pipeline_group: Of several processes: each keeps some of the layers. As mlx-lm's
+            ``sharded_load``, whose arguments these two are.
 
     Returns:
         The model and the tokenizer, and the configuration if asked for.
@@ -107,6 +114,9 @@ def load(
     for name, value in (("tokenizer_config", tokenizer_config), ("model_config", model_config)):
         if not isinstance(value, (Mapping, type(None))):
             raise ValueError(f"[load] {name} must be a dict or None but got {value!r}.")
+    shared = tensor_group is not None or pipeline_group is not None
+    if shared and adapter_path is not None:
+        raise ValueError("[load] adapter_path does not go together with several processes.")
     given = None if _is_model_setting(delta) else _as_setting(delta)
     path = find_model(path_or_hf_repo, revision)
     entries = {**read_config(path), **(model_config or {})}
@@ -132,6 +142,8 @@ def load(
     if setting is not None:
         config["delta"] = setting.to_dict()
         attend_with(model, setting)
+    if shared:
+        share(model, tensor_group, pipeline_group)
     check_types(model)
     if not has_gpu():
         choose_threads()
@@ -153,6 +165,9 @@ def load(
     if setting is not None and setting.cuts_runs and setting.sensitivities is None and not lazy:
         found = query_sensitivities(model, tokenizer, setting)
         model.args.delta = setting.changed(sensitivities=found)
+    if shared:
+        # So that none begins, and waits for the others, while these still read their weights.
+        mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 

@@ -118,6 +118,18 @@ class Sensitivities:
         """Those of one head of a single layer."""
         return self.for_heads(slice(head, head + 1))
 
+    def for_part(self, layers: slice) -> Sensitivities:
+        """Those of some of the layers."""
+        return Sensitivities(self.layers[layers], self.curve, salience=self.salience[layers])
+
+    def share_of_heads(self, rank: int, size: int) -> Sensitivities:
+        """Those of the ``rank``-th of ``size`` equal shares of each layer's kv heads."""
+        layers, salience = (
+            [None if x is None else np.split(x, size)[rank] for x in arrays]
+            for arrays in (self.layers, self.salience)
+        )
+        return Sensitivities(layers, self.curve, salience=salience)
+
     def for_heads(self, heads: slice) -> Sensitivities:
         """Those of some heads of each layer."""
         parts = [

@@ -1,4 +1,4 @@
-"""Kernel or MLX operations for decode attention: decided here, and nowhere else.
+"""Kernel or MLX operations, for decode attention and for tiles: decided here, and nowhere else.
 
 Without a kernel, or for what the kernel does not take, keys are unpacked and attended to by MLX's
 own attention. In decode that unpacks every far key for every token; where a kernel is at hand and
@@ -13,7 +13,7 @@ from functools import cache
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
-from mlx_delta.ops import decode_kernel
+from mlx_delta.ops import decode_kernel, tiles_kernel
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.pack import PackedBlocks
 
@@ -31,9 +31,19 @@ def decode_blocks(
         return None
     reason = _refusal(queries, blocks, step.stored_values.head_dim, mask)
     if reason is not None:
-        _warn(reason)
+        _warn(f"decoding without the kernel, over unpacked keys: {reason}")
         return None
     return blocks
+
+
+def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
+    """Whether the kernels choose and compute the tiles of queries [B, Hq, L, D]."""
+    if not has_kernels():
+        return False
+    reason = tiles_kernel.refusal(queries, step.stored_values.head_dim, scale)
+    if reason is not None:
+        _warn(f"tiles without the kernels: {reason}")
+    return reason is None
 
 
 def _refusal(
@@ -64,8 +74,5 @@ def kernel_mask(mask: mx.array | str | None) -> mx.array | None:
 
 @cache
 def _warn(reason: str) -> None:
-    """Say once for each reason that decoding is slower than it could be."""
-    warnings.warn(
-        f"[delta_attention] decoding without the kernel, over unpacked keys: {reason}.",
-        stacklevel=2,
-    )
+    """Say once for each reason that attention is slower than it could be."""
+    warnings.warn(f"[delta_attention] {reason}.", stacklevel=2)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, QuantizedKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from mlx_delta.ops.exact_attention import exact_attention, has_blocks
 
 from .handed import scaled_dot_product_attention
+
+# Of a cache that is to be served by MLX's own attention.
+_MARK = "mlx_attention_only"
+
+
+def stock_cache() -> KVCache:
+    """mlx-lm's cache, whose queries MLX's attention serves even where blocks are faster.
+
+    To compare with: what a model of ours does with it is what stock mlx-lm does.
+    """
+    cache = KVCache()
+    setattr(cache, _MARK, True)
+    return cache
 
 
 def dense_attention(
@@ -42,7 +55,8 @@ def dense_attention(
             for codes in (keys, values)
         )
     # Not arrays: of a quantized cache, or of one that is watched. No mask: all keys are seen.
-    if mask is None or not isinstance(keys, mx.array) or not has_blocks(queries):
+    stock = mask is None or not isinstance(keys, mx.array) or hasattr(cache, _MARK)
+    if stock or not has_blocks(queries):
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask
         )

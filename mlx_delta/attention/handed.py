@@ -122,6 +122,15 @@ class HandingCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
+    @property
+    def keys(self) -> mx.array:
+        """Stands for the keys where mlx-lm's pipelines let them wait for what they send."""
+        return mx.zeros(())
+
+    @keys.setter
+    def keys(self, waiting: mx.array) -> None:
+        self._cache.wait_for(waiting)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[HandedKeys, Handed]:
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]; all of them, to be handed on."""
         if self._cache.attend is not None:

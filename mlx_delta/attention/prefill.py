@@ -6,8 +6,11 @@ import mlx.core as mx
 
 from mlx_delta.cache.step import Step
 from mlx_delta.method.tiles import EXACT_END
+from mlx_delta.ops import tiles_kernel
 from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
 from mlx_delta.ops.tiles import tile_attention
+
+from .choice import tiles_by_kernel
 
 
 def attends_in_blocks(queries: mx.array, step: Step) -> bool:
@@ -62,11 +65,13 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
     (first, end), start = tiles, step.starts[0]
     far = Far(step.held, step.block_size, step.window_blocks)
     text = step.full, step.values, scale
+    mass, count = step.tiles.mass, step.tiles.count
+    if tiles_by_kernel(queries, step, scale):
+        return tiles_kernel.tile_attention(queries, *text, start, far, tiles, mass, count)
     outputs = []
     if first > 0:
         outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
     chosen = queries[:, :, first:end]
-    mass, count = step.tiles.mass, step.tiles.count
     outputs.append(tile_attention(chosen, *text, start + first, far, mass, count))
     if end < step.steps:
         outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))

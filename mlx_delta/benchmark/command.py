@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(SETTINGS),
         metavar="SETTING",
-        help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
+        help="dense, stock (dense by MLX's own attention), delta, "
+        "delta:threshold=1.25,key_bits=4, delta:tiles=0.85, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
@@ -220,7 +221,8 @@ def measure(
         if data["results"]:
             print(f"{args.model} on {chip_name()}\n")
             tables = timing_tables(benchmark.rows, chip)
-            show(args, tables, [*timing_notes(unpacks), *benchmark.notes])
+            tiles = any(row.density is not None for row in benchmark.rows)
+            show(args, tables, [*timing_notes(unpacks, tiles), *benchmark.notes])
         elif benchmark.notes:
             print("\n".join(benchmark.notes))
         if data["results"] or complete:  # else an older file is worth more

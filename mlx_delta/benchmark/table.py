@@ -16,19 +16,22 @@ def timing_tables(rows: Sequence[Row], chip: Chip | None) -> list[Table]:
     """What was timed, a table for each context; rows without runs are left out."""
     header = ["setting", "prefill tok/s", "decode tok/s", "first token s", "n", "ms/token"]
     header += ["peak MB", "cache MB", "MB/token", "MMAC/token", "ops/token"]
+    timed = [row for row in rows if row.runs]
+    tiles = any(row.density is not None for row in timed)
+    if tiles:
+        header.append("tiles")
     if chip is not None:
         header.append(f"of {chip.gb_per_s:g} GB/s")
     tables = []
-    timed = [row for row in rows if row.runs]
     for context in dict.fromkeys(row.context for row in timed):
         members = [row for row in timed if row.context == context]
         generated = members[0].generated
         caption = f"{context} tokens: {context - generated} of prompt, {generated} generated"
-        tables.append(Table(caption, header, [_timing_line(row, chip) for row in members]))
+        tables.append(Table(caption, header, [_timing_line(row, chip, tiles) for row in members]))
     return tables
 
 
-def _timing_line(row: Row, chip: Chip | None) -> list[str]:
+def _timing_line(row: Row, chip: Chip | None, tiles: bool) -> list[str]:
     assert row.traffic is not None
     cells = [
         row.setting.name,
@@ -43,6 +46,8 @@ def _timing_line(row: Row, chip: Chip | None) -> list[str]:
         f"{row.traffic.macs / 1e6:.2f}",
         format_tail(row.token_operations),
     ]
+    if tiles:
+        cells.append("–" if row.density is None else f"{row.density:.3f}")
     if chip is not None:
         cells.append(f"{row.bandwidth_share(chip.gb_per_s):.0%}")
     return cells
@@ -66,11 +71,12 @@ def _digits(value: float) -> int:
     return next((d for least, d in ((100, 0), (10, 1), (1, 2)) if value >= least), 3)
 
 
-def timing_notes(unpacks: bool) -> list[str]:
+def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
     """What the columns of the timed tables mean.
 
     Args:
         unpacks: Whether packed keys were timed without the kernel that reads them.
+        tiles: Whether a prefill by tiles was timed.
     """
     notes = [
         "Speeds and times: median [quartiles] of n runs taking turns; prefill ends with the first "
@@ -83,6 +89,10 @@ def timing_notes(unpacks: bool) -> list[str]:
         "out; on a GPU about as many launches.",
         "cache MB: allocated, floats at 16 bits. peak MB: all that MLX held, weights included.",
     ]
+    if tiles:
+        notes.append(
+            "tiles: the part of a prompt's attention that was computed, of the queries that chose."
+        )
     if unpacks:
         notes.append(
             "Without Metal packed keys are unpacked by MLX operations at every token; with it "
@@ -111,6 +121,7 @@ def timing_values(rows: Sequence[Row], chip: Chip | None) -> list[dict[str, Any]
             "token_seconds": row.token_seconds.to_dict(),
             "traffic_per_token": row.traffic.to_dict(),
             "operations_per_token": row.token_operations.to_dict(),
+            "tile_density": row.density,
             "runs": [
                 {"first_token_seconds": run.first_token, "decode_seconds": run.decode}
                 for run in row.runs

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mlx_delta.measure.filling import check_context, generation_steps, memory_needed
 from mlx_delta.measure.operations import decode_operations
 from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
+from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.measure.traffic import Traffic, decode_traffic
 from mlx_delta.system.chips import physical_memory
 
@@ -119,6 +120,7 @@ class Row:
         traffic: What decoding a token takes at the end of the context; computed.
         cache_bytes: What the caches have allocated then, floats at 16 bits.
         operations: In the graph of each of ``generated`` tokens after the context.
+        density: Of a prefill by tiles: the part of them that was computed.
     """
 
     setting: Setting
@@ -128,6 +130,7 @@ class Row:
     traffic: Traffic | None = None
     cache_bytes: int = 0
     operations: list[int] = field(default_factory=list)
+    density: float | None = None
 
     @property
     def prompt(self) -> int:
@@ -277,6 +280,7 @@ class Benchmark:
             return
         row.traffic = decode_traffic(self.model, caches)
         row.cache_bytes = cache_nbytes(caches)
+        row.density = measure_density(caches)
         row.operations = decode_operations(self.model, caches, row.generated)
 
 

@@ -2,8 +2,9 @@
 
 from . import in_mlx_lm
 from .batch import BatchDeltaKVCache
+from .check_state import length_of
 from .held import HeldKeys
-from .rewinding import length_of, rewind
+from .rewinding import rewind
 from .single import DeltaKVCache
 
 in_mlx_lm.enter()

@@ -22,11 +22,14 @@ def leaves(caches: Sequence[Any]) -> list[Any]:
     return found
 
 
-def cached_tokens(caches: Sequence[Any]) -> int:
-    """Tokens that a model's caches have seen: more than they keep, where a window slides."""
+def length_of(caches: Sequence[Any]) -> int:
+    """Tokens that a model's caches have seen: of the longest row, in whichever layer.
+
+    A layer with a sliding window keeps fewer than it has seen, so that its ``size`` says little.
+    """
     seen = [0]
     for cache in leaves(caches):
-        offset: Any = getattr(cache, "offset", None)
+        offset: Any = None if isinstance(cache, HeldKeys) else getattr(cache, "offset", None)
         if isinstance(offset, mx.array):  # of a batch: one for each row
             offset = offset.max().item()
         seen.append(cache.size() if offset is None else int(offset))
@@ -53,7 +56,7 @@ def check_caches(caches: Sequence[Any]) -> None:
         if isinstance(cache, RotatingKVCache):
             _check_rotating(name, cache)
         if hasattr(cache, "offset"):
-            seen.add(cached_tokens([cache]))
+            seen.add(length_of([cache]))
     if len(seen) > 1:
         raise ValueError(f"its caches have seen different numbers of tokens: {sorted(seen)[:4]}")
 

@@ -166,6 +166,17 @@ class DenseKeys:
                 # Before the blocks that are full again, no other is: the spare is used up.
                 self.held[row], self.spare_valid[row] = target, False
 
+    def full_keys(self, first: int, length: int) -> mx.array:
+        """Full keys of a single text from its first block that is not held; see ``KeyStore``."""
+        return mx.contiguous(self.keys[:, :, first:length])
+
+    def refill(self, held: int, near: mx.array) -> None:
+        """Hold so many blocks, and have these full keys after them; see ``KeyStore``."""
+        first = held * self.config.block_size
+        if near.shape[2]:
+            self.keys[:, :, first : first + near.shape[2]] = near
+        self.held, self.spare_valid = [held], [False]
+
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""
         return self.keys[..., :length, :]

@@ -107,7 +107,7 @@ class HeldKeys(CacheFigures):
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
         if self.config.prefill == "exact":
             return None
-        return TilePlan(self.config.tiles, self.prompt_length, self.tile_count)
+        return TilePlan(self.config.tile_share, self.prompt_length, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
@@ -194,6 +194,12 @@ class HeldKeys(CacheFigures):
         keys = self._keys.fetch(self.size(), self._encoded)
         return keys, self._values.dense(self.size(), keys.dtype)
 
+    def wait_for(self, other: mx.array) -> None:
+        """Let the state be evaluated only together with another array."""
+        if self._values is not None:
+            buffers: Any = mx.depends(list(self._values.buffers), other)
+            self._values.buffers = tuple(buffers)
+
     # Rewinding.
 
     def is_trimmable(self) -> bool:
@@ -267,6 +273,23 @@ class HeldKeys(CacheFigures):
         self._encoded = targets
         self._held_from = min(self._held_from, self.size())
         return n
+
+    def near_keys(self) -> mx.array | None:
+        """Full keys [1, Hkv, n, D] that the next token of a single text needs, for a mark."""
+        if self._keys is None:
+            return None
+        first = self._encoded[0] * self.config.block_size
+        return self._keys.full_keys(first, self._lengths[0])
+
+    def return_to(self, length: int, near: mx.array | None) -> None:
+        """Take a single text back to a length at which :meth:`near_keys` gave ``near``."""
+        if self._keys is None or near is None:
+            return
+        size = self.config.block_size
+        self._encoded = [(length - near.shape[2]) // size]
+        self._lengths = [length]
+        self._keys.refill(self._encoded[0], near)
+        self._held_from = min(self._held_from, length)
 
     # State.
 

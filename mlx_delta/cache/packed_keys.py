@@ -18,7 +18,7 @@ from mlx_delta.ops.blocks import encode_blocks, unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
 
-from .buffers import equal_rows
+from .buffers import equal_rows, pad_to
 from .near_keys import NearKeys
 from .packed_log import PackedLog
 from .packed_state import BUFFERS, check_lost, check_near, check_runs, check_shapes
@@ -154,6 +154,18 @@ class PackedKeys:
             if target < encoded[row]:
                 self.lost[row] = min(self.lost[row], target)
                 self.log.forget(row, target)
+
+    def full_keys(self, first: int, length: int) -> mx.array:
+        """Full keys of a single text from its first block that is not packed; see ``KeyStore``."""
+        start = self.near.firsts[0]
+        return mx.contiguous(self.near.keys[:, :, first - start : length - start])
+
+    def refill(self, held: int, near: mx.array) -> None:
+        """Have so many packed blocks, and these full keys after them; see ``KeyStore``."""
+        first = held * self.config.block_size
+        self.log.forget(0, held)
+        self.near = NearKeys(pad_to(near, self.near.room), [first])
+        self.lost = [held]
 
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""

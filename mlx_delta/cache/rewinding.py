@@ -1,31 +1,12 @@
-"""Going back in a text exactly, over all layers of a model; and how long a text caches hold."""
+"""Going back in a text exactly, over all layers of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models.cache import CacheList
-
+from .check_state import leaves, length_of
 from .held import HeldKeys
-
-
-def length_of(caches: Sequence[Any]) -> int:
-    """Tokens that a model's caches have seen: of the longest row, in whichever layer.
-
-    A layer with a sliding window keeps fewer than it has seen, so that its ``size`` says little.
-    """
-    lengths = []
-    for cache in _leaves(caches):
-        if isinstance(cache, HeldKeys):
-            lengths.append(cache.size())
-            continue
-        offset = getattr(cache, "offset", None)
-        if offset is None:
-            lengths.append(cache.size())
-        else:
-            lengths.append(int(offset.max()) if hasattr(offset, "max") else int(offset))
-    return max(lengths, default=0)
 
 
 def rewind(caches: Sequence[Any], n: int) -> int:
@@ -43,7 +24,7 @@ def rewind(caches: Sequence[Any], n: int) -> int:
         ValueError: A cache can't be rewound (a sliding window that is full), or is of a batch
             whose rows can't be rewound by ``n``. Nothing is changed then.
     """
-    caches = _leaves(caches)
+    caches = leaves(caches)
     length = length_of(caches)
     wanted = max(0, length - n)
     if wanted == length:
@@ -54,10 +35,8 @@ def rewind(caches: Sequence[Any], n: int) -> int:
             f"[rewind] a {type(fixed[0]).__name__} of {length} tokens can't be rewound; make new "
             "caches and feed the text again."
         )
-    target = wanted
+    target = reachable(caches, wanted)
     held = [cache for cache in caches if isinstance(cache, HeldKeys)]
-    while (lowest := min([target, *(cache.exact_length(target) for cache in held)])) < target:
-        target = lowest
     if target < wanted and any(len(cache.lengths) > 1 for cache in held):
         raise ValueError(f"[rewind] the rows of a batch can't be taken back by {n} tokens exactly.")
     for cache in caches:
@@ -65,9 +44,9 @@ def rewind(caches: Sequence[Any], n: int) -> int:
     return wanted - target
 
 
-def _leaves(caches: Sequence[Any]) -> list[Any]:
-    """The caches, those within a list of caches one by one."""
-    found: list[Any] = []
-    for cache in caches:
-        found += _leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
-    return found
+def reachable(caches: Sequence[Any], length: int) -> int:
+    """The largest length, up to this one, to which :func:`rewind` can go back."""
+    held = [cache for cache in leaves(caches) if isinstance(cache, HeldKeys)]
+    while (lowest := min([length, *(cache.exact_length(length) for cache in held)])) < length:
+        length = lowest
+    return length

@@ -69,6 +69,22 @@ class KeyStore(Protocol):
         """
         ...
 
+    def full_keys(self, first: int, length: int) -> mx.array:
+        """Full keys [1, Hkv, length - first, D] of a single text; ``first`` ends its last held one.
+
+        An array of its own.
+        """
+        ...
+
+    def refill(self, held: int, near: mx.array) -> None:
+        """Of a single text, forget all but its first ``held`` blocks, after which ``near`` is full.
+
+        Args:
+            held: Blocks that are held, and have been since ``near`` was taken.
+            near: [1, Hkv, n, D].
+        """
+        ...
+
     def fetch(self, length: int, encoded: Sequence[int]) -> mx.array:
         """Keys of the first tokens, [B, Hkv, length, D]: held far away, full near."""
         ...

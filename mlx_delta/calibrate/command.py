@@ -19,12 +19,13 @@ from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.cli import HelpFormatter, run_command
 
-from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, runs
+from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, runs, tiles
 from .divergence import Comparison
 from .family import Per
 from .sensitivity import GRID
 from .write import ENTRY, check_file, check_target, copy_model, merged, write_setting, write_text
 
+PASSES = 3  # of tiles' few shares, by bisection
 TABLE_ROWS = 22  # of the curve: as many as the grid has
 
 
@@ -55,11 +56,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="Or, for thresholds: how much the loss may rise, in nats per token.",
     )
+    wish.add_argument(
+        "--tiles",
+        type=float,
+        nargs="?",
+        const=tiles.DEFAULT_KL,
+        metavar="KL",
+        help="Or: how much of a long prompt's attention each layer computes, so that all together "
+        f"lose so much against exact prefill. Default: {tiles.DEFAULT_KL}. Takes about "
+        f"{PASSES} passes over the text for each layer; the rest of the setting stays.",
+    )
     add(
         "--length",
         type=int,
-        help=f"Tokens of a window. Default: {runs.LENGTH:,}, for thresholds 2,048, or the model's "
-        "context.",
+        help=f"Tokens of a window. Default: {runs.LENGTH:,}, for thresholds 2,048, for tiles "
+        f"{tiles.LENGTH:,}, or the model's context.",
     )
     add(
         "--weights",
@@ -154,12 +165,16 @@ def run(args: argparse.Namespace) -> None:
         check_file(args.curve)
     text = read_text(args.text)
     # Without a level or thresholds of its own: those of the file may be what is to be mended.
-    if args.mode in RUN_MODES:
+    if args.tiles is not None:
+        pass  # all but the shares stays
+    elif args.mode in RUN_MODES:
         base = base.changed(threshold_mode=args.mode, level=None, sensitivities=None)
     else:
         base = base.changed(threshold_mode=args.mode, threshold=1.0)
     model, tokenizer = load(path, base, trust_remote_code=args.trust_remote_code)
-    if base.cuts_runs:
+    if args.tiles is not None:
+        lines, config, curve = _tiles(args, model, tokenizer, text)
+    elif base.cuts_runs:
         lines, config, curve = _sensitivities(args, model, tokenizer, text)
     else:
         lines, config, curve = _thresholds(args, model, tokenizer, text)
@@ -192,6 +207,11 @@ def check_flags(args: argparse.Namespace) -> None:
     threshold_flags = {"--loss": args.loss, "--cost": args.cost, "--windows": args.windows}
     threshold_flags["--per-head or --uniform"] = None if args.per == "layer" else args.per
     cuts_runs = args.mode in RUN_MODES
+    if args.tiles is not None:
+        for flag, value in (run_flags | threshold_flags).items():
+            if value not in (None, False):
+                raise ValueError(f"{flag} says nothing about tiles; drop it or --tiles.")
+        return
     for flag, value in (threshold_flags if cuts_runs else run_flags).items():
         if value not in (None, False):
             other = "relative or absolute" if cuts_runs else "optimal or greedy"
@@ -217,6 +237,32 @@ def _thresholds(
         progress=sys.stderr.isatty(),
     )
     return report(found), found.config, found.to_dict()
+
+
+def _tiles(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
+    """The same for the share of tiles of each layer."""
+    found = tiles.calibrate_tiles(
+        model,
+        tokenizer,
+        text,
+        kl=args.tiles,
+        length=args.length,
+        progress=sys.stderr.isatty(),
+    )
+    assert isinstance(found.config.tiles, tuple)
+    lines = [f"Shares of tiles for a prompt of {found.length} tokens: the layer, its share, its KL"]
+    for layer, share in enumerate(found.config.tiles):
+        measured = found.curves.get(layer, {}).get(share)
+        cell = "     –" if measured is None else f"{measured:.6f}"
+        lines.append(f"{layer:5d}  {share:5.2f}  {cell}")
+    chosen = found.chosen
+    lines.append(
+        f"All together: {chosen.density or 1:.3f} of the tiles computed, KL "
+        f"{chosen.divergence:.5f} (wanted: at most {found.kl:g}), top-1 {chosen.top1:.3f}"
+    )
+    return lines, found.config, found.to_dict()
 
 
 def _sensitivities(

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.settings import Setting
-from mlx_delta.measure.sparsity import share_of_zeros
+from mlx_delta.measure.sparsity import measure_density, share_of_zeros
 
 CHUNK = 512  # tokens at a time
 KEPT_BYTES = 2**29  # of dense log-probabilities
@@ -27,11 +27,13 @@ class Comparison:
         divergence: KL(p_dense || p_held) in nats.
         top1: Share of tokens where both rank the same token first.
         zeros: Share of the deltas of held keys that are zero.
+        density: Of a prefill by tiles: the part of them that was computed.
     """
 
     divergence: float
     top1: float
     zeros: float
+    density: float | None = None
 
 
 class DenseText:
@@ -41,10 +43,14 @@ class DenseText:
         model: From :func:`mlx_delta.load`, with the delta.
         window: Token ids.
         first: The first scored position; before it little is held.
+        prompt: How many tokens are a prompt, where a setting depends on that.
     """
 
-    def __init__(self, model: nn.Module, window: Sequence[int], first: int):
+    def __init__(
+        self, model: nn.Module, window: Sequence[int], first: int, prompt: int | None = None
+    ):
         self.model, self.window, self.first = model, list(window), first
+        self.prompt = prompt
         self._dense = Setting("dense", "dense")
         self.n_layers = len(self._dense.make_caches(model))
         self._stride = 1
@@ -56,6 +62,11 @@ class DenseText:
             self._logs.append(_log_softmax(logits[:: self._stride]))
             mx.eval(self._logs[-1])
 
+    def held_layers(self, config: DeltaConfig) -> list[int]:
+        """The layers that a setting of the delta applies to."""
+        caches = Setting("delta", "delta", config).make_caches(self.model)
+        return [i for i, cache in enumerate(caches) if isinstance(cache, HeldKeys)]
+
     def compare(self, config: DeltaConfig, only: int | None = None) -> Comparison:
         """The window read with a setting, or with one layer in it and the others dense.
 
@@ -64,7 +75,7 @@ class DenseText:
         """
         setting = Setting("delta", "delta", config)
         caches = self._dense.make_caches(self.model)
-        own = setting.make_caches(self.model)
+        own = setting.make_caches(self.model, self.prompt)
         held = range(self.n_layers) if only is None else [only]
         for layer in held:
             if isinstance(own[layer], HeldKeys):
@@ -78,7 +89,8 @@ class DenseText:
             count += len(dense)
         if not np.isfinite(total):
             raise ValueError("[calibrate] the model's logits are not finite with keys held.")
-        return Comparison(total / count, same / count, share_of_zeros(caches))
+        zeros, density = share_of_zeros(caches), measure_density(caches)
+        return Comparison(total / count, same / count, zeros, density)
 
     def _read(self, setting: Setting, caches: list[Any]) -> Iterator[mx.array]:
         """Logits [chunk, vocabulary] of the scored positions."""

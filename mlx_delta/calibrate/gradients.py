@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,9 +53,9 @@ def key_gradients(
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.take_along_axis(logs, labels[:, None], axis=-1).sum()
 
-    shapes = _key_shapes(model, config, layers, window[:1])
+    shapes, readers = _watch(model, config, layers, window[:1])
     shifts = [mx.zeros((1, heads, len(window), size)) for heads, size in shapes]
-    with _checkpointed(model, caches, layers):
+    with _checkpointed(model, {i: [caches[c] for c in read] for i, read in readers.items()}):
         gradients = mx.grad(told)(shifts)
         squares = [mx.square(gradient[0].astype(mx.float32)) for gradient in gradients]
         mx.eval(squares)
@@ -67,41 +67,79 @@ def key_gradients(
     return squares
 
 
-def _key_shapes(
+def _watch(
     model: nn.Module, config: DeltaConfig, layers: Sequence[int], window: Sequence[int]
-) -> list[tuple[int, int]]:
-    """(kv heads, head_dim) of each of these layers."""
-    shapes = {}
+) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
+    """Shapes of keys, and who attends to them.
 
-    def see(layer: int, queries: mx.array, keys: mx.array, scale: float) -> None:
-        shapes[layer] = keys.shape[1], keys.shape[3]
+    Returns:
+        (kv heads, head_dim) of each of these caches; and for each of the model's layers that reads
+        some of them, which. Layers without keys have no cache in some models, and layers that
+        share keys have one together.
+    """
+    shapes: dict[int, tuple[int, int]] = {}
+    readers: dict[int, list[int]] = {}
+    running: list[int] = []
 
-    watch_keys(model, window, config, layers, see)
-    return [shapes[layer] for layer in layers]
+    def see(cache: int, queries: mx.array, keys: mx.array, scale: float) -> None:
+        shapes[cache] = keys.shape[1], keys.shape[3]
+        if running:
+            readers.setdefault(running[-1], []).append(cache)
 
-
-@contextmanager
-def _checkpointed(model: nn.Module, caches: Sequence[Any], layers: Sequence[int]) -> Iterator[None]:
-    """The model with its layers computed anew on the way back, which saves their memory."""
-    classes = [type(layer) for layer in model.layers]
-
-    def call(probe: KeyProbe, own: type) -> Callable[..., mx.array]:
-        def run(layer: nn.Module, x: mx.array, *others: Any, **named: Any) -> mx.array:
-            def again(x: mx.array, shift: mx.array) -> mx.array:
-                probe.shift = shift
-                return own.__call__(layer, x, *others, **named)  # type: ignore[operator]
-
-            shift: Any = probe.shift
-            return mx.checkpoint(again)(x, shift)
+    def call(index: int, own: type) -> Callable[..., Any]:
+        def run(layer: nn.Module, *args: Any, **named: Any) -> Any:
+            running.append(index)
+            try:
+                return own.__call__(layer, *args, **named)  # type: ignore[operator]
+            finally:
+                running.pop()
 
         return run
 
+    with _calling(model, call):
+        watch_keys(model, window, config, layers, see)
+    return [shapes[layer] for layer in layers], readers
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, readers: Mapping[int, Sequence[KeyProbe]]) -> Iterator[None]:
+    """The model with these layers computed anew on the way back, which saves their memory."""
+
+    def call(index: int, own: type) -> Callable[..., Any] | None:
+        if index not in readers:
+            return None
+        probes = readers[index]
+
+        def run(layer: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            def again(x: mx.array, shifts: list[Any]) -> Any:
+                for probe, shift in zip(probes, shifts, strict=True):
+                    probe.shift = shift
+                return own.__call__(layer, x, *others, **named)  # type: ignore[operator]
+
+            shifts: list[Any] = [probe.shift for probe in probes]
+            output = mx.checkpoint(again)(x, shifts)
+            for probe, shift in zip(probes, shifts, strict=True):
+                probe.shift = shift  # those of the inside are no one else's
+            return output
+
+        return run
+
+    with _calling(model, call):
+        yield
+
+
+@contextmanager
+def _calling(
+    model: nn.Module, call: Callable[[int, type], Callable[..., Any] | None]
+) -> Iterator[None]:
+    """The model with other ways of calling its layers, by their number and class."""
+    layers = list(getattr(model, "layers", ()))
+    classes = [type(layer) for layer in layers]
     try:
-        for i in layers:
-            own = classes[i]
-            checkpointed = type(own.__name__, (own,), {"__call__": call(caches[i], own)})
-            model.layers[i].__class__ = checkpointed
+        for i, (layer, own) in enumerate(zip(layers, classes, strict=True)):
+            if (run := call(i, own)) is not None:
+                layer.__class__ = type(own.__name__, (own,), {"__call__": run})
         yield
     finally:
-        for layer, own in zip(model.layers, classes, strict=True):
+        for layer, own in zip(layers, classes, strict=True):
             layer.__class__ = own

@@ -40,7 +40,9 @@ _NEEDED = (
     "num_attention_heads",
     "vocab_size",
 )
-_ROPE_NEEDED = {
+# What a kind of rope can't do without.
+ROPE_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": (
@@ -148,17 +150,29 @@ def _check_size(name: str, value: Any, most: int, is_ours: bool) -> None:
 
 
 def _check_rope(name: str, rope: Any, is_ours: bool) -> None:
-    """Numbers that scale positions: finite, and > 0 where they divide."""
+    """The rope settings of one spelling, if there are any."""
     if rope is None:
         return
     if not isinstance(rope, Mapping):
         raise _wrong(name, "be an object", rope)
-    if not is_ours:
-        return  # some have a set for each kind of layer
+    if is_ours:  # others may have a set for each kind of layer
+        check_rope(name, rope)
+
+
+def check_rope(name: str, rope: Mapping[str, Any]) -> None:
+    """Check numbers that scale positions: finite, and > 0 where they divide.
+
+    Args:
+        name: What to call them.
+        rope: One set of them.
+
+    Raises:
+        ValueError: One is missing, of another type or out of range; the message names it.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str):
         raise _wrong(f"{name}.rope_type", "be a name", kind)
-    for entry in _ROPE_NEEDED.get(kind, ()):
+    for entry in ROPE_NEEDED.get(kind, ()):
         if rope.get(entry) is None:
             raise ValueError(f"[load] {name} of type {kind!r} lacks {entry} in {FILE}.")
     for entry, value in rope.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return parse_object(data, str(file))
 
 
-def parse_object(data: bytes, name: str) -> dict[str, Any]:
+def parse_object(data: bytes, name: str, unique: bool = False) -> dict[str, Any]:
     """A JSON object.
 
     Args:
         data: UTF-8, with or without a byte order mark.
         name: What it is, for the message.
+        unique: Refuse a key that stands twice.
 
     Raises:
         ValueError: It is something else, or nested too deeply.
     """
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        hook = _unique if unique else None
+        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=hook)
     except RecursionError:
         raise ValueError(f"[load] {name} is nested too deeply.") from None
     except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
@@ -87,6 +90,15 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
         )
     if _depth(values) > MAX_DEPTH:
         raise ValueError(f"[load] {name} is nested too deeply.")
+    return values
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these keys and values, each key once."""
+    values = dict(items)
+    if len(values) != len(items):
+        twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice")
     return values
 
 

@@ -31,7 +31,7 @@ class Tensor:
     Attributes:
         dtype: As the format writes it, ``"F16"``.
         shape: Its dimensions.
-        start: Its first byte, counted from the header's end.
+        start: Its first byte in the file.
         nbytes: Its size.
     """
 
@@ -57,23 +57,25 @@ def read_header(file: Path) -> dict[str, Tensor]:
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"[load] {file} announces a safetensors header of {length} bytes.")
         try:
-            header = parse_object(stream.read(length), f"the safetensors header of {file}")
+            name = f"the safetensors header of {file}"
+            header = parse_object(stream.read(length), name, unique=True)
         except ValueError as error:
             raise ValueError(f"[load] {file} has a broken safetensors header.") from error
     metadata = header.pop("__metadata__", {})
     metadata = {} if metadata is None else metadata  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(f"[load] {file} has a broken safetensors header: its metadata.")
-    tensors = {name: _entry(file, name, entry) for name, entry in header.items()}
-    end = 8 + length + max((t.start + t.nbytes for t in tensors.values()), default=0)
+    data = 8 + length
+    tensors = {name: _entry(file, name, entry, data) for name, entry in header.items()}
+    end = max((t.start + t.nbytes for t in tensors.values()), default=data)
     if end != size:
-        cut = {n: t.start for n, t in tensors.items() if 8 + length + t.start + t.nbytes > size}
+        cut = {n: t.start for n, t in tensors.items() if t.start + t.nbytes > size}
         what = f" (tensor {min(cut, key=lambda name: cut[name])} is cut off)" if cut else ""
         raise ValueError(
             f"[load] {file} has {size} bytes but its header announces {end}{what}; fetch or "
             "convert it again."
         )
-    position = 0
+    position = data
     for name, tensor in sorted(tensors.items(), key=lambda x: (x[1].start, x[1].nbytes)):
         if tensor.start != position:
             raise ValueError(
@@ -84,8 +86,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _entry(file: Path, name: str, entry: Any) -> Tensor:
-    """One tensor of a header."""
+def _entry(file: Path, name: str, entry: Any, data: int) -> Tensor:
+    """One tensor of a header; offsets count from where the data begin."""
     where = f"[load] {file} has a broken safetensors header: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} needs dtype, shape and data_offsets.")
@@ -99,7 +101,7 @@ def _entry(file: Path, name: str, entry: Any) -> Tensor:
     nbytes = offsets[1] - offsets[0]
     if max(shape, default=0) > 2**31 - 1 or math.prod(shape) * ITEM_BYTES[dtype] != nbytes:
         raise ValueError(f"{where} has {nbytes} bytes, not those of {shown(shape)} of {dtype}.")
-    return Tensor(dtype, tuple(shape), offsets[0], nbytes)
+    return Tensor(dtype, tuple(shape), data + offsets[0], nbytes)
 
 
 def _whole(values: Any) -> bool:

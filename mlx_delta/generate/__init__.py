@@ -18,7 +18,7 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
 
@@ -116,7 +116,7 @@ def batch_generate(
         if cache is not None:
             check_caches_fit(name, model, cache, kwargs)
         given = "max_tokens" in kwargs
-        length = len(ids) + cached_tokens(cache or [])
+        length = len(ids) + length_of(cache or [])
         limits[i] = limit_answer(name, model, length, limits[i], given)
     return mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
 
@@ -145,7 +145,7 @@ def _prepare(
     if draft is not None and len(caches) == len(dense_caches(model)):
         caches = [*caches, *make_caches(draft, len(tokens))]
     options["prompt_cache"] = caches
-    length = len(tokens) + cached_tokens(caches)
+    length = len(tokens) + length_of(caches)
     given = "max_tokens" in options
     most = options.get("max_tokens", MAX_TOKENS)
     options["max_tokens"] = limit_answer(name, model, length, most, given)

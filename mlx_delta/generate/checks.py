@@ -12,7 +12,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.cache import HeldKeys
-from mlx_delta.cache.check_state import cached_tokens, leaves
+from mlx_delta.cache.check_state import leaves, length_of
 from mlx_delta.measure.text import context_length
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
@@ -62,7 +62,7 @@ def check_prompt(
     """
     if not len(prompt):
         raise ValueError(f"[{name}] the prompt is empty; give at least one token.")
-    cached = cached_tokens(caches or [])
+    cached = length_of(caches or [])
     context = context_length(model)
     if context is not None and len(prompt) + cached > context:
         raise ValueError(

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
 from mlx_delta.models.anatomy import dense_caches
@@ -33,6 +33,7 @@ from .checks import check_caches_fit, check_options, check_prompt, room_for_answ
 from .conversation import check_length, closing, encode, read_prompt, uses_template
 from .flags import build_parser, check_flags, given_wish
 from .memory import check_memory
+from .processes import Processes
 from .report import Report
 from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, generate, print.
+    """Load, generate, print; the first of several processes prints for all.
 
     Raises:
         ValueError: A flag, file or prompt that can't be used; the message names it.
@@ -56,9 +57,23 @@ def run(args: argparse.Namespace) -> None:
         MemoryError: Model or caches are larger than the memory.
     """
     check_flags(args)
+    processes = Processes()
+    processes.check_flags(args)
+    with processes.quiet():
+        generate_once(args, processes)
+
+
+def generate_once(args: argparse.Namespace, processes: Processes) -> None:
+    """Load, generate, print.
+
+    Raises:
+        ValueError: A flag, file or prompt that can't be used; the message names it.
+        OSError: A file that can't be read or written.
+        MemoryError: Model or caches are larger than the memory.
+    """
     if args.save_prompt_cache is not None:
         prompt_file.check_writable(args.save_prompt_cache)
-    text = read_prompt(args)
+    text = processes.share_text(lambda: read_prompt(args))
     caches, metadata = open_caches(args)
     name = choose_model(args, caches, metadata)
     # What was begun without a template goes on without one.
@@ -70,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
+        **processes.groups(args),
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
@@ -78,9 +94,11 @@ def run(args: argparse.Namespace) -> None:
         check_model_fits(model, caches)
     tokens = encode(args, tokenizer, text, caches)
     rest = closing(args, tokenizer) if args.save_prompt_cache is not None else []
+    if processes.size > 1 and args.seed is None:
+        args.seed = processes.share_number(secrets.randbits(32))
     seed = choose_seed(args)
     options = generation_options(args, model, tokenizer)
-    cached = cached_tokens(caches or [])
+    cached = length_of(caches or [])
     length = cached + len(tokens) + len(rest)
     check_prompt("generate", model, tokens + rest, caches)
     check_options("generate", model, options)
@@ -130,7 +148,9 @@ def run(args: argparse.Namespace) -> None:
     report = produce(
         model, tokenizer, tokens, caches, options, header, not args.json, fed, cached, draft_caches
     )
-    report = dataclasses.replace(report, seed=seed)
+    report = dataclasses.replace(
+        report, seed=seed, share_bytes=processes.of_each(report.cache_bytes)
+    )
     dense = None
     if compared is not None:
         mx.random.seed(seed or 0)

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -144,15 +144,37 @@ def _render(args: argparse.Namespace, tokenizer: TokenizerWrapper, text: str) ->
     prefilled = args.prefill_response is not None
     if prefilled:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    options = _template_options(args)
+    return render(
+        tokenizer, messages, template_options(args), "continued" if prefilled else "answered"
+    )
+
+
+def render(
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, str]],
+    options: dict[str, Any] | None = None,
+    ending: Literal["answered", "continued", "closed"] = "answered",
+) -> str:
+    """A conversation as the model's chat template writes it.
+
+    Args:
+        tokenizer: With a template.
+        messages: Of ``role`` and ``content``.
+        options: What else the template is given.
+        ending: Whether the beginning of an answer is to follow, the last message is to go on, or
+            nothing comes.
+
+    Raises:
+        ValueError: The template refuses them, takes too long, or makes no text of them.
+    """
     try:
         with _time_limit(TEMPLATE_SECONDS):
             rendered = tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                continue_final_message=prefilled,
-                add_generation_prompt=not prefilled,
-                **options,
+                continue_final_message=ending == "continued",
+                add_generation_prompt=ending == "answered",
+                **(options or {}),
             )
     except Exception as error:  # whatever the template's own code comes to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -162,15 +184,16 @@ def _render(args: argparse.Namespace, tokenizer: TokenizerWrapper, text: str) ->
         ) from error
     if not isinstance(rendered, str):
         raise ValueError("the model's chat template gives no text; see --ignore-chat-template.")
-    if len(rendered) > sum(len(m["content"]) for m in messages) * 4 + _LONGEST_FRAME:
+    length = sum(len(message["content"]) for message in messages)
+    if len(rendered) > length * 4 + _LONGEST_FRAME:
         raise ValueError(
             f"the model's chat template makes {len(rendered)} characters of a message of "
-            f"{len(text)}; see --ignore-chat-template."
+            f"{length}; see --ignore-chat-template."
         )
     return rendered
 
 
-def _template_options(args: argparse.Namespace) -> dict[str, Any]:
+def template_options(args: argparse.Namespace) -> dict[str, Any]:
     """What --chat-template-config says."""
     try:
         options = json.loads(args.chat_template_config or "{}")

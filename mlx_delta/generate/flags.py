@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Generate a second time without the delta and show where the texts first differ.",
     )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="In several processes (mlx.launch): let each have some of the layers, rather than "
+        "some of every layer's heads.",
+    )
     add_delta_arguments(parser)
     return parser
 
@@ -87,7 +93,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: One of these.
     """
-    _check_numbers(args)
+    check_numbers(args)
     delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
     delta_flags += ["--delta-paper"] if args.delta_paper else []
     wish = given_wish(args)
@@ -131,7 +137,7 @@ def check_flags(args: argparse.Namespace) -> None:
             )
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers out of bounds by the name of their flag."""
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise ValueError(f"--max-tokens must be positive (or -1) but got {args.max_tokens}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
@@ -34,6 +34,7 @@ class Report:
     draft_cache_bytes: int | None = None
     seed: int | None = None
     tile_density: float | None = None  # of a prefill by tiles
+    share_bytes: list[int] = field(default_factory=list)  # of each process's cache
 
     @classmethod
     def of(
@@ -94,6 +95,9 @@ class Report:
             f"Cache: {self.cache_bytes / megabyte:.2f} MB "
             f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
         ]
+        if len(self.share_bytes) > 1:
+            shares = ", ".join(f"{size / megabyte:.2f}" for size in self.share_bytes)
+            lines.append(f"Processes: {len(self.share_bytes)}, with caches of {shares} MB")
         if self.draft_cache_bytes is not None:
             lines.append(f"Draft model's cache: {self.draft_cache_bytes / megabyte:.2f} MB")
         if self.seed is not None:
@@ -123,7 +127,7 @@ class Report:
         self, model: str, delta: DeltaConfig | None, dense: Report | None = None
     ) -> dict[str, Any]:
         """The same as plain JSON values; ``delta`` is the setting that the caches ran with."""
-        values = {
+        values: dict[str, Any] = {
             "model": model,
             "delta": _setting(delta),
             "text": self.text,
@@ -143,6 +147,8 @@ class Report:
             "seconds": self.seconds,
             "seed": self.seed,
         }
+        if len(self.share_bytes) > 1:
+            values["share_bytes"] = self.share_bytes
         if self.draft_cache_bytes is not None:
             values["draft_cache_bytes"] = self.draft_cache_bytes
         if dense is not None:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_delta.attention.dense import stock_cache
 from mlx_delta.cache import DeltaKVCache
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
@@ -26,7 +27,7 @@ from mlx_delta.wording import nearest
 from .baselines import BASELINES, QuantizedStore
 
 QUANTIZED = ("kv8", "kv4")  # mlx-lm's
-KINDS = ("dense", "delta", "paper", *QUANTIZED, *BASELINES, "rotating", "window-only")
+KINDS = ("dense", "delta", "paper", *QUANTIZED, *BASELINES, "rotating", "window-only", "stock")
 
 PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
 ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
@@ -77,7 +78,11 @@ class Setting:
         def make(index: int) -> Any:
             if delta is not None:
                 cache = WindowOnlyCache if self.kind == "window-only" else DeltaKVCache
-                return cache(delta.for_layer(index, len(caches)))
+                own_cache = cache(delta.for_layer(index, len(caches)))
+                own_cache.prompt_length = prompt_tokens  # at its end tiles are all computed
+                return own_cache
+            if self.kind == "stock":
+                return stock_cache()
             if self.max_size is not None:
                 return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
             if self.kind in BASELINES:
@@ -117,7 +122,7 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        seen = cached_tokens(caches)
+        seen = length_of(caches)
         if self.max_size is not None and seen > 0:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
@@ -152,7 +157,8 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
     ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
     :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:sparsity=0.75`` and
     ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``paper:threshold=0.6``
-    (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped).
+    (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped),
+    ``stock`` (``dense`` by MLX's own attention, even where ours is faster).
 
     Args:
         names: The names.
@@ -178,7 +184,7 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         )
     if colon and not rest:
         raise ValueError(f"[parse_settings] {name!r} has nothing after its colon.")
-    if kind in ("dense", *QUANTIZED, *BASELINES):
+    if kind in ("dense", "stock", *QUANTIZED, *BASELINES):
         if rest:
             raise ValueError(f"[parse_settings] {kind!r} takes no options but got {rest!r}.")
         return Setting(name, kind, kv_bits=int(kind[2:]) if kind in QUANTIZED else None)

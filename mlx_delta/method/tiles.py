@@ -92,13 +92,10 @@ def choose(far_shares: np.ndarray, near_share: float, mass: float) -> np.ndarray
     Returns:
         Boolean [n].
     """
+    order = np.argsort(-far_shares, kind="stable")
+    order = np.concatenate([order[order == 0], order[order != 0]])
+    reached = near_share + np.cumsum(far_shares[order])
     chosen = np.zeros(len(far_shares), bool)
-    chosen[:1] = True
-    reached = near_share + far_shares[:1].sum()
-    for tile in np.argsort(-far_shares, kind="stable"):
-        if reached >= mass:
-            break
-        if not chosen[tile]:
-            chosen[tile] = True
-            reached += far_shares[tile]
+    chosen[order[:1]] = True
+    chosen[order[1:][reached[:-1] < mass]] = True
     return chosen

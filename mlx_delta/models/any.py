@@ -26,7 +26,9 @@ from mlx_delta.config import DeltaConfig
 
 from .anatomy import NotHanded, dense_caches, trace_heads
 from .common import model_setting
+from .parts import of_own_layers, own_part
 from .queries import query_sensitivities
+from .sharing import share_heads
 
 
 def apply(model: nn.Module, config: DeltaConfig | None = None, tokenizer: Any = None) -> nn.Module:
@@ -132,6 +134,7 @@ class AnyDelta(nn.Module):
         if prompt_length is not None:
             config = config.resolve(prompt_length)
         caches = make_own_caches(self, super())
+        config = of_own_layers(config, own_part(self), len(caches))
         return replace_ordinary(caches, lambda i: DeltaKVCache(config.for_layer(i, len(caches))))
 
 
@@ -195,7 +198,14 @@ def _handed(caches: Any) -> list[Any]:
 @functools.cache
 def _with_delta(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass with the delta, under the same name."""
-    return type(cls.__name__, (AnyDelta, cls), {"__module__": cls.__module__})
+    names: dict[str, Any] = {"__module__": cls.__module__}
+    if hasattr(cls, "shard"):  # mlx-lm asks for it before it splits a model
+
+        def shard(self: Any, group: Any = None) -> None:
+            share_heads(self, lambda own: cls.shard(self, own), group)
+
+        names["shard"] = shard
+    return type(cls.__name__, (AnyDelta, cls), names)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from mlx_delta.cache import DeltaKVCache, HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
 
+from .parts import of_own_layers
+
 
 def read_delta(delta: DeltaConfig | Mapping[str, Any] | None) -> DeltaConfig | None:
     """The ``delta`` entry of a config.json as a setting; ``None`` (or JSON null) is dense."""
@@ -88,7 +90,10 @@ def attend(layer: nn.Module, x: mx.array, mask: Any, cache: Any) -> mx.array:
 
 
 def make_delta_caches(
-    layers: list[nn.Module], config: DeltaConfig, prompt_length: int | None = None
+    layers: list[nn.Module],
+    config: DeltaConfig,
+    prompt_length: int | None = None,
+    part: slice | None = None,
 ) -> list[DeltaKVCache]:
     """One cache for each layer, with that layer's own threshold.
 
@@ -97,9 +102,11 @@ def make_delta_caches(
         config: The model's setting.
         prompt_length: Length of the prompt, for settings that depend on it; without it they
             take the length of the first chunk that comes, and tiles know of no end.
+        part: Which of the model's layers these are, in a pipeline.
     """
     if prompt_length is not None:
         config = config.resolve(prompt_length)
+    config = of_own_layers(config, part, len(layers))
     caches = [DeltaKVCache(config.for_layer(i, len(layers))) for i in range(len(layers))]
     for cache in caches:
         cache.prompt_length = prompt_length

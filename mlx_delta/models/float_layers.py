@@ -2,7 +2,8 @@
 
 Their parameters stay those of MLX's quantized layers, so they are saved, counted and adapted like
 these. Float32 values are kept beside them where memory allows, and made anew for each product of
-many rows where it does not.
+many rows where it does not. Layers of experts (mlx-lm's ``QuantizedSwitchLinear``) keep MLX's own
+product: each of their rows meets the matrix of another expert, so that none has many rows.
 """
 
 from __future__ import annotations

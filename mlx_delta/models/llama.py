@@ -14,6 +14,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import RotatingKVCache
 
 from .common import attend, make_delta_caches, normalize_rope, read_delta
+from .parts import own_part
+from .pipeline import Layers
+from .sharing import share_heads
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Model(llama.Model):
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
+        self.model = Layers(args)
         for layer in self.layers:
             if not layer.use_sliding:
                 layer.self_attn = Attention(args)
@@ -60,11 +64,20 @@ class Model(llama.Model):
             cache = self.make_cache(prompt_length=inputs.shape[1])
         return super().__call__(inputs, cache, input_embeddings)
 
+    @property
+    def layers(self) -> list[Any]:
+        """The layers; in a pipeline of several processes, this one's own."""
+        return self.model.pipeline_layers
+
+    def shard(self, group: Any = None) -> None:
+        """Keep this process's share of the heads, and of what the setting says of each."""
+        share_heads(self, super().shard, group)
+
     def make_cache(self, prompt_length: int | None = None) -> list[Any]:
         """A new cache for each layer; see ``make_delta_caches`` for ``prompt_length``."""
         if self.args.delta is None:
             return super().make_cache()
-        caches = make_delta_caches(self.layers, self.args.delta, prompt_length)
+        caches = make_delta_caches(self.layers, self.args.delta, prompt_length, own_part(self))
         return [
             RotatingKVCache(max_size=self.model.sliding_window) if layer.use_sliding else cache
             for layer, cache in zip(self.layers, caches, strict=True)

@@ -27,10 +27,12 @@ QUERY_BLOCK = 64
 # Scores of a strip, over all heads: what a processor's cache holds.
 STRIP_SCORES = 1 << 19
 _STRIP_MULTIPLE = 256
+# Scores of a row that are compared side by side.
+_COLUMNS = 64
 
 _LOG2_E = 1.4426950408889634
 # What hidden scores are set to: finite, so that a row that sees nothing has no NaN.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def exact_attention(
     group = n_heads // n_kv
     dtype = queries.dtype
     queries = (queries.astype(mx.float32) * (scale * _LOG2_E)).reshape(B, n_kv, group, steps, D)
-    keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+    keys, values = keys.astype(mx.float32), with_ones(values[:, :, : start + steps])
     if far is not None:
         far = Far(far.keys.astype(mx.float32), far.block_size, far.window_blocks)
     if mask is not None:
@@ -98,7 +100,7 @@ def exact_attention(
         if outputs:
             (part,) = mx.depends([part], [outputs[-1]])
         part = part.reshape(B, n_kv, group * (end - first), D)
-        softmax = OnlineSoftmax()
+        found: Weighted | None = None
         for source, left, right in _strips(first, last or end, part, far, keys):
             scores = part @ source[:, :, left:right].swapaxes(-1, -2)
             if mask is not None:
@@ -107,8 +109,10 @@ def exact_attention(
                 scores = hide(scores, seen, group)
             elif right > first:
                 scores = hide(scores, _causal(first, end, left, right), group)
-            softmax.add(scores, values[:, :, left:right])
-        output = softmax.result().reshape(B, n_kv, group, end - first, -1)
+            strip = Weighted.of(scores, values[:, :, left:right])
+            found = strip if found is None else found.merged(strip)
+        assert found is not None
+        output = found.mean().reshape(B, n_kv, group, end - first, -1)
         outputs.append(output)
     joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=3)
     return joined.reshape(B, n_heads, steps, -1).astype(dtype)
@@ -120,33 +124,54 @@ def has_blocks(queries: mx.array) -> bool:
     return on_cpu and queries.shape[2] >= LEAST_QUERIES
 
 
-class OnlineSoftmax:
-    """The weighted mean of values under a softmax of scores that come strip by strip."""
+@dataclass(frozen=True)
+class Weighted:
+    """Values under a softmax of some of the scores; more can be merged into it.
 
-    def __init__(self) -> None:
-        self._top: mx.array | None = None  # [..., R, 1]; the largest score so far
-        self._sum: mx.array | None = None  # [..., R, 1]
-        self._output: mx.array | None = None  # [..., R, Dv]
+    Attributes:
+        top: [..., R, 1], the largest score.
+        sums: [..., R, Dv + 1], values times powers of two below it, and the sum of these.
+    """
 
-    def add(self, scores: mx.array, values: mx.array) -> None:
-        """Take scores [..., R, N], in powers of two, of values [..., N, Dv]."""
+    top: mx.array
+    sums: mx.array
+
+    @classmethod
+    def of(cls, scores: mx.array, values: mx.array) -> Weighted:
+        """Scores [..., R, N], in powers of two, of values [..., N, Dv + 1], the last 1."""
         # In a softmax the maximum cancels, so it has no gradient.
-        top = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
-        ones = mx.ones((scores.shape[-1], 1))  # a product adds up faster than MLX's sum
-        if self._top is None or self._sum is None or self._output is None:
-            weights = exp2_below(scores, top)
-            self._sum, self._output = weights @ ones, weights @ values
-        else:
-            top = mx.maximum(top, self._top)
-            weights, shrink = exp2_below(scores, top), exp2_below(self._top, top)
-            self._sum = self._sum * shrink + weights @ ones
-            self._output = self._output * shrink + weights @ values
-        self._top = top
+        top = mx.stop_gradient(row_max(scores))
+        return cls(top, exp2_below(scores, top) @ values)
 
-    def result(self) -> mx.array:
+    def merged(self, other: Weighted) -> Weighted:
+        """Of all scores of both."""
+        top = mx.maximum(self.top, other.top)
+        return Weighted(
+            top,
+            self.sums * exp2_below(self.top, top) + other.sums * exp2_below(other.top, top),
+        )
+
+    def mean(self) -> mx.array:
         """The weighted mean, [..., R, Dv]."""
-        assert self._sum is not None and self._output is not None
-        return self._output / self._sum
+        # Powers of two of NaN are not NaN: where the largest score is, so is the output.
+        return self.sums[..., :-1] / self.sums[..., -1:] + 0 * self.top
+
+
+def with_ones(values: mx.array) -> mx.array:
+    """Values [..., N, Dv] in float32 and a column of ones, which adds up the weights.
+
+    The product with the weights does so at no cost; a sum by itself is slow.
+    """
+    values = values.astype(mx.float32)
+    return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
+
+
+def row_max(scores: mx.array) -> mx.array:
+    """The largest of each row, [..., R, 1]; column against column first, which MLX vectorizes."""
+    *rows, length = scores.shape
+    if length > _COLUMNS and length % _COLUMNS == 0:
+        scores = scores.reshape(*rows, length // _COLUMNS, _COLUMNS).max(axis=-2)
+    return scores.max(axis=-1, keepdims=True)
 
 
 def query_blocks(start: int, steps: int, far: Far | None) -> list[tuple[int, int]]:
@@ -193,7 +218,7 @@ def hide(scores: mx.array, seen: mx.array, group: int) -> mx.array:
     shape: Sequence[int] = scores.shape
     scores = scores.reshape(*shape[:2], group, -1, shape[-1])
     if seen.dtype == mx.bool_:
-        scores = mx.where(seen, scores, _HIDDEN)
+        scores = mx.where(seen, scores, HIDDEN)
     else:
-        scores = mx.maximum(scores + seen.astype(mx.float32) * _LOG2_E, _HIDDEN)
+        scores = mx.maximum(scores + seen.astype(mx.float32) * _LOG2_E, HIDDEN)
     return scores.reshape(shape)

@@ -62,10 +62,14 @@ def hold_blocks(
         zero, int32 [B, Hkv, n_blocks]. Rows where the hold starts anew count as no zeros.
     """
     B, H, length, D = keys.shape
+    size = config.block_size
+    if stored is None and not config.cuts_runs and config.layer_threshold == 0:
+        # What has changed at all propagates.
+        zeros = _count_zeros(keys, config, [first_block * size] * B, previous)
+        return keys, _of_blocks(zeros, size)
     if not config.keyframes:
-        size = config.block_size
         held, zeros = hold_text(keys, config, [first_block * size] * B, previous)
-        return held, zeros.reshape(B, H, -1, size).sum(axis=-1).astype(mx.int32)
+        return held, _of_blocks(zeros, size)
     # float32: differences of bf16 keys rounded to bf16 would move values across the threshold.
     blocks = keys.astype(mx.float32).reshape(B, H, -1, config.block_size, D)
     if config.run_value == "mean":
@@ -74,8 +78,7 @@ def hold_blocks(
     held, _ = _hold_firsts(blocks, config, first_block, stored)
     held = held.reshape(keys.shape)
     zeros = _count_zeros(held, config, [first_block * config.block_size] * B, None)
-    zeros = zeros.reshape(B, H, -1, config.block_size).sum(axis=-1).astype(mx.int32)
-    return held.astype(keys.dtype), zeros
+    return held.astype(keys.dtype), _of_blocks(zeros, size)
 
 
 def hold_text(
@@ -231,6 +234,11 @@ def _run_totals(xp: Any, deviations: Any, starts: Any) -> Any:
         total = xp.where(starts[t], zero, total + deviations[t])
         totals.append(total)
     return xp.stack(totals)
+
+
+def _of_blocks(zeros: mx.array, size: int) -> mx.array:
+    """Zeros of tokens [B, Hkv, L] as those of blocks, int32 [B, Hkv, L / size]."""
+    return zeros.reshape(*zeros.shape[:2], -1, size).sum(axis=-1).astype(mx.int32)
 
 
 def _count_zeros(

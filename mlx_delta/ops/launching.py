@@ -14,6 +14,9 @@ import mlx.core as mx
 
 LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
 SIMD = 32  # lanes of a simdgroup
+# For kernels that compare values with a threshold: MLX's default today, and asked for by name, so
+# that what they decide is the specification's whatever the default becomes.
+SAFE_MATH = {"math_mode": "safe"}
 
 
 @lru_cache(maxsize=64)

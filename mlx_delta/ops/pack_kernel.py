@@ -17,7 +17,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
 
 from .hold import block_thresholds
-from .launching import SIMD, check_shapes, constant, filler, padded
+from .launching import SAFE_MATH, SIMD, check_shapes, constant, filler, padded
 from .pack import HEAD_DIMS, LARGEST, EncodedBlocks, PackedBlocks, worst_words
 
 
@@ -50,6 +50,7 @@ def encode_kernel() -> Any:
         output_names=["masks", "payload", "counts", "grid"],
         source=ENCODE_BODY,
         header=_header("delta_encode"),
+        compile_options=SAFE_MATH,
     )
 
 

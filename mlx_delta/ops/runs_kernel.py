@@ -11,9 +11,7 @@ import numpy as np
 from mlx_delta.kernels import kernel_source
 
 from .backend import has_kernels
-
-SIMD = 32  # lanes of a simdgroup, a channel each
-LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
+from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD
 
 BODY = """
     constexpr int W = (D + 31) / 32;
@@ -38,6 +36,7 @@ def runs_kernel() -> Any:
         output_names=["starts", "means"],
         source=BODY,
         header=kernel_source("delta_runs.metal"),
+        compile_options=SAFE_MATH,
     )
 
 

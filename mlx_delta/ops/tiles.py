@@ -9,26 +9,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_delta.method.tiles import PACKED_ROWS, POOLED_QUERIES, choose
 
-from .exact_attention import Far, OnlineSoftmax, hide
+from .exact_attention import HIDDEN, Far, Weighted, hide, with_ones
 from .exp2 import exp2_below
 
 _LOG2_E = 1.4426950408889634
 # Scores of a strip of gathered tiles: what a processor's cache holds.
-STRIP_SCORES = 1 << 18
+STRIP_SCORES = 1 << 19
 
 
-@dataclass
 class TileCount:
-    """Tiles computed and tiles below the diagonal, own ones included, over all kv heads."""
+    """Tiles computed and tiles below the diagonal, own ones included, over all kv heads.
 
-    computed: int = 0
-    all: int = 0
+    Attributes:
+        all: Tiles below the diagonal.
+    """
+
+    def __init__(self) -> None:
+        self.all = 0
+        self._computed = 0
+        self._waiting: list[mx.array] = []  # what kernels have counted, not looked at yet
+
+    def add(self, chosen: int | mx.array, near: int, every: int) -> None:
+        """Count far tiles that were chosen, near ones, and how many there were of both."""
+        self._computed += near
+        self.all += every
+        if isinstance(chosen, mx.array):
+            self._waiting.append(chosen)
+        else:
+            self._computed += chosen
+
+    @property
+    def computed(self) -> int:
+        """Tiles computed."""
+        self._computed += sum(int(np.array(counts).sum()) for counts in self._waiting)
+        self._waiting.clear()
+        return self._computed
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TileCount):
+            return NotImplemented
+        return (self.computed, self.all) == (other.computed, other.all)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def density(self) -> float:
@@ -65,11 +94,20 @@ class PackedTiles:
     bias: mx.array
     spread: mx.array
 
+    @cached_property
+    def rows(self) -> mx.array:
+        """[B, Hkv, n * R, D + 2]: a product with ``[q, 1, |q|**2]`` is a piece's score."""
+        B, H, n, R, D = self.keys.shape
+        rows = mx.concatenate([self.keys, self.bias[..., None], self.spread[..., None]], axis=-1)
+        return rows.reshape(B, H, n * R, D + 2)
+
 
 def pack_tiles(keys: mx.array) -> PackedTiles:
     """Pack blocks of keys, float32 [B, Hkv, n, T, D]; as ``method.tiles.pack``."""
-    T = keys.shape[3]
-    change = mx.square(keys[:, :, :, 1:] - keys[:, :, :, :-1]).sum(axis=-1)
+    T, D = keys.shape[3:]
+    # Sums over elements are products with ones, which are faster here.
+    ones = mx.ones((D, 1))
+    change = (mx.square(keys[:, :, :, 1:] - keys[:, :, :, :-1]) @ ones)[..., 0]
     # argsort is stable, so of equal changes the earlier counts.
     order = mx.argsort(-change, axis=-1)[..., : PACKED_ROWS - 1] + 1
     begins = (mx.arange(T) == order[..., None]).any(axis=-2)
@@ -77,8 +115,8 @@ def pack_tiles(keys: mx.array) -> PackedTiles:
     member = (mx.arange(PACKED_ROWS)[:, None] == piece[..., None, :]).astype(mx.float32)
     count = member.sum(axis=-1)  # [B, Hkv, n, R]
     means = (member @ keys) / count[..., None]
-    deviation = keys - mx.take_along_axis(means, piece[..., None], axis=3)
-    variance = (member @ mx.square(deviation).mean(axis=-1, keepdims=True))[..., 0] / count
+    deviation = keys - member.swapaxes(-1, -2) @ means
+    variance = (member @ (mx.square(deviation) @ ones))[..., 0] / (count * D)
     # |q|**2 / 2 * variance in powers of e, for a query that is scaled by log2(e):
     # |q log2(e)|**2 / 2 * variance / log2(e) in powers of two.
     return PackedTiles(means, mx.log2(count), variance * (0.5 / _LOG2_E))
@@ -86,6 +124,9 @@ def pack_tiles(keys: mx.array) -> PackedTiles:
 
 def tile_shares(queries: mx.array, packed: PackedTiles, near: mx.array, far: int) -> mx.array:
     """As ``method.tiles.shares``, for all rows and kv heads.
+
+    Scores are laid out with the queries last: largest ones and sums then go down the columns,
+    which MLX vectorizes.
 
     Args:
         queries: [B, Hkv, G, T, D], scaled for scores in powers of two.
@@ -99,18 +140,18 @@ def tile_shares(queries: mx.array, packed: PackedTiles, near: mx.array, far: int
     B, H, G, T, D = queries.shape
     groups = T // POOLED_QUERIES
     pooled = queries.reshape(B, H, G * groups, POOLED_QUERIES, D).mean(axis=3)
-    keys = packed.keys[:, :, :far].reshape(B, H, far * PACKED_ROWS, D)
-    bias, spread = (x[:, :, :far].reshape(B, H, 1, -1) for x in (packed.bias, packed.spread))
     square = mx.square(pooled).sum(axis=-1, keepdims=True)
-    scores = pooled @ keys.swapaxes(-1, -2) + (bias + square * spread)
-    last = mx.arange(POOLED_QUERIES - 1, T, POOLED_QUERIES)[:, None]
-    seen = mx.arange(near.shape[2]) - (near.shape[2] - T) <= last
-    exact = hide(pooled @ near.swapaxes(-1, -2), seen, G)
-    top = mx.maximum(scores.max(axis=-1, keepdims=True), exact.max(axis=-1, keepdims=True))
-    tiles = exp2_below(scores, top).reshape(B, H, -1, far, PACKED_ROWS).sum(axis=-1)
-    own = exp2_below(exact, top).sum(axis=-1, keepdims=True)
-    weights = mx.concatenate([tiles, own], axis=-1)
-    most = (weights / weights.sum(axis=-1, keepdims=True)).max(axis=2)
+    terms = mx.concatenate([pooled, mx.ones_like(square), square], axis=-1)
+    scores = packed.rows[:, :, : far * PACKED_ROWS] @ terms.swapaxes(-1, -2)
+    exact = near @ pooled.swapaxes(-1, -2)  # [B, Hkv, m * T, G * groups]
+    last = mx.tile(mx.arange(POOLED_QUERIES - 1, T, POOLED_QUERIES), G)
+    seen = (mx.arange(near.shape[2]) - (near.shape[2] - T))[:, None] <= last
+    exact = mx.where(seen, exact, HIDDEN)
+    top = mx.maximum(scores.max(axis=2, keepdims=True), exact.max(axis=2, keepdims=True))
+    tiles = exp2_below(scores, top).reshape(B, H, far, PACKED_ROWS, -1).sum(axis=3)
+    own = exp2_below(exact, top).sum(axis=2, keepdims=True)
+    weights = mx.concatenate([tiles, own], axis=2)
+    most = (weights / weights.sum(axis=2, keepdims=True)).max(axis=3)
     return most / most.sum(axis=-1, keepdims=True)
 
 
@@ -145,35 +186,52 @@ def tile_attention(
     group, blocks = n_heads // n_kv, steps // T
     dtype = queries.dtype
     queries = (queries.astype(mx.float32) * (scale * _LOG2_E)).reshape(B, n_kv, group, steps, D)
-    keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+    keys, values = keys.astype(mx.float32), with_ones(values[:, :, : start + steps])
     borders = [far.border(start + i * T) for i in range(blocks)]
     last = borders[-1]
     tiles = far.keys[:, :, :last].astype(mx.float32).reshape(B, n_kv, last // T, T, D)
     tile_values = values[:, :, :last].reshape(B, n_kv, last // T, T, -1)
     parts = [queries[:, :, :, i * T : (i + 1) * T] for i in range(blocks)]
     lists = _choose(parts, tiles, keys, borders, start, mass)
-    outputs: list[mx.array] = []
+    near_parts: list[Weighted] = []
+    far_parts: list[Weighted] = []
     for i, part in enumerate(parts):
-        first, end = start + i * T, start + (i + 1) * T
-        rows = []
-        for row in range(B):
-            for head in range(n_kv):
-                softmax = OnlineSoftmax()
-                own = part[row, head].reshape(group * T, D)
-                near = keys[row, head, borders[i] : end]
-                seen = mx.arange(borders[i], end) <= mx.arange(first, end)[:, None]
-                scores = hide((own @ near.T)[None, None], seen, group)[0, 0]
-                softmax.add(scores, values[row, head, borders[i] : end])
-                for index in _strips(lists[i][row, head], group * T, T):
-                    strip = _gather(tiles[row, head], index)
-                    softmax.add(own @ strip.T, _gather(tile_values[row, head], index))
-                rows.append(softmax.result().reshape(group, T, -1))
-        outputs.append(mx.stack(rows).reshape(B, n_kv, group, T, -1))
-        mx.async_eval(outputs[-1])  # block by block, so that strips stay in the cache
-        near_tiles = (end - borders[i]) // T
-        count.computed += int(lists[i].sum()) + B * n_kv * near_tiles
-        count.all += B * n_kv * (borders[i] // T + near_tiles)
-    return mx.concatenate(outputs, axis=3).reshape(B, n_heads, steps, -1).astype(dtype)
+        border, end = borders[i], start + (i + 1) * T
+        near = slice(border, end)
+        own = part.reshape(B, n_kv, group * T, D)
+        seen = mx.arange(border, end) <= mx.arange(end - T, end)[:, None]
+        scores = hide(own @ keys[:, :, near].swapaxes(-1, -2), seen, group)
+        near_parts.append(Weighted.of(scores, values[:, :, near]))
+        for row, head in np.ndindex(B, n_kv):
+            text = tiles[row, head], tile_values[row, head]
+            far_parts.append(_attend(own[row, head], *text, lists[i][row, head]))
+        # Block by block, so that strips stay in the cache.
+        mx.async_eval([near_parts[-1].sums, [part.sums for part in far_parts[-B * n_kv :]]])
+        near_tiles = (end - border) // T
+        count.add(int(lists[i].sum()), B * n_kv * near_tiles, B * n_kv * end // T)
+    shape = (blocks, B, n_kv, group * T)
+    near_all, far_all = (
+        Weighted(
+            mx.stack([part.top for part in some]).reshape(*shape, 1),
+            mx.stack([part.sums for part in some]).reshape(*shape, -1),
+        )
+        for some in (near_parts, far_parts)
+    )
+    output = near_all.merged(far_all).mean().reshape(blocks, B, n_kv, group, T, -1)
+    return output.transpose(1, 2, 3, 0, 4, 5).reshape(B, n_heads, steps, -1).astype(dtype)
+
+
+def _attend(queries: mx.array, tiles: mx.array, values: mx.array, chosen: np.ndarray) -> Weighted:
+    """Queries [R, D] over the chosen ones of tiles [n, T, D], with values [n, T, Dv + 1]."""
+    T, found = tiles.shape[1], None
+    for index in _strips(chosen, queries.shape[0], T):
+        scores = queries @ _gather(tiles, index).T
+        strip = Weighted.of(scores, _gather(values, index))
+        found = strip if found is None else found.merged(strip)
+    if found is not None:
+        return found
+    rows = queries.shape[0]
+    return Weighted(mx.full((rows, 1), HIDDEN), mx.zeros((rows, values.shape[-1])))
 
 
 def _choose(

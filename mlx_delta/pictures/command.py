@@ -14,7 +14,7 @@ from mlx_delta.system.cli import HelpFormatter, run_command
 from mlx_delta.wording import nearest
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
-KINDS = ("tradeoff", "needles", "heads", "keys", "roofline")
+KINDS = ("tradeoff", "needles", "heads", "keys", "roofline", "prefill")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,6 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--chips", nargs="+", metavar="CHIP", help="Default: M4 'M4 Pro' 'M4 Max'."
     )
     roofline.add_argument("--contexts", type=int, nargs="+", metavar="N", help="In tokens.")
+
+    prefill = kind("prefill", "Prefill by tiles: speed, density and loss against length.")
+    prefill.add_argument(
+        "results", metavar="FILE.jsonl", help="Written by examples/prefill_results.py."
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import DEMO, load
 from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.prefill_file import read_rows
 from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
 from mlx_delta.measure.sparsity import measure_sparsity
@@ -29,6 +30,7 @@ from . import names
 from .heads import HeadMap, draw_heads
 from .keys import draw_keys
 from .needles import draw_needles, make_grid
+from .prefill import draw_prefill
 from .record import record_head
 from .results import choose, read_runs
 from .roofline import Roofline, draw_roofline, read_roofline
@@ -152,6 +154,12 @@ def _roofline_of_model(args: argparse.Namespace) -> Roofline:
     setting = model_setting(model)
     assert setting is not None
     return Roofline(args.model or DEMO, setting.to_dict(), args.today, values)
+
+
+def prefill(args: argparse.Namespace) -> Draw:
+    """Prefill by tiles, from a file."""
+    rows = read_rows(args.results)
+    return lambda theme: draw_prefill(rows, theme)
 
 
 def _one_source(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_delta.attention.hybrid import attend_to_step
 from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.settings import Setting
@@ -58,19 +59,6 @@ class HeadRecord:
         return float(self.held[: self.far].mean())
 
 
-class _Listener(nn.Module):
-    """Stands in for a layer's attention and keeps what comes in."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-        self.seen: list[mx.array] = []
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        self.seen = [*self.seen, x]
-        return self.attention(x, mask, cache)
-
-
 def record_head(
     model: nn.Module, tokens: Sequence[int], setting: Setting, layer: int, head: int
 ) -> HeadRecord:
@@ -104,49 +92,61 @@ def record_head(
             f"[record_head] {len(tokens)} tokens are all within the exact window; give more than "
             f"{near}."
         )
-    queries, keys = _projected(model, tokens, setting, caches, layer)
+    queries, keys, scale = _seen(model, tokens, setting, caches, layer)
     if not 0 <= head < len(keys):
         raise ValueError(f"[record_head] kv head must be 0 to {len(keys) - 1} but got {head}.")
     config = cache.config.for_head(head)
-    group = len(queries) // len(keys)
     held = hold(keys[head], config)
-    scale = float(model.layers[layer].self_attn.scale)
-    own = queries[head * group : (head + 1) * group]
+    weights = [_weights(own, keys[head], held, config, scale) for own in queries[head]]
     rank = sum(isinstance(c, HeldKeys) for c in caches[:layer])
     return HeadRecord(
         layer=layer,
         head=head,
-        query_heads=group,
+        query_heads=len(queries[head]),
         config=config,
         keys=keys[head],
         delta=delta_keys(held, config),
         exact=np.array([starts_anew(t, config) for t in range(len(tokens))]),
         far=((len(tokens) - 1) // config.block_size - config.window_blocks) * config.block_size,
-        attention=np.mean([_weights(q, keys[head], held, config, scale) for q in own], axis=0),
+        attention=np.mean(weights, axis=0),
         sparsity=float(measure_sparsity(caches, len(tokens)).prefill_heads[rank, head]),
     )
 
 
-def _projected(
+def _seen(
     model: nn.Module, tokens: Sequence[int], setting: Setting, caches: list[Any], layer: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [Hq, N, D] and keys [Hkv, N, D] of a layer, after RoPE, as the setting makes them."""
-    attention = model.layers[layer].self_attn
-    listener = _Listener(attention)
-    model.layers[layer].self_attn = listener
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """What reaches a cache: queries [Hkv, G, N, D], keys [Hkv, N, D], the factor on their scores.
+
+    As the model hands them to its attention, whatever it is made of. Where several layers read one
+    cache, their queries all count.
+    """
+    cache = caches[layer]
+    queries: list[list[mx.array]] = []  # of each update and each layer that reads it
+    keys: list[mx.array] = []
+    factors: list[float] = []
+    step: Any = None
+
+    def attend(own: mx.array, new: mx.array, values: mx.array, scale: float) -> mx.array:
+        nonlocal step
+        if not keys or keys[-1] is not new:
+            step = cache.update(new, values)
+            keys.append(new)
+            queries.append([])
+            factors.append(float(scale))
+        _, kv_heads, length, D = new.shape
+        queries[-1].append(own.reshape(kv_heads, -1, length, D))
+        return attend_to_step(own, step, scale)
+
+    cache.attend = attend
     try:
         setting.prefill(model, tokens, caches)
     finally:
-        model.layers[layer].self_attn = attention
-    x = mx.concatenate(listener.seen, axis=1)
-    rotated = []
-    for projection, heads in (
-        (attention.q_proj, attention.n_heads),
-        (attention.k_proj, attention.n_kv_heads),
-    ):
-        rows = projection(x).reshape(1, len(tokens), heads, -1).transpose(0, 2, 1, 3)
-        rotated.append(np.array(attention.rope(rows)[0].astype(mx.float32)))
-    return rotated[0], rotated[1]
+        del cache.attend
+    joined = [mx.concatenate(layers, axis=1) for layers in queries]
+    whole = mx.concatenate(joined, axis=2), mx.concatenate(keys, axis=2)[0]
+    own, all_keys = (np.array(x.astype(mx.float32)) for x in whole)
+    return own, all_keys, factors[0]
 
 
 def _weights(

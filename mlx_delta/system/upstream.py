@@ -24,6 +24,7 @@ PRIVATE = {
 
 # Names without one that belong to mlx-lm's own commands and generation loop.
 INTERNAL = {
+    "mlx_lm.chat.setup_arg_parser": "mlx_lm.chat's flags",
     "mlx_lm.generate.generate_step": "the loop that benchmarks time",
     "mlx_lm.generate.generation_stream": "what it runs on",
     "mlx_lm.generate.setup_arg_parser": "mlx_lm.generate's flags",
@@ -31,5 +32,6 @@ INTERNAL = {
     "mlx_lm.models.base.create_causal_mask": "masks of windows and batches",
     "mlx_lm.models.base.scaled_dot_product_attention": "what models attend with",
     "mlx_lm.models.bitlinear_layers.BitLinear": "the layer that ternary ones stand in for",
+    "mlx_lm.models.pipeline.PipelineMixin": "which layers a process of several has",
     "mlx_lm.utils.MODEL_REMAPPING": "other names of model types",
 }

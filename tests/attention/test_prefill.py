@@ -7,6 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 
 from mlx_delta import DeltaConfig, DeltaKVCache
@@ -15,7 +16,7 @@ from mlx_delta.generate.command import main
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.method import attention as reference
 from mlx_delta.method.tiles import EXACT_END
-from tests.tiny import smooth_keys
+from tests.tiny import llama_model, smooth_keys, tokens
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 16, 0.25
 EXACT = {
@@ -114,12 +115,41 @@ def test_a_mask_or_rows_that_differ_have_all_tiles_computed():
         ({"prefill": "fast"}, "prefill must be 'exact' or 'tiles' but got 'fast'"),
         ({"prefill": "tiles", "tiles": 1.5}, r"tiles must be in \[0, 1\] but got 1.5"),
         ({"prefill": "tiles", "tiles": True}, r"tiles must be in \[0, 1\] but got True"),
+        ({"prefill": "tiles", "tiles": (0.5, 2)}, r"tiles must be in \[0, 1\] but got 2"),
+        ({"prefill": "tiles", "tiles": ()}, "tiles must not be an empty list"),
         ({"prefill": "tiles", "block_size": 48, "window": 48}, "block_size of 32, 64, 128 but got"),
     ],
 )
 def test_settings_that_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DeltaConfig(**fields)
+
+
+def test_each_layer_takes_its_own_share():
+    config = DeltaConfig.parse("tiles=0.7/0.9")
+    assert config == DeltaConfig(prefill="tiles", tiles=(0.7, 0.9))
+    assert [config.for_layer(i, 2).tile_share for i in range(2)] == [0.7, 0.9]
+    assert DeltaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert str(config) == "prefill=tiles,tiles=0.7/0.9"
+    with pytest.raises(ValueError, match="tiles has 2 values but the model has 3 layers"):
+        config.for_layer(0, 3)
+    with pytest.raises(ValueError, match="tiles per layer: call for_layer first"):
+        _ = config.tile_share
+    both = DeltaConfig(threshold=((0.5, 0.6), 1.0), prefill="tiles", tiles=(0.7, 0.9))
+    assert both.for_layer(0, 2) == DeltaConfig(threshold=((0.5, 0.6),), prefill="tiles", tiles=0.7)
+
+
+def test_the_same_tokens_however_a_prompt_is_cut():
+    model = llama_model(DeltaConfig(threshold=0.0, prefill="tiles", tiles=0.5))
+    prompt, found = tokens(1000)[0], []
+    for step in (64, 320, 2048):
+        caches = model.make_cache(prompt_length=1000)
+        steps = generate_step(
+            prompt, model, max_tokens=8, prompt_cache=caches, prefill_step_size=step
+        )
+        found.append(([token for token, _ in steps], [cache.tile_count for cache in caches]))
+    assert found[0] == found[1] == found[2]
+    assert all(0 < count.computed < count.all for count in found[0][1])
 
 
 def test_the_setting_is_written_only_where_it_is_not_the_default():

@@ -16,7 +16,7 @@ from mlx_delta.benchmark import (
     timing,
 )
 from mlx_delta.benchmark.command import main
-from mlx_delta.benchmark.table import timing_tables
+from mlx_delta.benchmark.table import timing_tables, timing_values
 from mlx_delta.benchmark.timing import round_order, time_once
 from mlx_delta.measure.filling import memory_needed
 from mlx_delta.measure.settings import parse_settings
@@ -174,6 +174,24 @@ def table_of(row: Row) -> tuple[list[str], list[str]]:
     """Header and cells of a row's table."""
     (table,) = timing_tables([row], None)
     return table.header, table.rows[0]
+
+
+def test_tiles_are_reported_beside_the_rest():
+    model = llama_model(SMALL, max_position_embeddings=2048)
+    settings = parse_settings(
+        ["stock", "dense", "delta:threshold=0,block_size=32,window=32,tiles=0.3"]
+    )
+    bench = Benchmark(model, settings, tokens(600)[0].tolist(), [600], generated=2, trials=1)
+    stock, dense, tiles = bench.run()
+    assert stock.density is dense.density is None and 0 < tiles.density < 1
+    (table,) = timing_tables(bench.rows, None)
+    assert [row[table.header.index("tiles")] for row in table.rows] == [
+        "–", "–", f"{tiles.density:.3f}"
+    ]  # fmt: skip
+    assert [entry["tile_density"] for entry in timing_values(bench.rows, None)] == [
+        None, None, tiles.density
+    ]  # fmt: skip
+    assert "tiles" not in timing_tables(bench.rows[:2], None)[0].header
 
 
 # Chips.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,16 +15,8 @@ from mlx_lm.models.cache import (
 from mlx_delta import BatchDeltaKVCache, DeltaConfig, DeltaKVCache, measure_sparsity
 from mlx_delta.method import attention as reference
 from tests.attention.test_hybrid import attend, inputs
+from tests.cache.settings import CHAIN, each_setting
 from tests.tiny import SMALL, smooth_keys
-
-LENGTH = 150
-TEXT = inputs(LENGTH)
-CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first")
-PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
-CODED = dataclasses.replace(SMALL, key_bits=4)
-each_setting = pytest.mark.parametrize(
-    "config", [SMALL, CHAIN, PACKED, CODED], ids=["blocks", "chain", "packed", "coded"]
-)
 
 
 def feed_batch(cache: BatchDeltaKVCache, texts, steps: int, right: list[int] | None = None):

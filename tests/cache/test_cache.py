@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import mlx.core as mx
@@ -21,16 +20,8 @@ from mlx_lm.models.cache import (
 
 from mlx_delta import DeltaConfig, DeltaKVCache, measure_sparsity
 from tests.attention.test_hybrid import attend, inputs
+from tests.cache.settings import LENGTH, TEXT, each_setting
 from tests.tiny import SMALL
-
-LENGTH = 150
-TEXT = inputs(LENGTH)
-CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first")
-PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
-CODED = dataclasses.replace(SMALL, key_bits=4)
-each_setting = pytest.mark.parametrize(
-    "config", [SMALL, CHAIN, PACKED, CODED], ids=["blocks", "chain", "packed", "coded"]
-)
 
 
 def whole(config: DeltaConfig) -> np.ndarray:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_delta import DeltaConfig, load
+from mlx_delta import DeltaConfig, DeltaKVCache, load
 from mlx_delta.attention.probe import near_and_causal, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
@@ -19,6 +20,7 @@ from mlx_delta.calibrate.weights import Watched, correct_layers, measure_weights
 from mlx_delta.generate.command import build_parser, choose_delta
 from mlx_delta.measure.sparsity import share_of_zeros
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.models import llama
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from tests.tiny import LLAMA, llama_model, tokens, write_llama
 
@@ -76,6 +78,26 @@ def test_only_keys_that_are_seen_as_far_have_gradients():
     classes = {type(layer).__name__ for layer in model.layers}
     assert classes == {"TransformerBlock"}
     assert all(type(x) is type(model.layers[0]) for x in model.layers)
+
+
+def test_a_layer_without_keys_has_no_cache():
+    """As in mixtures with recurrent layers: which layer reads a cache is seen, not counted."""
+
+    class WithOneMore(llama.Model):
+        @property
+        def layers(self):
+            return [nn.Identity(), *self.model.layers]
+
+        def make_cache(self):
+            return [DeltaKVCache(SMALL_RUNS) for _ in self.model.layers]
+
+    window = tokens(64)[0].tolist()
+    model = llama_model(SMALL_RUNS)
+    wanted = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    model.__class__ = WithOneMore
+    found = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-9)
 
 
 def test_squared_gradients_predict_the_divergence_of_a_layer():
@@ -143,11 +165,13 @@ def test_load_picks_up_what_was_written(path, capsys, flags):
     assert share_of_zeros(caches) == pytest.approx(0.5, abs=0.06)
 
 
-def test_flags_of_generate_set_the_level_from_the_curve(path, capsys):
+def test_flags_of_generate_set_the_level_from_the_curve(path, tmp_path):
     parse = build_parser().parse_args
     with pytest.raises(ValueError, match=r"--delta-sparsity needs a calibrated model"):
         choose_delta(parse(["--delta-sparsity", "0.5"]), str(path))
-    assert run("--model", path, "--sparsity", "0.4") == 0
+    assert run("--model", path, "--sparsity", "0.4", "--output", tmp_path / "copy") == 0
+    assert not (path / FILE_NAME).exists(), "a copy gets the file, the model does not"
+    path = tmp_path / "copy"
     levels = [
         choose_delta(parse(["--delta-sparsity", share]), str(path)).level
         for share in ("0", "0.4", "0.6")
@@ -182,10 +206,3 @@ def test_what_can_not_be_is_said(path, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
     assert not (path / FILE_NAME).exists()
-
-
-def test_a_copy_gets_the_file_too(path, tmp_path):
-    assert run("--model", path, "--sparsity", "0.5", "--output", tmp_path / "copy") == 0
-    assert (tmp_path / "copy" / FILE_NAME).is_file()
-    assert not (path / FILE_NAME).exists()
-    assert load(tmp_path / "copy")[0].args.delta.loaded_sensitivities.curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from mlx_delta.method import runs
-from mlx_delta.ops import runs_kernel
+from mlx_delta.ops import pack_kernel, runs_kernel
 
 from ..metal_cpu import KernelSource, MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
-from .common import as_float, every_run, special_keys, walk
+from .common import as_float, every_run, source_of, special_keys, walk, with_kernel
 
 LEVEL = 0.3
 
@@ -116,17 +117,22 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_mutations(bench: MetalBench, mutation):
-    if bench.on_gpu:
-        pytest.skip("the GPU does not check")
+    def cases() -> None:
+        for optimal in (True, False):
+            _check(_keys((2, 16, 40)), optimal, np.array([3, 0]))
+        _check(_keys((1, 32, 32)), False, np.array([0]), level=3.0)
+        _check(_keys((1, 16, 32), "inf"), True, np.array([0]))
+        _check(_keys((1, 16, 32), "nan"), False, np.array([0]))
 
-    def cases(kernel: KernelSource) -> None:
-        bound = bench.bind(kernel, mode="checked")
-        with mock.patch.object(runs_kernel, "runs_kernel", lambda: bound):
-            for optimal in (True, False):
-                _check(_keys((2, 16, 40)), optimal, np.array([3, 0]))
-            _check(_keys((1, 32, 32)), False, np.array([0]), level=3.0)
-            _check(_keys((1, 16, 32), "inf"), True, np.array([0]))
-            _check(_keys((1, 16, 32), "nan"), False, np.array([0]))
+    assert_caught(source_of("runs_kernel"), mutation, with_kernel(bench, "runs_kernel", cases))
 
-    kernel = KernelSource.of(runs_kernel.runs_kernel.__wrapped__)
-    assert_caught(kernel, mutation, cases)
+
+@pytest.mark.parametrize(
+    "builder", [pack_kernel.encode_kernel, runs_kernel.runs_kernel], ids=["encode", "runs"]
+)
+def test_what_compares_with_a_threshold_asks_for_no_fast_math(builder):
+    kernel = KernelSource.of(builder.__wrapped__)
+    assert kernel.compile_options == {"math_mode": "safe"}
+    kernel.build()  # MLX knows the name, and refuses others
+    with pytest.raises(ValueError, match="math_mode"):
+        replace(kernel, compile_options={"math_mode": "exact"}).build()

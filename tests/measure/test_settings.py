@@ -197,3 +197,19 @@ def test_window_only_counts_what_it_would_keep():
     dense = 3 * 256 * 2 * (16 + 16) * 2  # layers, tokens of a buffer, kv heads, K and V, bytes
     kept = 3 + 16 + 8  # sinks, window, block
     assert cache_nbytes(caches) == pytest.approx(dense * kept / 256, rel=0.05)
+
+
+def test_stock_is_dense_by_mlxs_own_attention(monkeypatch):
+    model = llama_model()
+    stock, dense = parse_settings(["stock", "dense"])
+    expected = dense.prefill(model, IDS, dense.make_caches(model))
+    monkeypatch.setattr("mlx_delta.attention.dense.exact_attention", None)
+    found = stock.prefill(model, IDS, stock.make_caches(model))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert cache_nbytes(stock.make_caches(model)) == 0
+
+
+def test_tiles_know_where_the_prompt_ends():
+    model = llama_model()
+    setting = parse_setting("delta:threshold=0,block_size=64,window=64,tiles=0.5", SMALL)
+    assert {cache.prompt_length for cache in setting.make_caches(model, 700)} == {700}

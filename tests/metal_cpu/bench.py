@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -76,6 +76,7 @@ class KernelSource:
     header: str = ""
     ensure_row_contiguous: bool = True
     atomic_outputs: bool = False
+    compile_options: Mapping[str, str] | None = None
 
     def build(self) -> Callable[..., Any]:
         """The kernel, made by MLX."""
@@ -325,8 +326,7 @@ def translation_unit(generated: GeneratedKernel) -> str:
             raise SignatureError(f"the thread attribute {attribute} is not supported")
     return "\n".join(
         [
-            '#include "msl/execute.h"',
-            '#include "mlx/backend/metal/kernels/utils.h"',
+            *(f'#include "{header}"' for header in toolchain.HEADERS),
             '#line 1 "kernel.metal"',
             rewrite(generated.source),
             '#line 1 "entry"',

@@ -52,6 +52,8 @@ def rewrite(source: str) -> str:
     literal = r"(?<![\w.])((?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)"
     source = re.sub(literal + r"[hH]\b", r"half(\1)", source)
     source = re.sub(literal + r"(?:bf|BF)\b", r"bfloat(\1)", source)
+    # Unrolling says nothing on what is computed, and here costs seconds of compiling.
+    source = re.sub(r'_Pragma\("clang loop unroll[^"]*"\)', "", source)
     return rewrite_threadgroup(source)
 
 

@@ -44,6 +44,12 @@ def test_compiles_each_kernel_once(bench: MetalBench, empty_cache: Path) -> None
     assert len(list(empty_cache.glob("*.so"))) == 2
 
 
+def test_reads_headers_once_for_all_kernels(bench: MetalBench, empty_cache: Path) -> None:
+    for value in ("1;", "2;"):
+        bench.run(KERNEL.edited(lambda source, new=value: source.replace("1;", new)), **CALL)
+    assert len(list(empty_cache.glob("*.pch"))) == (0 if bench.compiler.is_gcc else 1)
+
+
 def test_failed_compilation_leaves_no_library(bench: MetalBench, empty_cache: Path) -> None:
     with pytest.raises(KernelRejected):
         bench.run(KERNEL.edited(lambda source: source.replace("1;", "nothing;")), **CALL)
@@ -106,6 +112,11 @@ def test_rewrites_threadgroup_variables(source: str) -> None:
 @pytest.mark.parametrize("source", UNCHANGED)
 def test_leaves_the_rest(source: str) -> None:
     assert rewrite(source) == source
+
+
+def test_hints_to_unroll_are_left_out() -> None:
+    hint = '_Pragma("clang loop unroll(full)")'
+    assert rewrite(f"{hint}\nfor (;;) {{}}\n#define U {hint}") == "\nfor (;;) {}\n#define U "
 
 
 def test_rewriting_keeps_line_numbers() -> None:

@@ -22,6 +22,8 @@ RUNTIME = Path(__file__).parent / "runtime"
 MLX_INCLUDE = Path(mx.__file__).parent / "include"
 CACHE_VARIABLE = "METAL_CPU_CACHE"
 COMPILER_VARIABLE = "METAL_CPU_CXX"
+# What every kernel includes: Metal's standard library, and MLX's utilities.
+HEADERS = ("msl/execute.h", "mlx/backend/metal/kernels/utils.h")
 INSTALL_HINT = (
     "the Metal bench needs a C++ compiler: `pip install ziglang`, or clang++ 19 or newer, "
     "or g++ 12 or newer (without the strict syntax pass) on PATH"
@@ -130,21 +132,54 @@ def call_compiler(command: Sequence[str]) -> str:
     return process.stderr
 
 
-def build_library(compiler: Compiler, sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    """Compiles sources into a shared library, unless the cache has it."""
+def build_library(
+    compiler: Compiler, sources: Sequence[Path], flags: Sequence[str], headers: Sequence[str] = ()
+) -> Path:
+    """Compiles sources into a shared library, unless the cache has it.
+
+    Args:
+        compiler: What compiles.
+        sources: Files.
+        flags: How.
+        headers: What the sources include first; read once and for all where the compiler can.
+    """
     flags = [*_common_flags(compiler), *flags]
     contents = [source.read_text() for source in sources]
     library = cached([str(compiler), *compiler.command, *flags, *contents], ".so")
     if not library.exists():
-        handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
-        os.close(handle)
-        try:
-            paths = [str(source) for source in sources]
-            call_compiler([*compiler.command, *flags, "-shared", *paths, "-o", temporary])
-            os.replace(temporary, library)  # several processes may do this at once: all are right
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        read = _precompiled(compiler, headers, flags) if headers and not compiler.is_gcc else []
+        paths = [str(source) for source in sources]
+        _compile_into(library, [*compiler.command, *flags, *read, "-shared", *paths])
     return library
+
+
+def _compile_into(path: Path, command: Sequence[str]) -> None:
+    """Several processes may do this at once: whoever is last, all are right."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        call_compiler([*command, "-o", temporary])
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@functools.cache
+def _header_places() -> list[str]:
+    """A precompiled header stands for these very files: where they are, and since when."""
+    return [f"{p} {p.stat().st_mtime_ns}" for p in (*sorted(RUNTIME.rglob("*")), MLX_INCLUDE)]
+
+
+def _precompiled(compiler: Compiler, headers: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The flags with which a compiler takes headers from where it has read them already."""
+    text = "".join(f'#include "{header}"\n' for header in headers)
+    key = [str(compiler), *compiler.command, *flags, text, *_header_places()]
+    path = cached(key, ".pch")
+    if not path.exists():
+        source = cached(key, ".h")
+        write_atomically(source, text)
+        _compile_into(path, [*compiler.command, *flags, "-x", "c++-header", str(source)])
+    return ["-include-pch", str(path)]
 
 
 def _common_flags(compiler: Compiler) -> list[str]:
@@ -203,4 +238,4 @@ def build_kernel(compiler: Compiler, source: str, checked: bool) -> Path:
     unit = cached([source], ".cpp")
     if not unit.exists():
         write_atomically(unit, source)
-    return build_library(compiler, [unit], kernel_flags(compiler, checked))
+    return build_library(compiler, [unit], kernel_flags(compiler, checked), HEADERS)

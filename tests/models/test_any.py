@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
 from mlx_delta import DeltaConfig, DeltaKVCache, apply, batch_generate, load, remove
 from mlx_delta.attention import handed
 from mlx_delta.attention.hybrid import attend_to_step
-from mlx_delta.cache.check_state import cached_tokens
+from mlx_delta.cache.check_state import length_of
 from mlx_delta.generate.command import main
 from mlx_delta.measure.settings import parse_settings
 from mlx_delta.measure.sparsity import measure_sparsity
@@ -259,7 +259,7 @@ def test_a_saved_prompt_goes_on_as_it_was(make, tmp_path):
     assert [type(cache) for cache in loaded] == [type(cache) for cache in caches]
     expected = continued(model, prompt)
     assert continued(model, prompt[80:], prompt_cache=loaded) == expected
-    assert cached_tokens(loaded) > 80
+    assert length_of(loaded) > 80
 
 
 def test_drafted_tokens_change_nothing():
@@ -308,7 +308,7 @@ def test_settings_make_caches_for_layers_with_windows(name):
         apply(model, SMALL)
     caches = setting.make_caches(model)
     setting.prefill(model, tokens(60)[0].tolist(), caches)
-    assert isinstance(caches[0], RotatingKVCache) and cached_tokens(caches) == 60
+    assert isinstance(caches[0], RotatingKVCache) and length_of(caches) == 60
 
 
 def test_a_windowed_model_is_measured():

@@ -175,3 +175,53 @@ def test_rules_of_choosing():
     assert reference.choose(far, 0.3, 0.9).tolist() == [True, True, False, True, False]
     assert reference.choose(far, 0.3, 2.0).all()
     assert reference.choose(far[:0], 1.0, 0.9).shape == (0,)
+
+
+class Counted(np.ndarray):
+    """An array whose products add up their multiply-accumulates."""
+
+    products = 0
+
+    def __matmul__(self, other):
+        Counted.products += self.shape[0] * self.shape[1] * other.shape[1]
+        return np.asarray(self) @ np.asarray(other)
+
+
+def test_scoring_takes_few_of_dense_attentions_products():
+    """Of a prompt of 4,096 tokens, the near tiles' exact scores included."""
+    n_blocks, small = 64, 4
+    keys = np.zeros((n_blocks, T, small), np.float32)
+    Counted.products = dense = 0
+    for block in range(n_blocks):
+        if block > 2:  # before, there is nothing to choose
+            queries = np.zeros((1, T, small), np.float32).view(Counted)
+            reference.shares(queries, keys[: block - 1], keys[block - 1 : block + 1])
+        dense += 2 * T * T * small * (block + 1)  # with keys, and with values
+    # Packing, once for a chunk of 2,048 tokens: sums over the pieces, their means back at each
+    # key, and squares added up twice; as many as the keys that are packed by each chunk.
+    rows = reference.PACKED_ROWS
+    packing = (2 * rows * T * small + 2 * T * small + rows * T) * (n_blocks // 2 + n_blocks)
+    assert 0.03 * dense < Counted.products < 0.05 * dense
+    assert Counted.products + packing < 0.06 * dense
+
+
+def test_memory_is_less_than_that_of_dense_attention():
+    rng = np.random.default_rng(0)
+    queries, keys, values = (
+        mx.array(rng.normal(size=(1, heads, length, 64)).astype(np.float32))
+        for heads, length in ((6, 1024), (2, 2048), (2, 2048))
+    )
+    peaks = []
+    far = Far(keys, T, 1)
+    for attention in (
+        lambda: tile_attention(queries, keys, values, 0.1, 1024, far, 0.9, TileCount()),
+        lambda: mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=0.1, mask="causal"
+        ),
+    ):
+        mx.eval(queries, keys, values)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attention())
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < peaks[1] / 2

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import gpt_neox
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -16,6 +18,8 @@ from mlx_delta import DeltaConfig, measure_sparsity  # noqa: E402
 from mlx_delta.cache import DeltaKVCache  # noqa: E402
 from mlx_delta.measure.settings import parse_setting  # noqa: E402
 from mlx_delta.method.attention import delta_keys, hold, hybrid_attention  # noqa: E402
+from mlx_delta.models.anatomy import watched_caches  # noqa: E402
+from mlx_delta.models.any import apply  # noqa: E402
 from mlx_delta.pictures import command, keys  # noqa: E402
 from mlx_delta.pictures.record import record_head  # noqa: E402
 from mlx_delta.pictures.theme import LIGHT  # noqa: E402
@@ -158,6 +162,29 @@ def test_records_that_can_not_be(setting: str, length: int, layer: int, head: in
     ids = tokens(length)[0].tolist()
     with pytest.raises(ValueError, match=message):
         record_head(llama_model(), ids, parse_setting(setting, SMALL), layer, head)
+
+
+def test_a_model_whose_projections_have_other_names():
+    """GPT-NeoX: queries, keys and values are one matrix, and rotated in part."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    config = {"model_type": "gpt_neox", "vocab_size": 256, "rotary_emb_base": 10000, **sizes}
+    config |= {"max_position_embeddings": 512, "layer_norm_eps": 1e-5, "rotary_pct": 0.5}
+    model = gpt_neox.Model(gpt_neox.ModelArgs.from_dict(config))
+    apply(model, SMALL)
+    ids = (tokens(60)[0] % 256).tolist()
+    seen = []
+    caches = watched_caches(model, lambda layer, q, k, scale: seen.append((layer, q, k, scale)))
+    model(mx.array([ids]), cache=caches)
+    _, queries, keys, scale = seen[0]  # the first layer's, which no held key has touched
+    record = record_head(model, ids, parse_setting("delta", SMALL), 0, 2)
+    np.testing.assert_allclose(record.keys, np.array(keys[0, 2]), atol=1e-5)
+    assert record.query_heads == 1
+    scores = np.array(queries[0, 2]) @ np.array(keys[0, 2]).T * scale
+    scores = np.where(np.tri(60, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    near = slice(0, 24)  # queries whose window covers all
+    np.testing.assert_allclose(record.attention[near], weights[near], atol=1e-5)
 
 
 def test_thresholds_of_heads_are_their_own():

@@ -1,0 +1,179 @@
+"""Several processes on this machine, started by mlx.launch: the tokens of one, each its share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
+
+import mlx_delta
+from mlx_delta.config import DeltaConfig
+from mlx_delta.generate.command import main
+from mlx_delta.models.parts import of_own_layers, share_of_heads
+from mlx_delta.sensitivities import Sensitivities
+from tests.processes.program import TEXT, run
+from tests.tiny import LLAMA, SMALL, write_bitnet, write_checkpoint, write_llama
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("program.py")
+PACKED = "key_bits=4,value_bits=4"
+SMALL_BLOCKS = "block_size=8,window=16"
+# Four kv heads, which four processes can share: the demo has two.
+FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 64,
+        "intermediate_size": 64, "num_hidden_layers": 4}  # fmt: skip
+
+
+class Alone:
+    """As ``Processes`` of a single one."""
+
+    first = True
+
+    def of_each(self, number: int) -> list[int]:
+        return [number]
+
+
+def launch(n: int, *command: str) -> subprocess.CompletedProcess:
+    """Run a command in ``n`` processes over the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] % 20000 + 20000
+    # The command as it is installed, wherever its script lies.
+    find = "from importlib.metadata import entry_points as found; "
+    start = [
+        "-c",
+        f"{find}found(name='mlx.launch', group='console_scripts')['mlx.launch'].load()()",
+    ]
+    flags = ["--backend", "ring", "-n", str(n), "--starting-port", str(port)]
+    return subprocess.run(
+        [sys.executable, *start, *flags, sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def cases_of(n: int, *cases: str) -> list[dict]:
+    done = launch(n, str(PROGRAM), *cases)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["case"] for line in lines] == list(cases), done.stderr[-2000:]
+    return lines
+
+
+def check(case: dict, n: int) -> None:
+    """The tokens of one process; and caches and weights that together are those of one."""
+    model, sharing, setting = case["case"].split()
+    alone = run(f"{model} none {setting}", Alone())
+    assert case["same"] and case["tokens"] == alone["tokens"]
+    assert len(case["bytes"]) == n and sum(case["bytes"]) == alone["bytes"][0]
+    if sharing == "layers":
+        assert sum(case["layers"]) == alone["layers"][0]
+    else:
+        assert case["layers"] == alone["layers"] * n
+        if setting == "-":
+            assert len(set(case["bytes"])) == 1  # held in full: equal shares
+    assert max(case["kept"]) < alone["kept"][0]
+
+
+def test_four_processes_give_the_tokens_of_one(tmp_path):
+    path, qwen = write_llama(tmp_path / "four", **FOUR), write_qwen(tmp_path / "qwen")
+    cases = cases_of(
+        4,
+        f"{path} heads {SMALL_BLOCKS},{PACKED}",
+        f"{path} layers {SMALL_BLOCKS}",
+        f"{qwen} heads {SMALL_BLOCKS}",
+        f"{qwen} layers {SMALL_BLOCKS},{PACKED}",
+        "demo layers -",
+    )
+    for case in cases:
+        check(case, 4)
+
+
+def write_qwen(path: Path) -> Path:
+    """A random Qwen 2, to which the delta is applied: mlx-lm's own sharding and pipeline."""
+    config = {**LLAMA, **FOUR, "model_type": "qwen2", "head_dim": 8}
+    del config["head_dim"]
+    config |= {"hidden_size": 256, "max_position_embeddings": 2048}
+    mx.random.seed(3)
+    model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
+    return write_checkpoint(path, config, dict(tree_flatten(model.parameters())))
+
+
+def test_two_processes_print_once_what_one_prints(capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(TEXT * 2)
+    flags = ("--model", "demo", "--max-tokens", "6", "--prompt-file", str(prompt))
+    done = launch(2, "-m", "mlx_delta.generate", *flags)
+    assert done.returncode == 0, done.stderr
+    assert main(list(flags)) == 0
+    alone = capsys.readouterr().out
+    assert done.stdout.split("=" * 10)[1] == alone.split("=" * 10)[1]  # the text
+    assert done.stdout.count("Generation: 6 tokens") == 1
+    size = float(re.search(r"Cache: ([0-9.]+) MB", alone)[1])
+    shares = re.search(r"Processes: 2, with caches of ([0-9.]+), ([0-9.]+) MB", done.stdout)
+    assert float(shares[1]) == float(shares[2]) == pytest.approx(size / 2, abs=0.006)
+
+
+def test_a_prompt_that_the_first_process_cannot_read_ends_all_with_one_line():
+    done = launch(2, "-m", "mlx_delta.generate", "--prompt-file", "/nowhere.txt")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.count("error: --prompt-file /nowhere.txt: no such file") == 1
+
+
+class Group:
+    """Stands for so many processes, where none is needed to be refused."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("write", "groups", "message"),
+    [
+        (write_llama, {"tensor_group": Group(4)}, "have 2 kv heads, which can't be split over 4"),
+        (write_llama, {"pipeline_group": Group(9)}, "3 layers, which are no pipeline of 9"),
+        (write_llama, {"pipeline_group": Group(2), "tensor_group": Group(2)}, "not both"),
+        (write_llama, {"tensor_group": Group(2), "adapter_path": "x"}, "adapter_path does not"),
+        (write_bitnet, {"tensor_group": Group(2)}, "mlx-lm can't split the heads of a bitnet"),
+        (write_bitnet, {"pipeline_group": Group(2)}, "can't run the layers of a bitnet"),
+    ],
+    ids=["heads", "layers", "both", "adapter", "bitnet heads", "bitnet layers"],
+)
+def test_what_cannot_be_shared_is_named(tmp_path, write, groups, message):
+    path = write(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        mlx_delta.load(path, SMALL, **groups)
+
+
+def test_the_setting_of_a_share():
+    weights = [np.arange(8.0).reshape(4, 2), None, np.ones((4, 2))]
+    along = [np.arange(8.0).reshape(4, 2) - 3, None, None]
+    whole = DeltaConfig(sensitivities=Sensitivities(weights, salience=along))
+    share = share_of_heads(whole, 1, 2).sensitivities
+    assert share.layers[0].tolist() == [[4, 5], [6, 7]] and share.layers[1] is None
+    assert share.salience[0].tolist() == [[1, 2], [3, 4]]
+    part = of_own_layers(whole, slice(1, 3), 2)
+    assert [x is None for x in part.sensitivities.layers] == [True, False]
+    assert of_own_layers(part, slice(1, 3), 2) == part  # it is theirs already
+    heads = DeltaConfig(threshold=((1, 2, 3, 4), (5, 6, 7, 8)))
+    assert share_of_heads(heads, 1, 2).threshold == ((3, 4), (7, 8))
+    assert of_own_layers(heads, slice(1, 2), 1).threshold == ((5, 6, 7, 8),)
+    assert share_of_heads(DeltaConfig(), 1, 2) == DeltaConfig()
