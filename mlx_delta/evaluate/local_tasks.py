@@ -144,7 +144,9 @@ class ReadingTask(FileTask):
         wanted = max(1, round(share * len(paragraphs)))
         self._texts: dict[int, Pair] = {}
         groups: list[list[int]] = [[]]
-        for p in spread_out(len(paragraphs), wanted):
+        spread = spread_out(len(paragraphs), wanted)
+        # Paragraphs differ in questions: where the spread ones have too few, others follow.
+        for p in [*spread, *sorted(set(range(len(paragraphs))) - set(spread))]:
             for i in range(firsts[p], firsts[p + 1]):
                 if limit is not None and len(self._texts) >= limit:
                     break
