@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from mlx_delta.ops.exact_attention import exact_attention, has_blocks
 
@@ -48,6 +48,12 @@ def dense_attention(
     """
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
+    if isinstance(cache, QuantizedKVCache) and has_blocks(queries):
+        # MLX's quantized product on a CPU takes ten times as long as writing the codes out.
+        keys, values = (
+            mx.dequantize(*codes, cache.group_size, cache.bits).astype(queries.dtype)
+            for codes in (keys, values)
+        )
     # Not arrays: of a quantized cache, or of one that is watched. No mask: all keys are seen.
     stock = mask is None or not isinstance(keys, mx.array) or hasattr(cache, _MARK)
     if stock or not has_blocks(queries):

@@ -36,7 +36,7 @@ def begin(step: Step) -> None:
 
 def _places(step: Step) -> tuple[Any, ...]:
     # By thread: an array that is not evaluated yet belongs to the thread that made it.
-    places = (step.starts, step.steps, step.block_size, step.window_blocks)
+    places = (step.starts, step.steps, step.block_sizes, step.window_blocks)
     return (*places, threading.get_ident())
 
 
@@ -84,7 +84,10 @@ def chunk_columns(
     """
 
     def make() -> mx.array:
-        size, window = step.block_size, step.window_blocks
+        window = step.window_blocks
+        size: int | mx.array | None = step.block_size
+        if size is None:
+            size = mx.array(step.block_sizes)[:, None, None, None]
         position = positions(step, first, end)
         boundary = (position // size - window) * size  # first position seen with its full key
         held_column, full_column = mx.arange(held_end), mx.arange(*full)

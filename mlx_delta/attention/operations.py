@@ -46,10 +46,10 @@ def attend_unpacked(
 
 def _one_boundary(step: Step) -> bool:
     """Whether the border between held and full keys is the same for all queries of each row."""
-    size, window = step.block_size, step.window_blocks
+    window = step.window_blocks
     return all(
         max(0, start // size - window) == max(0, (start + step.steps - 1) // size - window)
-        for start in step.starts
+        for start, size in zip(step.starts, step.block_sizes, strict=True)
     )
 
 
@@ -69,11 +69,12 @@ def _attend_chunk(
     head_sinks: mx.array | None,
 ) -> mx.array:
     """Attention of queries ``first`` to ``end`` of an update."""
-    size, window = step.block_size, step.window_blocks
+    window = step.window_blocks
+    rows = list(zip(step.starts, step.block_sizes, strict=True))
     # Columns: held keys up to where the last query begins to see full ones, then full keys from
     # where the first query begins to.
-    held_end = max(0, (max(step.starts) + end - 1) // size - window) * size
-    full_start = max(0, (min(step.starts) + first) // size - window) * size
+    held_end = max(max(0, (start + end - 1) // size - window) * size for start, size in rows)
+    full_start = min(max(0, (start + first) // size - window) * size for start, size in rows)
     length = min(step.length, max(step.starts) + end)
 
     is_array = isinstance(mask, mx.array)

@@ -28,13 +28,15 @@ def attends_in_blocks(queries: mx.array, step: Step) -> bool:
 
     Not where rows differ in position, nor where blocks are so small that each takes few queries.
     """
-    return _same_start(step) and step.block_size >= LEAST_QUERIES and has_blocks(queries)
+    size = step.block_size
+    return size is not None and size >= LEAST_QUERIES and _same_start(step) and has_blocks(queries)
 
 
 def attend_in_blocks(
     queries: mx.array, step: Step, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """Attention of queries [B, Hq, L, D] to full keys near and held keys far; [B, Hq, L, Dv]."""
+    assert step.block_size is not None
     return exact_attention(
         queries,
         step.full,
@@ -100,9 +102,9 @@ def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | Non
     rows of a batch differ in position.
     """
     plan = step.tiles
-    if plan is None or isinstance(mask, mx.array) or not _same_start(step):
-        return None
     start, size = step.starts[0], step.block_size
+    if plan is None or isinstance(mask, mx.array) or not _same_start(step) or size is None:
+        return None
     end = start + step.steps
     if plan.prompt_length is not None:
         end = min(end, max(0, plan.prompt_length - EXACT_END))
@@ -114,7 +116,7 @@ def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | Non
 
 def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, int]) -> mx.array:
     """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
-    assert step.tiles is not None
+    assert step.tiles is not None and step.block_size is not None
     (first, end), start = tiles, step.starts[0]
     far = Far(step.held, step.block_size, step.window_blocks)
     text = step.full, step.values, scale

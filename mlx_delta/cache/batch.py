@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ class BatchDeltaKVCache(HeldKeys):
     mlx-lm pads prompts left or right. Here every row's token ``t`` lies at index ``t``: tokens
     before position 0 (left padding) are not stored, and those after a row's end (right padding)
     are overwritten by the tokens that follow. So blocks begin at the same positions as in a
-    cache of one text, and encode to the same held keys.
+    cache of one text, and encode to the same held keys. Rows of the paper's preset have blocks of
+    their own size each, as their prompts' lengths ask for.
 
     Args:
         left_padding: Padding tokens in front of each row's text.
@@ -104,6 +106,7 @@ class BatchDeltaKVCache(HeldKeys):
         self._lengths = [self._lengths[row] for row in kept]
         self._encoded = [self._encoded[row] for row in kept]
         self._dropped = [self._dropped[row] for row in kept]
+        self._sizes = self._sizes and [self._sizes[row] for row in kept]
 
     def extend(self, other: BatchDeltaKVCache) -> None:
         """Append the rows of another batch cache."""
@@ -120,7 +123,8 @@ class BatchDeltaKVCache(HeldKeys):
 
     def extract(self, idx: int) -> DeltaKVCache:
         """One row as a cache of its own."""
-        cache = DeltaKVCache(self.config)
+        size = self.block_sizes[idx]
+        cache = DeltaKVCache(dataclasses.replace(self.config, block_size=size))
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
         cache._dropped = [self._dropped[idx]]
@@ -143,12 +147,14 @@ class BatchDeltaKVCache(HeldKeys):
             stores = [
                 (cache._keys, cache._values)
                 if not cache.empty()
-                else (first._keys.blank(rows), first._values.blank(rows))
+                else (first._keys.blank(rows, cache.block_sizes), first._values.blank(rows))
                 for cache in caches
                 for rows in [len(cache._lengths)]
             ]
             keys, values = zip(*stores, strict=True)
             self._keys, self._values = type(keys[0]).join(keys), type(values[0]).join(values)
+        sizes = [size for cache in caches for size in cache.block_sizes]
+        self._sizes = None if set(sizes) <= {self.config.block_size} else sizes
         self._lengths = [n for cache in caches for n in cache._lengths]
         self._encoded = [n for cache in caches for n in cache._encoded]
         self._dropped = [n for cache in caches for n in cache._dropped]
@@ -168,10 +174,16 @@ def _check_same_model(cache: HeldKeys, other: HeldKeys) -> None:
 
 
 def _check_same_setting(where: str, caches: list) -> None:
-    """Rows of one batch share block boundaries and thresholds."""
-    settings = {cache.config for cache in caches}
+    """Rows of one batch share thresholds, and block boundaries unless a chain runs across them."""
+    settings = {_shared(cache.config) for cache in caches}
     if len(settings) > 1:
         raise ValueError(
             f"[{where}] all caches must have the same setting but got "
             f"{' and '.join(str(setting) for setting in sorted(settings, key=str)[:2])}."
         )
+
+
+def _shared(config: DeltaConfig) -> DeltaConfig:
+    """What rows of a batch must agree in: of the paper's preset all but the block size."""
+    absolute = not config.keyframes and config.threshold_mode == "absolute"
+    return dataclasses.replace(config, block_size=1) if absolute and not config.window else config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.blocks import hold
+from mlx_delta.ops.hold import hold_text
 
 from .buffers import equal_rows, grow, pad_to, take_out, write_tokens
 from .store import KeyParts, spread, token_bytes
@@ -25,6 +27,7 @@ class DenseKeys:
             that rewinding by up to a block is exact.
         held: Blocks of each row that are held.
         spare_valid: Whether each row's spare is its last held block.
+        sizes: Tokens in a block of each row; ``None``: as the setting says.
     """
 
     n_arrays = 3
@@ -37,6 +40,7 @@ class DenseKeys:
         spare: mx.array,
         held: list[int],
         spare_valid: list[bool],
+        sizes: list[int] | None = None,
     ):
         self.config = config
         self.keys = keys
@@ -44,19 +48,28 @@ class DenseKeys:
         self.spare = spare
         self.held = held
         self.spare_valid = spare_valid
+        self.sizes = sizes or [config.block_size] * keys.shape[0]
 
     @classmethod
-    def make(cls, config: DeltaConfig, keys: mx.array, rows: int | None = None) -> DenseKeys:
+    def make(
+        cls,
+        config: DeltaConfig,
+        keys: mx.array,
+        rows: int | None = None,
+        sizes: list[int] | None = None,
+    ) -> DenseKeys:
         """An empty store for keys of this shape and type."""
         B, H, _, D = keys.shape
         B = B if rows is None else rows
+        size = max(sizes or [config.block_size])
         return cls(
             config,
             mx.zeros((B, H, 0, D), keys.dtype),
             mx.zeros((B, H, 0), mx.int32),
-            mx.zeros((B, H, config.block_size, D), keys.dtype),
+            mx.zeros((B, H, size, D), keys.dtype),
             [0] * B,
             [False] * B,
+            sizes,
         )
 
     def with_setting(self, config: DeltaConfig) -> DenseKeys:
@@ -77,8 +90,8 @@ class DenseKeys:
     @property
     def full_from(self) -> list[int]:
         """Position in each row from which on all keys are at hand in full."""
-        blocks = [n - valid for n, valid in zip(self.held, self.spare_valid, strict=True)]
-        return [n * self.config.block_size for n in blocks]
+        rows = zip(self.held, self.spare_valid, self.sizes, strict=True)
+        return [(n - valid) * size for n, valid, size in rows]
 
     def append(
         self,
@@ -89,7 +102,7 @@ class DenseKeys:
     ) -> KeyParts:
         """Write new keys, and encode blocks up to ``targets``; see ``KeyStore``."""
         B, H, _, D = keys.shape
-        blocks = -(-capacity // self.config.block_size)
+        blocks = -(-capacity // min(self.sizes))
         self.keys = grow(self.keys, (B, H, capacity, D), keys.dtype)
         self.zeros = grow(self.zeros, (B, H, blocks), mx.int32)
         self.keys = write_tokens(self.keys, keys, starts)
@@ -98,18 +111,13 @@ class DenseKeys:
         return self.keys, full, [0] * B
 
     def _encode(self, targets: Sequence[int]) -> None:
-        for (done, target), rows in equal_rows(self.held, targets).items():
-            if target <= done:
-                continue
-            start, end = done * self.config.block_size, target * self.config.block_size
-            keys = self.keys[rows, :, start:end]
-            previous = None
-            if not self.config.keyframes and start:
-                previous = self.keys[rows, :, start - 1]
-            held, zeros = hold(keys, self.config, done, previous)
-            self.spare[rows] = keys[:, :, -self.config.block_size :]
-            self.keys[rows, :, start:end] = held
-            self.zeros[rows, :, done:target] = zeros
+        if self.config.keyframes:
+            for (done, target, size), rows in equal_rows(self.held, targets, self.sizes).items():
+                if target > done:
+                    keys = self.keys[rows, :, done * size : target * size]
+                    self._put(rows, done, size, keys, *hold(keys, self.config, done))
+        elif any(target > done for done, target in zip(self.held, targets, strict=True)):
+            self._encode_chains(targets)
         for row, target in enumerate(targets):
             if target > self.held[row]:
                 self.held[row], self.spare_valid[row] = target, True
@@ -121,12 +129,45 @@ class DenseKeys:
         self.zeros = take_out(self.zeros, first, blocks)
         self.held = [held - n for held, n in zip(self.held, blocks, strict=True)]
 
+    def _encode_chains(self, targets: Sequence[int]) -> None:
+        """Without keyframes: go on with all rows at once, wherever each of them is."""
+        starts = [n * size for n, size in zip(self.held, self.sizes, strict=True)]
+        ends = [n * size for n, size in zip(targets, self.sizes, strict=True)]
+        length = max(end - start for start, end in zip(starts, ends, strict=True))
+        if self.config.threshold_mode != "absolute":  # thresholds of whole blocks; all of one size
+            length = -(-length // self.config.block_size) * self.config.block_size
+        at = mx.array(starts)[:, None]
+        last = self.keys.shape[2] - 1  # what lies beyond a row's own end is read, and not used
+        chosen = mx.minimum(at + mx.arange(length), last)[:, None, :, None]
+        keys = mx.take_along_axis(self.keys, chosen, axis=2)
+        previous = None
+        if any(starts):
+            before = mx.maximum(at - 1, 0)[:, None, :, None]
+            previous = mx.take_along_axis(self.keys, before, axis=2)[:, :, 0]
+        held, zeros = hold_text(keys, self.config, starts, previous)
+        for (done, target, size), rows in equal_rows(self.held, targets, self.sizes).items():
+            if target > done:
+                tokens = (target - done) * size
+                of_blocks = zeros[rows, :, :tokens].reshape(-1, zeros.shape[1], target - done, size)
+                full = keys[rows, :, :tokens]
+                counts = of_blocks.sum(axis=-1).astype(mx.int32)
+                self._put(rows, done, size, full, held[rows, :, :tokens], counts)
+
+    def _put(
+        self, rows: Any, done: int, size: int, full: mx.array, held: mx.array, zeros: mx.array
+    ) -> None:
+        """Put held blocks into their place, and keep the last one's full keys."""
+        start, end = done * size, done * size + held.shape[2]
+        self.spare[rows, :, :size] = full[:, :, -size:]
+        self.keys[rows, :, start:end] = held
+        self.zeros[rows, :, done : done + zeros.shape[2]] = zeros
+
     def rewind(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
         """Forget that blocks from ``targets`` on are encoded; see ``KeyStore``."""
-        size = self.config.block_size
-        for (held, target, valid), rows in equal_rows(self.held, targets, self.spare_valid).items():
+        counts = (self.held, targets, self.spare_valid, self.sizes)
+        for (held, target, valid, size), rows in equal_rows(*counts).items():
             if target == held - 1 and valid:
-                self.keys[rows, :, target * size : held * size] = self.spare[rows]
+                self.keys[rows, :, target * size : held * size] = self.spare[rows, :, :size]
         for row, target in enumerate(targets):
             if target < self.held[row]:
                 # Before the blocks that are full again, no other is: the spare is used up.
@@ -153,9 +194,9 @@ class DenseKeys:
 
     # Rows.
 
-    def blank(self, rows: int) -> DenseKeys:
+    def blank(self, rows: int, sizes: list[int] | None = None) -> DenseKeys:
         """A store of this shape and type for so many rows without tokens."""
-        return DenseKeys.make(self.config, self.keys, rows)
+        return DenseKeys.make(self.config, self.keys, rows, sizes)
 
     def take(self, rows: list[int]) -> None:
         """Keep these rows only, in this order."""
@@ -163,16 +204,19 @@ class DenseKeys:
         self.keys, self.zeros, self.spare = (x[index] for x in (self.keys, self.zeros, self.spare))
         self.held = [self.held[row] for row in rows]
         self.spare_valid = [self.spare_valid[row] for row in rows]
+        self.sizes = [self.sizes[row] for row in rows]
+        if rows:
+            self.zeros = self.zeros[:, :, : -(-self.keys.shape[2] // min(self.sizes))]
+            self.spare = self.spare[:, :, : max(self.sizes)]
 
     def row(self, index: int, length: int) -> DenseKeys:
         """One row as a store of its own."""
-        one = slice(index, index + 1)
-        blocks = -(-length // self.config.block_size)
+        one, size = slice(index, index + 1), self.sizes[index]
         return DenseKeys(
-            self.config,
+            dataclasses.replace(self.config, block_size=size),
             mx.contiguous(self.keys[one, :, :length]),
-            mx.contiguous(self.zeros[one, :, :blocks]),
-            mx.contiguous(self.spare[one]),
+            mx.contiguous(self.zeros[one, :, : -(-length // size)]),
+            mx.contiguous(self.spare[one, :, :size]),
             self.held[one],
             self.spare_valid[one],
         )
@@ -181,14 +225,16 @@ class DenseKeys:
     def join(cls, stores: Sequence[DenseKeys]) -> DenseKeys:
         """The rows of all stores, padded at the end to one length."""
         capacity = max(store.keys.shape[2] for store in stores)
-        blocks = max(store.zeros.shape[2] for store in stores)
+        sizes = [size for store in stores for size in store.sizes]
+        blocks = -(-capacity // min(sizes))
         return cls(
             stores[0].config,
             mx.concatenate([pad_to(store.keys, capacity) for store in stores]),
             mx.concatenate([pad_to(store.zeros, blocks) for store in stores]),
-            mx.concatenate([store.spare for store in stores]),
+            mx.concatenate([pad_to(store.spare, max(sizes)) for store in stores]),
             [held for store in stores for held in store.held],
             [valid for store in stores for valid in store.spare_valid],
+            sizes,
         )
 
     # State.
@@ -204,7 +250,10 @@ class DenseKeys:
 
     def header(self) -> dict[str, Any]:
         """What belongs to the state besides the buffers, as JSON values."""
-        return {"held": self.held, "spare_valid": self.spare_valid}
+        header: dict[str, Any] = {"held": self.held, "spare_valid": self.spare_valid}
+        if set(self.sizes) != {self.config.block_size}:
+            header["sizes"] = self.sizes
+        return header
 
     @classmethod
     def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> DenseKeys:
@@ -215,22 +264,27 @@ class DenseKeys:
         if any(type(x) is not bool for x in valid):
             raise ValueError(f"it has spare_valid {str(valid)[:40]}")
         valid = valid * keys.shape[0] if len(valid) == 1 else valid
-        return cls(config, keys, zeros, spare, held, valid)
+        sizes = header.get("sizes")
+        if sizes is not None:
+            sizes = spread(sizes, keys.shape[0])
+            if min(sizes) < 1 or len(sizes) != keys.shape[0] or config.keyframes:
+                raise ValueError(f"it has block sizes {str(sizes)[:40]}")
+        return cls(config, keys, zeros, spare, held, valid, sizes)
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> int:
         """Refuse a state whose parts do not fit together; returns its capacity in tokens."""
         B, H, capacity, head_dim = self.keys.shape
-        size = self.config.block_size
         expected = {
-            "zeros": (self.zeros.shape, (B, H, -(-capacity // size))),
-            "spare": (self.spare.shape, (B, H, size, head_dim)),
+            "zeros": (self.zeros.shape, (B, H, -(-capacity // min(self.sizes)))),
+            "spare": (self.spare.shape, (B, H, max(self.sizes), head_dim)),
         }
         for what, (shape, wanted) in expected.items():
             if tuple(shape) != wanted:
                 raise ValueError(f"[{name}] saved {what} have shape {shape}, expected {wanted}.")
         if not len(self.held) == len(self.spare_valid) == len(lengths):
             raise ValueError(f"[{name}] saved state counts held blocks for other rows than tokens.")
-        for length, done, held in zip(lengths, encoded, self.held, strict=True):
+        rows = zip(lengths, encoded, self.held, self.sizes, strict=True)
+        for length, done, held, size in rows:
             if not done <= held <= max(done, length // size):
                 raise ValueError(
                     f"[{name}] saved state counts {done} encoded blocks and {held} held ones of "

@@ -24,6 +24,7 @@ class CacheFigures(_BaseCache):
     _lengths: list[int]
     _encoded: list[int]
     _dropped: list[int]
+    _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
     _keys: DenseKeys | PackedKeys | None
     _values: ValueStore | None
 
@@ -57,6 +58,9 @@ class CacheFigures(_BaseCache):
     def dropped(self) -> tuple[int, ...]:
         """Blocks of each row that are gone, after the first that always stay."""
         return tuple(self._dropped)
+    def block_sizes(self) -> list[int]:
+        """Tokens in a block of each row."""
+        return self._sizes or [self.config.block_size] * len(self._lengths)
 
     @property
     def held_from(self) -> int:

@@ -56,6 +56,7 @@ class HeldKeys(CacheState):
         self._lengths = [0]
         self._encoded = [0]
         self._dropped = [0]
+        self._sizes = None
         self._keys = None
         self._values = None
 
@@ -142,7 +143,9 @@ class HeldKeys(CacheState):
         return Step(
             starts=starts,
             steps=steps,
-            block_size=size if self.config.block_fraction is None else length,
+            block_sizes=tuple(
+                self.block_sizes if self.config.block_fraction is None else [length] * len(starts)
+            ),
             window_blocks=self.config.window_blocks,
             far=far,
             near=near,
@@ -173,6 +176,8 @@ class HeldKeys(CacheState):
             for counts in (self._lengths, self._encoded, self._dropped)
         )
         self._keys = kind.make(self.config, keys)
+        if self._sizes is not None:
+            self._keys = DenseKeys.make(self.config, keys, sizes=self._sizes)
         self._values = ValueStore.make(self.config.value_bits, values)
         self._model = (keys.shape[1], keys.shape[3], values.shape[3])
         self._item_size = keys.itemsize
@@ -217,9 +222,9 @@ class HeldKeys(CacheState):
         return [length + steps for length in self._lengths]
 
     def _far_blocks(self, positions: list[int]) -> list[int]:
-        """How many blocks a query at each position sees as held ones."""
-        block_size, window_blocks = self.config.block_size, self.config.window_blocks
-        return [max(0, position // block_size - window_blocks) for position in positions]
+        """How many blocks a query of each row sees as held ones, at these positions."""
+        rows = zip(positions, self.block_sizes, strict=True)
+        return [max(0, position // size - self.config.window_blocks) for position, size in rows]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return keys and values for attention code that knows nothing of deltas.
@@ -229,8 +234,10 @@ class HeldKeys(CacheState):
         """
         step = self.update(keys, values)
         length = step.length
-        first_block = min(step.starts) // step.block_size - step.window_blocks
-        near = max(0, first_block) * step.block_size
+        near = min(
+            max(0, start // size - step.window_blocks) * size
+            for start, size in zip(step.starts, step.block_sizes, strict=True)
+        )
         if step.steps == 1 or near == 0:
             fetched = step.held if step.steps == 1 else step.full
             return fetched[..., :length, :], step.values[..., :length, :]
@@ -297,7 +304,7 @@ class HeldKeys(CacheState):
         layer, on the windows before them. So without a window (``window=0``) every block's border
         will do, and with one only the start of the text.
         """
-        for candidate in (length, length // self.config.block_size * self.config.block_size):
+        for candidate in (length, *(length // size * size for size in self.block_sizes)):
             if self._cuts_exactly(max(self._lengths) - candidate):
                 return candidate
         return 0
@@ -307,7 +314,8 @@ class HeldKeys(CacheState):
         if self._keys is None:
             return True
         lengths = [length - n for length in self._lengths]
-        near = [far * self.config.block_size for far in self._far_blocks(lengths)]
+        pairs = zip(self._far_blocks(lengths), self.block_sizes, strict=True)
+        near = [far * size for far, size in pairs]
         dropping = Dropping.of(self.config)
         if dropping is not None and any(
             length > 0 and dropping.dropped(length) < gone

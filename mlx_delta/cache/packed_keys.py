@@ -196,7 +196,7 @@ class PackedKeys:
 
     # Rows.
 
-    def blank(self, rows: int) -> PackedKeys:
+    def blank(self, rows: int, sizes: list[int] | None = None) -> PackedKeys:
         """A store of this shape and type for so many rows without tokens."""
         _, H, _, D = self.near.keys.shape
         return PackedKeys.make(self.config, mx.zeros((rows, H, 0, D), DTYPES[self._type]))

@@ -90,6 +90,8 @@ class CacheState(CacheFigures):
         self._lengths, self._encoded = spread(self._lengths, rows), spread(self._encoded, rows)
         self._dropped = spread(self._dropped, rows)
         self._keys = kind.restore(self.config, header, keys)
+        if isinstance(self._keys, DenseKeys) and "sizes" in header:
+            self._sizes = self._keys.sizes
         self._values = ValueStore(self.config.value_bits, tuple(values))
 
     def _check_state(self, name: str) -> None:
@@ -104,18 +106,17 @@ class CacheState(CacheFigures):
         if len(self._encoded) != B or len(self._dropped) != B:
             raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
         self.config.check_heads(H)
-        size = self.config.block_size
         dropping = Dropping.of(self.config)
         for length, gone in zip(self._lengths, self._dropped, strict=True):
             most = 0 if dropping is None else dropping.dropped(max(0, length))
             if not 0 <= gone <= most or (dropping is not None and gone % dropping.step):
                 raise ValueError(f"[{name}] saved state counts {gone} dropped blocks of {length}.")
-        lengths = stored(self._lengths, self._dropped, size)
+        lengths = stored(self._lengths, self._dropped, self.config.block_size)
         blocks = stored(self._encoded, self._dropped)
         room = self._keys.check(name, lengths, blocks)
         capacity = room or self._values.capacity
         self._values.check(name, (B, H, capacity))
-        for length, encoded in zip(lengths, blocks, strict=True):
+        for length, encoded, size in zip(lengths, blocks, self.block_sizes, strict=True):
             if length > capacity or not 0 <= encoded * size <= max(0, length):
                 raise ValueError(
                     f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "

@@ -65,7 +65,7 @@ class Step:
     Attributes:
         starts: Position of each row's first query.
         steps: Queries of each row.
-        block_size: Tokens in a block.
+        block_sizes: Tokens in a block of each row.
         window_blocks: Blocks before a query's own that it sees in full.
         far: Held keys: a buffer [B, Hkv, capacity, D] in which they stand in every block that is
             far from the last query, full ones elsewhere; or packed blocks; ``None``: not any.
@@ -80,7 +80,7 @@ class Step:
 
     starts: tuple[int, ...]
     steps: int
-    block_size: int
+    block_sizes: tuple[int, ...]
     window_blocks: int
     far: mx.array | PackedBlocks | None
     near: mx.array
@@ -95,12 +95,18 @@ class Step:
         """Keys to look at, over all rows: one more than the last query's position."""
         return max(self.starts) + self.steps
 
+    @property
+    def block_size(self) -> int | None:
+        """Tokens in a block; ``None`` where rows differ."""
+        return self.block_sizes[0] if len(set(self.block_sizes)) == 1 else None
+
     @cached_property
     def held(self) -> mx.array:
         """[B, Hkv, length or more, D]; held keys in every block far from the last query."""
         if isinstance(self.far, mx.array):
             return self.far
-        return self._joined([n * self.block_size for n in self.encoded])
+        pairs = zip(self.encoded, self.block_sizes, strict=True)
+        return self._joined([n * size for n, size in pairs])
 
     @cached_property
     def full(self) -> mx.array:

@@ -108,8 +108,13 @@ class KeyStore(Protocol):
         """
         ...
 
-    def blank(self, rows: int) -> Self:
-        """A store of this kind, shape and type for so many rows without tokens."""
+    def blank(self, rows: int, sizes: list[int] | None = None) -> Self:
+        """A store of this kind, shape and type for so many rows without tokens.
+
+        Args:
+            rows: How many.
+            sizes: Tokens in a block of each; ``None``: as the setting says.
+        """
         ...
 
     def take(self, rows: list[int]) -> None:

@@ -10,13 +10,17 @@ from mlx_delta.loading import DEMO, MODEL_HELP, load
 from mlx_delta.measure.choice import choose_settings
 from mlx_delta.measure.provenance import model_entry
 from mlx_delta.measure.results_file import read_results
-from mlx_delta.measure.text import BUNDLED_TEXT
+from mlx_delta.measure.text import BUNDLED_TEXT, context_length
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.cli import HelpFormatter, run_command
 
-from .language import LanguageOptions
+from .language import FIDELITY_LENGTH, LanguageOptions
+from .local_tasks import FILE_TASKS
+from .needles import DEPTHS, FORMS, NeedleOptions, NeedleTask
 from .recall import TEMPLATES, RecallOptions
 from .results import Results
+from .ruler import RULER, RulerOptions, RulerTask
+from .samples import SampleTask
 from .table import render
 from .tasks import TASKS, Session, Text, check_tasks
 
@@ -35,17 +39,18 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--tasks",
         nargs="+",
-        default=list(TASKS),
+        default=list(TASKS[:3]),
         metavar="TASK",
-        help=f"{', '.join(TASKS)}, or any of lm-evaluation-harness's. Default: the first three.",
+        help=f"{', '.join(TASKS)}; {'=FILE, '.join(FILE_TASKS)}=FILE; or any of "
+        "lm-evaluation-harness's. Default: the first three.",
     )
     add(
         "--settings",
         nargs="+",
         default=list(SETTINGS),
         metavar="SETTING",
-        help="dense, delta, delta:threshold=1.25,key_bits=4, paper, window-only, kv8, kv4, "
-        f"rotating:1024. Default: {' '.join(SETTINGS)}.",
+        help="dense, delta, delta:sparsity=0.75,key_bits=4, paper, window-only, kv8, kv4, "
+        f"kv4-rotated, kivi4, kivi2, rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
     add("--seed", type=int, default=0, help="Seed of all that is random. Default: 0.")
@@ -56,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter-path", help="LoRA adapters to apply.")
     add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
 
-    local = parser.add_argument_group("recall, perplexity and kld")
+    local = parser.add_argument_group("recall, perplexity, kld, fidelity and needles")
     add = local.add_argument
     add("--text", type=Path, default=BUNDLED_TEXT, help="Prose, .txt or .xz. Default: bundled.")
     add("--length", type=int, help="Tokens of a sample or window. Default: 2,048, if they fit.")
@@ -72,7 +77,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="Wordings of facts and questions. Default: direct password.",
     )
 
-    harness = parser.add_argument_group("lm-evaluation-harness")
+    samples = parser.add_argument_group("needles and ruler-*")
+    add = samples.add_argument
+    add("--lengths", type=int, nargs="+", metavar="N", help="Tokens of their texts.")
+    add("--samples", type=int, help="Texts of each length. Default: 2 for needles, else 10.")
+    add(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=list(DEPTHS),
+        metavar="SHARE",
+        help=f"Where needles are. Default: {' '.join(map(str, DEPTHS))}.",
+    )
+    add(
+        "--needles",
+        choices=list(FORMS),
+        default="number",
+        help="What needles tell; the bundled models were taught passwords. Default: number.",
+    )
+
+    harness = parser.add_argument_group("TASK=FILE and lm-evaluation-harness")
     add = harness.add_argument
     add("--limit", type=int, help="Examples per task. Default: all.")
     add("--num-shots", type=int, help="Worked examples before each question.")
@@ -82,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Put requests into the model's chat template. Default: not.",
+        help="Put requests into the model's chat template. Default: not; in needles and ruler-*, "
+        "if it has one.",
     )
     add("--max-seq-lengths", type=int, nargs="+", metavar="N", help="Tokens of RULER's texts.")
     return parser
@@ -112,7 +136,8 @@ def run(args: argparse.Namespace) -> None:
         return
     check_tasks(args.tasks, args.data_dir)
     text = Text.read(args.text)
-    harness = harness_options(args) if set(args.tasks) - set(TASKS) else None
+    others = [task for task in args.tasks if task not in TASKS and "=" not in task]
+    harness = harness_options(args) if others else None
     delta, settings = choose_settings(args.model, args.settings, args.delta)
     results = Results(model_entry(args.model, args.adapter_path), args.output, args.restart)
     model, tokenizer = load(
@@ -133,6 +158,7 @@ def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any
     """Carry out the tasks in the order they were given; perplexity and kld are one pass."""
     steps = []
     language = [task for task in args.tasks if task in ("perplexity", "kld")]
+    context = context_length(session.model)
     for task in args.tasks:
         if task == "recall":
             options = RecallOptions(
@@ -148,10 +174,35 @@ def measure(session: Session, args: argparse.Namespace, text: Text, harness: Any
             if task == language[0]:
                 windows = LanguageOptions(args.windows, args.length)
                 steps.append(session.language(language, windows, text))
+        elif task == "fidelity":
+            chunks = LanguageOptions(args.windows, FIDELITY_LENGTH)
+            steps.append(session.language([task], chunks, text))
+        elif task == "needles" or task in RULER or "=" in task:
+            steps.append(session.samples(sample_task(task, args, session.tokenizer, text, context)))
         else:
             steps.append(session.harness(task, harness))
     for step in steps:
         step()
+
+
+def sample_task(
+    task: str, args: argparse.Namespace, tokenizer: Any, text: Text, context: int | None
+) -> SampleTask:
+    """A task of samples, by its name."""
+    chat = args.apply_chat_template is not False
+    lengths = tuple(args.lengths) if args.lengths else None
+    if task == "needles":
+        texts, depths = args.samples or NeedleOptions.texts, tuple(args.depths)
+        needles = NeedleOptions(args.seed, lengths, depths, texts, chat, args.needles)
+        return NeedleTask(tokenizer, text.content, needles, context, text.entry())
+    if task in RULER:
+        samples = args.samples or RulerOptions.samples
+        ruler = RulerOptions(args.seed, lengths, samples, chat, args.batch_size)
+        return RulerTask(task, tokenizer, ruler, context)
+    kind, _, file = task.partition("=")
+    path = Path(file).expanduser()
+    made: SampleTask = FILE_TASKS[kind](tokenizer, path, args.limit, args.batch_size)
+    return made
 
 
 def harness_options(args: argparse.Namespace) -> Any:
@@ -164,7 +215,7 @@ def harness_options(args: argparse.Namespace) -> Any:
         data_dir=args.data_dir,
         batch_size=args.batch_size,
         max_gen_toks=args.max_gen_toks,
-        apply_chat_template=args.apply_chat_template,
+        apply_chat_template=bool(args.apply_chat_template),
         seed=args.seed,
         max_seq_lengths=args.max_seq_lengths,
     )

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from mlx_delta.measure.settings import cache_nbytes
-from mlx_delta.measure.sparsity import measure_sparsity
+from mlx_delta.measure.sparsity import measure_sparsity, share_of_zeros
 
 SPARSITIES = ("prefill_sparsity", "decode_sparsity", "overall_sparsity")
 
 
 def cache_figures(caches: Sequence[Any], prompt_tokens: int) -> dict[str, Any]:
-    """Sparsity, also per layer and kv head, and bytes of a sample's caches."""
+    """Sparsity, also per layer and kv head, zeros among held deltas, and bytes of caches."""
     sparsity = measure_sparsity(caches, prompt_tokens)
     return {
         "prefill_sparsity": round(sparsity.prefill, 6),
         "decode_sparsity": round(sparsity.decode, 6),
         "overall_sparsity": round(sparsity.overall, 6),
         "prefill_heads": np.round(sparsity.prefill_heads, 4).tolist(),
+        "zero_deltas": round(share_of_zeros(caches), 6),
         "cache_bytes": cache_nbytes(caches),
     }
 
@@ -30,6 +31,8 @@ def mean_figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         name: float(np.mean([record[name] for record in records])) for name in SPARSITIES
     }
+    if all("zero_deltas" in record for record in records):  # files of older versions lack it
+        figures["zero_deltas"] = float(np.mean([record["zero_deltas"] for record in records]))
     heads = np.mean([record["prefill_heads"] for record in records], axis=0)
     figures["prefill_heads"] = np.round(heads, 4).tolist()
     figures["cache_bytes"] = round(float(np.mean([record["cache_bytes"] for record in records])))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mlx_delta.measure.settings import Setting
 from mlx_delta.models.anatomy import context_length
 
-from .harness_rows import Cost, Score, can_batch, generate_texts, score_texts
+from .rows import Cost, Score, average_cost, can_batch, generate_texts, score_texts
 
 
 @dataclass(frozen=True)
@@ -340,13 +340,3 @@ def _descending(pairs: list[Pair]) -> int:
 def _before(text: str, until: list[str]) -> str:
     """The text before the first of these strings."""
     return text[: min((i for stop in until if (i := text.find(stop)) >= 0), default=len(text))]
-
-
-def average_cost(costs: Iterable[Cost]) -> Cost:
-    """The mean of several texts' costs; ``decode`` over those that decoded anything."""
-    means: Cost = {}
-    costs = list(costs)
-    for name in ("prefill", "decode", "overall", "bytes"):
-        values = [cost[name] for cost in costs if cost[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means

@@ -6,22 +6,34 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_delta.measure.provenance import machine_entry
 from mlx_delta.measure.results_file import VERSION, read_results
 from mlx_delta.measure.settings import Setting
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.version import VERSION as RELEASE
 
 from .language import summarize_kld, summarize_perplexity
+from .needles import summarize_needles
 from .recall import summarize_recall
+from .ruler import RULER, summarize_ruler
+from .samples import summarize
 
 SAVE_EVERY = 3.0  # seconds
-SUMMARIES = {
+SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "recall": summarize_recall,
     "perplexity": summarize_perplexity,
     "kld": summarize_kld,
+    "fidelity": summarize_kld,
+    "needles": summarize_needles,
+    **dict.fromkeys(RULER, summarize_ruler),
+    "winogrande": partial(summarize, metric="accuracy"),
+    "lambada": partial(summarize, metric="accuracy"),
+    "squad": partial(summarize, metric="f1"),
 }
 
 
@@ -82,6 +94,8 @@ class Results:
         }
         if setting.delta is not None:
             run["delta"] = setting.delta.to_dict()
+            if isinstance(setting.delta.sensitivities, Sensitivities):
+                run["delta"]["sensitivities"] = str(setting.delta.sensitivities)
         for other in self.data["runs"]:
             if other["task"] == task:
                 self._compare(f"results of {task} with", other["options"], options)

@@ -41,15 +41,20 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
     distances = [name for name in summary["metrics"] if name.startswith("accuracy@")]
     header = ["setting", _NAMES.get(metric, metric.replace("_", " "))]
     if metric != "kld":
-        header.append("vs dense")
+        header.append("of dense's" if metric == "found" else "vs dense")
     header += [name[len("accuracy") :] for name in distances]
     header += {"bits_per_byte": ["perplexity"], "kld": ["top-1"]}.get(metric, [])
+    header += ["99 %", "largest"] if runs[0]["task"] == "fidelity" else []
+    lengths = [name for name in summary["metrics"] if name.startswith("share@")]
+    header += [name[len("share") :] for name in lengths]
     header += ["prefill", "decode", "overall", "cache", "of dense"]
     rows = []
     for run in runs:
         summary = run["summary"]
         metrics = summary["metrics"]
         row = [run["setting"], _with_error(summary, digits)]
+        if metric == "found":
+            row[1] = f"{metrics['found']} of {metrics['asked']}"
         if len(run["records"]) < run["planned"] and run["records"]:
             row[0] += f" ({len(run['records'])} of {run['planned']})"
         if metric != "kld":
@@ -65,6 +70,9 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
             row.append(f"{metrics['perplexity']:.3f}")
         elif metric == "kld":
             row.append(f"{metrics['top1']:.4f}")
+        if run["task"] == "fidelity":
+            row += [f"{metrics['kld_p99']:.4f}", f"{metrics['kld_max']:.3f}"]
+        row += [f"{metrics[name]:.3f}" for name in lengths]
         for name in ("prefill", "decode", "overall"):
             value = summary[f"{name}_sparsity"]
             row.append("–" if value is None or run["kind"] not in _SPARSE else f"{value:.3f}")
@@ -91,17 +99,39 @@ def _difference(run: dict[str, Any], dense: dict[str, Any] | None, digits: int) 
     """The difference to dense; over the samples both have, with its interval."""
     if dense is None or run is dense:
         return "–"
-    pairs = list(zip(run["records"], dense["records"], strict=False))
+    if run["task"] == "needles":
+        return _kept(run, dense)
+    records = {_number(record): record for record in dense["records"]}
+    pairs = [(r, records[_number(r)]) for r in run["records"] if _number(r) in records]
     if not pairs:
         value = low = high = run["summary"]["score"] - dense["summary"]["score"]
     elif run["task"] == "recall":
         value, low, high = mean([_share(a) - _share(b) for a, b in pairs])
+    elif "score" in pairs[0][0]:
+        value, low, high = mean([a["score"] - b["score"] for a, b in pairs])
     else:
         bits = [(a["nats"] - b["nats"]) / math.log(2) for a, b in pairs]
         value, low, high = ratio(bits, [a["bytes"] for a, _ in pairs])
     text = f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0
     # Where all samples differ alike, these samples can't say how others would.
     return text if low == high else f"{text} ±{(high - low) / 2:.{digits}f}"
+
+
+def _number(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a task's samples apart."""
+    return record.get("template"), record["index"]
+
+
+def _kept(run: dict[str, Any], dense: dict[str, Any]) -> str:
+    """The needles found of those that dense attention finds."""
+    found = {record["index"]: record["right"] for record in dense["records"]}
+    kept = [
+        right
+        for record in run["records"]
+        for depth, right in record["right"].items()
+        if found.get(record["index"], {}).get(depth)
+    ]
+    return f"{sum(kept) / len(kept):.3f} ({sum(kept)} of {len(kept)})" if kept else "–"
 
 
 def _share(record: dict[str, Any]) -> float:
@@ -118,13 +148,32 @@ def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
             f"{' and '.join(options['templates'])} in {samples} samples of {options['length']} "
             f"tokens with {options['facts']} facts each, seed {options['seed']}"
         )
-    elif task in ("perplexity", "kld"):
+    elif task in ("perplexity", "kld", "fidelity"):
         what = f"{samples} windows of {options['length']} tokens, the second half scored" + (
-            ", against the same model with a dense cache" if task == "kld" else ""
+            ", against the same model with a dense cache" if task != "perplexity" else ""
         )
+    elif task == "needles":
+        what = (
+            f"{samples} texts of {_listed(options['lengths'])} tokens with needles at depths "
+            f"{_listed(options['depths'])}, {'in a chat' if options['chat'] else 'no chat'}, "
+            f"seed {options['seed']}"
+        )
+    elif task.startswith("ruler-"):
+        what = (
+            f"{samples} texts of {_listed(options['lengths'])} tokens, "
+            f"{'in a chat' if options['chat'] else 'no chat'}, seed {options['seed']}"
+        )
+    elif "file" in options:
+        what = f"{samples} of {options['file']}"
     else:
         what = f"{samples} samples"
         if options.get("num_shots") is not None:
             what += f", {options['num_shots']} shots"
     text = f", {options['text']}" if "text" in options else ""
     return f"{task}, {model}: {what}{text}"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Values in words."""
+    *some, last = map(str, values)
+    return f"{', '.join(some)} and {last}" if some else last

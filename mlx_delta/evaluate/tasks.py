@@ -17,10 +17,15 @@ from mlx_delta.measure.text import context_length, read_text
 from mlx_delta.wording import nearest
 
 from .language import LanguageOptions, make_windows, measure_window
+from .local_tasks import FILE_TASKS
 from .recall import RecallOptions, RecallTask, measure_sample
 from .results import Results
+from .ruler import RULER
+from .samples import CHECK_EVERY, SampleTask, copied
 
-TASKS = ("recall", "perplexity", "kld")
+LANGUAGE = ("perplexity", "kld", "fidelity")
+COMPARED = ("kld", "fidelity")  # with the same model's dense cache
+TASKS = ("recall", *LANGUAGE, "needles", *RULER)
 
 EXTRA = "pip install 'mlx_delta[evaluate]'"
 
@@ -31,17 +36,27 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
     Raises:
         ValueError: A task is unknown, or given twice; or it needs lm-evaluation-harness, which is
             not installed.
+        FileNotFoundError: A task's file is not there.
     """
     for i, name in enumerate(names):
-        if name in names[:i]:
+        if name.partition("=")[0] in [other.partition("=")[0] for other in names[:i]]:
             raise ValueError(f"[evaluate] task {name!r} is given twice; drop one.")
-    others = [name for name in names if name not in TASKS]
+        kind, equals, file = name.partition("=")
+        if equals and kind not in FILE_TASKS:
+            raise ValueError(
+                f"[evaluate] task {kind!r} takes no file{nearest(kind, FILE_TASKS)}; those that do "
+                f"are {', '.join(FILE_TASKS)}."
+            )
+        if equals and not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"[evaluate] {name!r}: there is no file {file!r}.")
+    others = [name for name in names if name not in TASKS and "=" not in name]
     if not others:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f"[evaluate] unknown task {others[0]!r}{nearest(others[0], TASKS)}; known are "
-            f"{', '.join(TASKS)}, and those of lm-evaluation-harness once it is installed: {EXTRA}."
+            f"{', '.join(TASKS)}, {'=FILE, '.join(FILE_TASKS)}=FILE, and those of "
+            f"lm-evaluation-harness once it is installed: {EXTRA}."
         )
     from .harness import harness_tasks
 
@@ -50,7 +65,8 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
         if name not in known:
             raise ValueError(
                 f"[evaluate] unknown task {name!r}{nearest(name, known)}; known are "
-                f"{', '.join(TASKS)}, and those of lm-evaluation-harness."
+                f"{', '.join(TASKS)}, {'=FILE, '.join(FILE_TASKS)}=FILE, and those of "
+                "lm-evaluation-harness."
             )
 
 
@@ -114,7 +130,7 @@ class Session:
         return measure
 
     def language(self, tasks: Sequence[str], options: LanguageOptions, text: Text) -> Step:
-        """The windows that settings lack for ``perplexity``, ``kld`` or both at once."""
+        """The windows that settings lack for tasks of ``LANGUAGE``; several at once."""
         windows = make_windows(self.tokenizer, text.content, options, context_length(self.model))
         entry = {"length": len(windows[0]) - 1, "windows": len(windows), **text.entry()}
         runs = {task: self._runs(task, entry, len(windows)) for task in tasks}
@@ -129,7 +145,7 @@ class Session:
                     self.tokenizer,
                     windows[i],
                     [self.settings[n] for n in needed],
-                    bool(lacking.get("kld")),
+                    any(lacking.get(task) for task in COMPARED),
                 )
                 for n, record in zip(needed, records, strict=True):
                     for task in tasks:
@@ -138,6 +154,71 @@ class Session:
                 self.results.save()
 
         return measure
+
+    def samples(self, task: SampleTask) -> Step:
+        """The samples that settings lack; see :class:`SampleTask`.
+
+        A setting that is dense up to some length takes dense attention's records of shorter
+        samples; one in so many is measured all the same, and all are should those differ.
+        """
+        runs = self._runs(task.name, task.options, sum(map(len, task.groups)))
+
+        def measure() -> None:
+            lacking = [_not_done(run, task) for run in runs]
+            count = sum(map(len, lacking))
+            with tqdm(total=count, desc=task.name, disable=not count) as bar:
+                # All settings of a group before the next: what is there can be compared.
+                for group in task.groups:
+                    for setting, run, missing in zip(self.settings, runs, lacking, strict=True):
+                        part = [i for i in group if i in missing]
+                        self._measure_group(task, setting, run, part, copying=True)
+                        bar.update(len(part))
+            for setting, run in zip(self.settings, runs, strict=True):
+                self._check_copies(task, setting, run)
+
+        return measure
+
+    def _measure_group(
+        self,
+        task: SampleTask,
+        setting: Setting,
+        run: dict[str, Any],
+        part: list[int],
+        copying: bool,
+    ) -> None:
+        """Samples of a group that a setting lacks."""
+        dense = {} if setting.kind == "dense" else self._dense_records(task.name)
+        short = {i for i in part if i in dense and task.tokens(i) <= setting.dense_up_to}
+        taken = [i for i in part if copying and i in short and i % CHECK_EVERY]
+        run["records"] += [copied(dense[i]) for i in taken]
+        part = [i for i in part if i not in taken]
+        if part:
+            run["records"] += task.measure(self.model, setting, part, dense)
+        self.results.save()
+
+    def _check_copies(self, task: SampleTask, setting: Setting, run: dict[str, Any]) -> None:
+        """Compare what was measured with what would have been taken over."""
+        if not any(record.get("as_dense") for record in run["records"]):
+            return
+        dense = self._dense_records(task.name)
+        measured = [
+            record
+            for record in run["records"]
+            if not record.get("as_dense") and task.tokens(record["index"]) <= setting.dense_up_to
+        ]
+        differing = [r for r in measured if r["score"] != dense[r["index"]]["score"]]
+        run["checked"] = {"samples": len(measured), "differing": len(differing)}
+        if differing:
+            run["records"] = [r for r in run["records"] if not r.get("as_dense")]
+            missing = _not_done(run, task)
+            for group in task.groups:
+                part = [i for i in group if i in missing]
+                self._measure_group(task, setting, run, part, copying=False)
+
+    def _dense_records(self, task: str) -> dict[int, Any]:
+        """Dense attention's records of a task, by number."""
+        runs = [r for r in self.results.data["runs"] if (r["task"], r["kind"]) == (task, "dense")]
+        return {record["index"]: record for run in runs for record in run["records"]}
 
     def harness(self, task: str, options: Any) -> Step:
         """One of lm-evaluation-harness's tasks, with the settings that lack it."""
@@ -178,3 +259,9 @@ def _lacking(runs: Sequence[dict[str, Any]], index: int) -> set[int]:
         for n, run in enumerate(runs)
         if all(record["index"] != index for record in run["records"])
     }
+
+
+def _not_done(run: dict[str, Any], task: SampleTask) -> set[int]:
+    """Samples of a task that a run lacks."""
+    done = {record["index"] for record in run["records"]}
+    return {i for group in task.groups for i in group if i not in done}

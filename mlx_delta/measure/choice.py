@@ -37,7 +37,7 @@ def choose_settings(
         if needing:
             raise ValueError(
                 f"setting {needing[0]!r} needs a delta model: {error} Settings without it are "
-                "dense, kv8, kv4 and rotating:N."
+                "dense, kv8, kv4, kv4-rotated, kivi4, kivi2 and rotating:N."
             ) from error
         return None, settings
     if not needing and not has_class(config):

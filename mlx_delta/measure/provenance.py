@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_delta.loading import find_model
+from mlx_delta.sensitivities import FILE_NAME
 from mlx_delta.system.devices import has_gpu
 
 _SAMPLE = 1 << 16  # bytes read of a weight file at each of three places
@@ -19,11 +21,15 @@ def fingerprint(path: Path, adapter_path: Path | None = None) -> str:
     """A hash that tells models apart without reading all of their weights.
 
     Of config.json, and of each weight file its name, size, and bytes at its start, middle and end;
-    the adapters' too.
+    the adapters' too. A calibration leaves the model what it was, and is not counted: a run of a
+    setting says which sensitivities it had.
     """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config.pop("delta", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    weights = [file for file in sorted(path.glob("*.safetensors")) if file.name != FILE_NAME]
     adapters = [] if adapter_path is None else sorted(adapter_path.glob("*.safetensors"))
-    for file in [*sorted(path.glob("*.safetensors")), *adapters]:
+    for file in [*weights, *adapters]:
         size = file.stat().st_size
         digest.update(f"\0{file.name}\0{size}\0".encode())
         with file.open("rb") as stream:

@@ -6,6 +6,7 @@ only a way to make caches, so the weights are shared and the settings can take t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,13 @@ from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.config import DeltaConfig
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.wording import nearest
 
-KINDS = ("dense", "delta", "paper", "kv8", "kv4", "rotating", "window-only", "stock")
+from .baselines import BASELINES, QuantizedStore
+
+QUANTIZED = ("kv8", "kv4")  # mlx-lm's
+KINDS = ("dense", "delta", "paper", *QUANTIZED, *BASELINES, "rotating", "window-only", "stock")
 
 PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
 ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
@@ -45,6 +50,16 @@ class Setting:
     delta: DeltaConfig | None = None
     kv_bits: int | None = None
     max_size: int | None = None
+
+    @property
+    def dense_up_to(self) -> int:
+        """Tokens of a text up to which everything is as with a dense cache."""
+        delta = self.delta
+        if self.kind not in ("delta", "window-only") or delta is None:
+            return 0
+        if delta.key_bits is not None or delta.value_bits is not None or delta.block_fraction:
+            return 0
+        return (delta.window_blocks + 1) * delta.block_size
 
     def make_caches(self, model: nn.Module, prompt_tokens: int | None = None) -> list[Any]:
         """New caches for a model; ``prompt_tokens`` as for its ``make_cache``.
@@ -70,6 +85,9 @@ class Setting:
                 return stock_cache()
             if self.max_size is not None:
                 return RotatingKVCache(max_size=self.max_size, keep=ROTATING_KEEP)
+            if self.kind in BASELINES:
+                baseline, bits = BASELINES[self.kind]
+                return baseline(bits)
             return KVCache()
 
         return replace_ordinary(caches, make)
@@ -104,9 +122,15 @@ class Setting:
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
-        if self.max_size is not None and length_of(caches) > 0:
+        seen = length_of(caches)
+        if self.max_size is not None and seen > 0:
             # Several queries at once would not see the first tokens that a rotating cache keeps.
             return ([token] for token in tokens)
+        periods = {c.period for c in caches if isinstance(c, QuantizedStore) and c.period}
+        if periods and seen > 0:
+            size = min(periods)
+            cuts = [0, *range(size - seen % size, len(tokens), size), len(tokens)]
+            return (tokens[a:b] for a, b in itertools.pairwise(cuts))
         return iter([tokens])
 
     def _step(self, model: nn.Module, tokens: list[int], caches: list[Any]) -> mx.array:
@@ -128,11 +152,13 @@ class Setting:
 def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> list[Setting]:
     """Settings from their names on the command line.
 
-    ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``rotating:1024`` (mlx-lm's
-    ``--max-kv-size``), ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
-    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``paper:threshold=0.6`` (the
-    paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped), ``stock``
-    (``dense`` by MLX's own attention, even where ours is faster).
+    ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``kv4-rotated`` (as llama.cpp quantizes),
+    ``kivi4`` and ``kivi2`` (keys by channel), ``rotating:1024`` (mlx-lm's ``--max-kv-size``),
+    ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
+    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:sparsity=0.75`` and
+    ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``paper:threshold=0.6``
+    (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped),
+    ``stock`` (``dense`` by MLX's own attention, even where ours is faster).
 
     Args:
         names: The names.
@@ -158,10 +184,10 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         )
     if colon and not rest:
         raise ValueError(f"[parse_settings] {name!r} has nothing after its colon.")
-    if kind in ("dense", "stock", "kv8", "kv4"):
+    if kind in ("dense", "stock", *QUANTIZED, *BASELINES):
         if rest:
             raise ValueError(f"[parse_settings] {kind!r} takes no options but got {rest!r}.")
-        return Setting(name, kind, kv_bits=int(kind[2:]) if kind.startswith("kv") else None)
+        return Setting(name, kind, kv_bits=int(kind[2:]) if kind in QUANTIZED else None)
     if kind == "rotating":
         if not rest.isdecimal() or int(rest) <= ROTATING_KEEP:
             raise ValueError(
@@ -171,9 +197,37 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
         return Setting(name, kind, max_size=int(rest))
     base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
     try:
-        return Setting(name, kind, delta=DeltaConfig.parse(rest, base))
+        return Setting(name, kind, delta=_parse_delta(rest, base))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
+
+
+def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
+    """A setting of the delta; ``sparsity=0.75`` and ``kl=0.002`` stand for the level of that."""
+    wanted: dict[str, float] = {}
+    fields = []
+    for field in text.split(","):
+        key, _, value = field.partition("=")
+        if key not in ("sparsity", "kl"):
+            fields.append(field)
+            continue
+        try:
+            wanted[key] = float(value)
+        except ValueError as error:
+            raise ValueError(f"{key} must be a number but got {value!r}.") from error
+    delta = DeltaConfig.parse(",".join(fields), base)
+    if not wanted:
+        return delta
+    if len(wanted) > 1:
+        raise ValueError("sparsity and kl both set the level; give one of them.")
+    if not isinstance(delta.sensitivities, Sensitivities) or not delta.sensitivities.curve:
+        raise ValueError(
+            f"{next(iter(wanted))} needs a calibrated model; run `python -m mlx_delta.calibrate` "
+            "first, or give a level."
+        )
+    return delta.changed(
+        level=delta.sensitivities.level_for(wanted.get("sparsity"), wanted.get("kl"))
+    )
 
 
 def cache_nbytes(caches: Sequence[Any]) -> int:

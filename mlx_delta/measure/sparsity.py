@@ -6,6 +6,7 @@ are zero; which queries saw which blocks as held follows from their positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def share_of_zeros(caches: Sequence[Any], row: int = 0) -> float:
     Over the elements of encoded blocks, keyframes among them; 0 if there are none.
     """
     layers = [_block_zeros(c, row) for c in caches if isinstance(c, HeldKeys) and not c.empty()]
-    sizes = [c.config.block_size for c in caches if isinstance(c, HeldKeys) and not c.empty()]
+    sizes = [c.block_sizes[row] for c in caches if isinstance(c, HeldKeys) and not c.empty()]
     total = sum(z.size * size * head_dim for (z, head_dim), size in zip(layers, sizes, strict=True))
     return float(sum(z.sum() for z, _ in layers) / total) if total else 0.0
 
@@ -98,7 +99,7 @@ def _skipped(cache: HeldKeys, first: int, end: int, row: int) -> np.ndarray:
     zeros, head_dim = _block_zeros(cache, row)
     first = max(first, min(end, cache.held_from))  # those before saw full keys only
     blocks, gone = cache.encoded[row], cache.dropped[row]
-    queries = queries_of_blocks(cache.config, blocks, first, end)
+    queries = queries_of_blocks(_row_config(cache, row), blocks, first, end)
     dropping = Dropping.of(cache.config)
     if dropping is None or not gone:
         return zeros @ queries / head_dim
@@ -125,9 +126,14 @@ def _block_zeros(cache: HeldKeys, row: int) -> tuple[np.ndarray, int]:
     return np.array(cache.zeros[row, :, :blocks], np.int64), cache.head_dim
 
 
+def _row_config(cache: HeldKeys, row: int) -> DeltaConfig:
+    """The setting of one row: with its own block size."""
+    return dataclasses.replace(cache.config, block_size=cache.block_sizes[row])
+
+
 def _paper(cache: HeldKeys, length: int, row: int) -> float:
     zeros, head_dim = _block_zeros(cache, row)
-    config = cache.config
+    config = _row_config(cache, row)
     if not zeros.size:
         return 0.0
     span = min(config.window + config.block_size, length)

@@ -5,6 +5,7 @@ Agrees with :func:`mlx_delta.method.attention.hold`; works on all blocks, kv hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 
+from .chain import walk_chain
 from .runs import hold_runs
 
 
@@ -60,18 +62,61 @@ def hold_blocks(
         zero, int32 [B, Hkv, n_blocks]. Rows where the hold starts anew count as no zeros.
     """
     B, H, length, D = keys.shape
+    size = config.block_size
     if stored is None and not config.cuts_runs and config.layer_threshold == 0:
-        zeros = _count_zeros(keys, config, first_block * config.block_size, previous)
-        return keys, zeros  # what has changed at all propagates
+        # What has changed at all propagates.
+        zeros = _count_zeros(keys, config, [first_block * size] * B, previous)
+        return keys, _of_blocks(zeros, size)
+    if not config.keyframes:
+        held, zeros = hold_text(keys, config, [first_block * size] * B, previous)
+        return held, _of_blocks(zeros, size)
     # float32: differences of bf16 keys rounded to bf16 would move values across the threshold.
     blocks = keys.astype(mx.float32).reshape(B, H, -1, config.block_size, D)
     if config.run_value == "mean":
         held, _, zeros = hold_means(blocks, config, first_block)
         return held.reshape(keys.shape).astype(keys.dtype), zeros
-    held, _ = _hold_firsts(blocks, config, first_block, previous, stored)
+    held, _ = _hold_firsts(blocks, config, first_block, stored)
     held = held.reshape(keys.shape)
-    zeros = _count_zeros(held, config, first_block * config.block_size, previous)
-    return held.astype(keys.dtype), zeros
+    zeros = _count_zeros(held, config, [first_block * config.block_size] * B, None)
+    return held.astype(keys.dtype), _of_blocks(zeros, size)
+
+
+def hold_text(
+    keys: mx.array, config: DeltaConfig, starts: Sequence[int], previous: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Hold keys as one chain, without keyframes; rows of a batch may be at different positions.
+
+    Args:
+        keys: [B, Hkv, L, D], of any floating type, after RoPE. Where thresholds depend on a block's
+            keys, L is a multiple of the block size.
+        config: The setting of this layer.
+        starts: Position of each row's first key.
+        previous: [B, Hkv, D], the held key before the first one, of rows that don't start at 0;
+            ``None``: the chains start here.
+
+    Returns:
+        The held keys, shaped and typed as ``keys``, and how many deltas of each are zero, int32
+        [B, Hkv, L].
+    """
+    B, H, length, D = keys.shape
+    exact = np.array(starts)[:, None] + np.arange(length) < max(config.sinks, 1)  # [B, L]
+    if previous is None:
+        exact[:, 0] = True
+    if config.threshold_mode == "absolute":
+        own = np.broadcast_to(np.array(config.layer_threshold, np.float32), (H,))[None, :, None]
+        thresholds = np.broadcast_to(own, (B, H, length))
+    else:
+        blocks = keys.astype(mx.float32).reshape(B, H, -1, config.block_size, D)
+        thresholds = np.repeat(_array(np, block_thresholds(blocks, config)), config.block_size, 2)
+    thresholds = np.where(exact[:, None], np.float32(-1), thresholds)
+    before = mx.zeros((B, H, D)) if previous is None else previous.astype(mx.float32)
+    held = walk_chain(
+        _by_token(np, keys.astype(mx.float32)[:, :, None]),
+        thresholds.reshape(B * H, length).T[:, :, None],
+        _array(np, before).reshape(-1, D),
+    )
+    rows = _by_block(held, (B, H, 1, length, D)).reshape(keys.shape)
+    return rows.astype(keys.dtype), _count_zeros(rows, config, starts, previous)
 
 
 @np.errstate(all="ignore")  # NaN and infinities have their own rule
@@ -93,7 +138,7 @@ def hold_means(
         return hold_runs(blocks, config, first_block)
     size, n_blocks = config.block_size, blocks.shape[2]
     firsts, starts = _hold_firsts(blocks, config, first_block)
-    xp = _module(config)
+    xp = _module()
     keys, firsts, starts = (_by_token(xp, x) for x in (blocks, firsts, starts))
     token = xp.arange(size)[:, None, None]
     begin = _cummax(xp, xp.where(starts, token, 0))
@@ -117,49 +162,32 @@ def hold_means(
 
 @np.errstate(all="ignore")
 def _hold_firsts(
-    blocks: mx.array,
-    config: DeltaConfig,
-    first_block: int,
-    previous: mx.array | None = None,
-    stored: mx.array | None = None,
+    blocks: mx.array, config: DeltaConfig, first_block: int, stored: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """The first value of each element's run, float32, and which elements start one.
 
-    Both are [B, Hkv, n_blocks, block_size, D]; without keyframes of one block as long as the text.
+    Both are [B, Hkv, n_blocks, block_size, D]. Blocks are independent, with keyframes: the tokens
+    of all blocks are stepped through side by side.
     """
     B, H, n_blocks, size, D = blocks.shape
-    thresholds = block_thresholds(blocks, config)  # [B, Hkv, n_blocks]
     targets = blocks if stored is None else stored.astype(mx.float32).reshape(blocks.shape)
-    if config.keyframes:
-        # Blocks are independent: step through the tokens of all blocks side by side.
-        thresholds = thresholds.reshape(1, -1, 1)
-        previous = None
-    else:
-        blocks = targets = blocks.reshape(B, H, 1, n_blocks * size, D)
-        thresholds = mx.repeat(thresholds, size, axis=2)  # one per token
-        thresholds = thresholds.reshape(B * H, -1).T[:, :, None]
-    xp = _module(config)
-    steps, lanes = blocks.shape[3], blocks.shape[2]
-    held = None if previous is None else _array(xp, previous.astype(mx.float32)).reshape(-1, D)
+    xp = _module()
     keys = _by_token(xp, blocks)
     values = keys if targets is blocks else _by_token(xp, targets)
-    thresholds = _array(xp, thresholds)
-    position = first_block * size + np.arange(steps)[:, None] + size * np.arange(lanes)
-    exact = position < config.sinks  # [steps, lanes]: they stand for themselves
+    thresholds = _array(xp, block_thresholds(blocks, config).reshape(-1, 1))
+    position = first_block * size + np.arange(size)[:, None] + size * np.arange(n_blocks)
+    exact = position < config.sinks  # [size, n_blocks]: they stand for themselves
     sinks = [_array(xp, mx.array(np.tile(row, B * H)[:, None])) for row in exact if row.any()]
 
-    firsts, starts = [], []
-    for t in range(steps):
-        if held is None:  # the first value of a block, or of the text
-            held = values[0]
-            starts.append(xp.ones(held.shape, xp.bool_))
-        else:
-            # "not more than" rather than "less than": a NaN compares false and so propagates.
-            keep = xp.abs(keys[t] - held) <= thresholds[t if len(thresholds) > 1 else 0]
-            if exact[t].any():
-                keep = keep & ~sinks[t]
-            held = xp.where(keep, held, values[t])
-            starts.append(~keep)
+    held = values[0]  # the first value of a block
+    firsts, starts = [held], [xp.ones(held.shape, xp.bool_)]
+    for t in range(1, size):
+        # "not more than" rather than "less than": a NaN compares false and so propagates.
+        keep = xp.abs(keys[t] - held) <= thresholds
+        if exact[t].any():
+            keep = keep & ~sinks[t]
+        held = xp.where(keep, held, values[t])
+        starts.append(~keep)
         firsts.append(held)
     return _by_block(xp.stack(firsts), blocks.shape), _by_block(xp.stack(starts), blocks.shape)
 
@@ -168,13 +196,9 @@ def _hold_firsts(
 # NumPy does it several times faster than MLX's CPU operations, which also weigh on the graph.
 
 
-def _module(config: DeltaConfig) -> ModuleType:
-    """Whose arrays the steps are made of: MLX's for blocks on a GPU, else NumPy's.
-
-    One chain over a chunk of a prompt has a step for each of its tokens: too many launches.
-    """
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return mx if on_gpu and config.keyframes else np
+def _module() -> ModuleType:
+    """Whose arrays the steps are made of: MLX's on a GPU, else NumPy's."""
+    return mx if mx.default_device() == mx.Device(mx.gpu) else np
 
 
 def _array(xp: Any, x: Any) -> Any:
@@ -212,18 +236,21 @@ def _run_totals(xp: Any, deviations: Any, starts: Any) -> Any:
     return xp.stack(totals)
 
 
+def _of_blocks(zeros: mx.array, size: int) -> mx.array:
+    """Zeros of tokens [B, Hkv, L] as those of blocks, int32 [B, Hkv, L / size]."""
+    return zeros.reshape(*zeros.shape[:2], -1, size).sum(axis=-1).astype(mx.int32)
+
+
 def _count_zeros(
-    held: mx.array, config: DeltaConfig, first_position: int, previous: mx.array | None
+    held: mx.array, config: DeltaConfig, starts: Sequence[int], previous: mx.array | None
 ) -> mx.array:
-    """Zeros of the delta key matrix per block, int32 [B, Hkv, n_blocks]."""
-    B, H, length, D = held.shape
+    """Zeros of each row of the delta key matrix, int32 [B, Hkv, L]; ``starts`` as positions."""
     if previous is None:
         before = mx.concatenate([held[:, :, :1], held[:, :, :-1]], axis=2)
     else:
         before = mx.concatenate([previous[:, :, None].astype(held.dtype), held[:, :, :-1]], axis=2)
-    position = mx.arange(first_position, first_position + length)
+    position = mx.array(list(starts))[:, None] + mx.arange(held.shape[2])  # [B, L]
     counted = position >= max(config.sinks, 1)
     if config.keyframes:
         counted = counted & (position % config.block_size != 0)
-    zeros = (held == before).sum(axis=-1) * counted
-    return zeros.reshape(B, H, -1, config.block_size).sum(axis=-1).astype(mx.int32)
+    return ((held == before).sum(axis=-1) * counted[:, None]).astype(mx.int32)

@@ -14,7 +14,7 @@ from mlx_delta.system.cli import HelpFormatter, run_command
 from mlx_delta.wording import nearest
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
-KINDS = ("tradeoff", "heads", "keys", "roofline", "prefill")
+KINDS = ("tradeoff", "needles", "heads", "keys", "roofline", "prefill")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     tradeoff.add_argument(
         "--against", choices=("sparsity", "bytes", "both"), default="both", help="Default: both."
     )
+
+    needles = kind("needles", "Needles found by length and depth.")
+    needles.add_argument("results", metavar="FILE.json", help="Written by mlx_delta.evaluate.")
+    needles.add_argument("--settings", nargs="+", metavar="SETTING", help="Default: all.")
 
     heads = kind("heads", "Sparsity of each layer and kv head.")
     heads.add_argument(

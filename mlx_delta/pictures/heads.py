@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from .theme import WIDTH, Theme, caption, headline, new_figure
+from .theme import WIDTH, Theme, caption, headline, new_figure, readable
 
 LEAST_SPAN = 0.3  # of the colours, so that small differences look small
 
@@ -119,12 +119,5 @@ def _draw_map(
                 text, size = text.removeprefix("0"), min(size, 30 * cell_width)
             axes.text(
                 layer + 0.5, head + 0.5, text, ha="center", va="center", fontsize=size,
-                color=_readable(theme, theme.colormap(norm(value))),
+                color=readable(theme, theme.colormap(norm(value))),
             )  # fmt: skip
-
-
-def _readable(theme: Theme, color: tuple[float, float, float, float]) -> str:
-    """Ink or page, whichever stands out more from a cell's colour."""
-    red, green, blue, _ = color
-    light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-    return theme.ink if light == (theme.name == "light") else theme.background

@@ -29,6 +29,7 @@ from mlx_delta.system.chips import find_chips
 from . import names
 from .heads import HeadMap, draw_heads
 from .keys import draw_keys
+from .needles import draw_needles, make_grid
 from .prefill import draw_prefill
 from .record import record_head
 from .results import choose, read_runs
@@ -44,6 +45,16 @@ def tradeoff(args: argparse.Namespace) -> Draw:
     runs = choose(read_runs(args.results), "task", args.tasks)
     runs = choose(runs, "setting", args.settings)
     return lambda theme: draw_tradeoff(runs, theme, args.sparsity, args.against)
+
+
+def needles(args: argparse.Namespace) -> Draw:
+    """Needles by length and depth, from a results file."""
+    runs = choose(read_runs([args.results]), "task", ["needles"])
+    runs = choose(runs, "setting", args.settings)
+    grids = [make_grid(run.setting, run.metrics) for run in runs]
+    title = f"{runs[0].model}: needles by length and depth"
+    source = f"mlx_delta.evaluate, {runs[0].date}."
+    return lambda theme: draw_needles(grids, theme, title, source)
 
 
 def heads(args: argparse.Namespace) -> Draw:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_delta.measure.baselines import BASELINES
+from mlx_delta.measure.settings import QUANTIZED
+
 from .theme import Theme
 
 # Family: marker, index of its colour in Theme.accents (None: ink), and what it is.
@@ -14,6 +17,7 @@ FAMILIES: dict[str, tuple[str, int | None, str]] = {
     "packed delta": ("D", 1, "delta, packed"),
     "paper": ("^", 2, "paper's setting"),
     "quantized": ("v", 3, "mlx-lm quantized"),
+    "others": ("<", 4, "others' quantized"),
     "rotating": ("P", 4, "mlx-lm rotating"),
     "window-only": ("X", 5, "window only"),
 }
@@ -38,7 +42,9 @@ def family(setting: str, delta: Delta) -> str:
     kind = setting.partition(":")[0]
     if kind in ("delta", "paper") and option(setting, delta, "key_bits"):
         return "packed delta"
-    return "quantized" if kind in ("kv8", "kv4") else kind
+    if kind in BASELINES:
+        return "others"
+    return "quantized" if kind in QUANTIZED else kind
 
 
 def label(setting: str, delta: Delta) -> str:

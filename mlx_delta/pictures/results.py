@@ -37,6 +37,7 @@ class Run:
         sparsity: ``prefill``, ``decode`` and ``overall``, as fractions of 1; those known.
         heads: Prefill sparsity [layers, kv heads], or None.
         cache_bytes: Bytes of the cache at the end, or None.
+        metrics: What else the task found.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Run:
     sparsity: dict[str, float]
     heads: np.ndarray | None
     cache_bytes: int | None
+    metrics: dict[str, float]
 
     @property
     def family(self) -> str:
@@ -143,4 +145,5 @@ def _run(model: dict[str, Any], run: dict[str, Any]) -> Run:
         sparsity={name: float(value) for name, value in sparsity.items() if value is not None},
         heads=heads if heads.ndim == 2 and heads.size else None,
         cache_bytes=None if size is None else int(size),
+        metrics=dict(summary.get("metrics") or {}),
     )

@@ -138,6 +138,13 @@ def caption(figure: Figure, theme: Theme, text: str) -> None:
     figure.text(0.12 / WIDTH, y, text, fontsize=7.5, color=theme.quiet, va="bottom")
 
 
+def readable(theme: Theme, color: tuple[float, float, float, float]) -> str:
+    """Ink or page, whichever stands out more from a cell's colour."""
+    red, green, blue, _ = color
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+    return theme.ink if light == (theme.name == "light") else theme.background
+
+
 def save(draw: Draw, output: str | Path, themes: Sequence[Theme]) -> list[Path]:
     """Draw a picture for each theme and write it.
 

@@ -143,10 +143,10 @@ def _sparsity_panel(
     axes: Axes, theme: Theme, runs: Sequence[Run], axis: ScoreAxis, sparsity: str
 ) -> None:
     shown = [run for run in runs if run.family in HOLDS_KEYS and sparsity in run.sparsity]
-    part = {"prefill": "prefill", "decode": "decode", "overall": "prefill and decode"}[sparsity]
     # Another task's texts are skipped to another share: the same setting, another number.
     task = runs[0].task if len(runs[0].task) <= len("perplexity") else "task's"
-    axes.set_xlabel(f"share of QKᵀ skipped in {part} of the {task} texts (more is better)")
+    where = "over both stages" if sparsity == "overall" else f"in {sparsity} of the {task} texts"
+    axes.set_xlabel(f"share of QKᵀ skipped {where} (more is better)")
     places = {run.setting: run.sparsity[sparsity] for run in shown}
     largest = max(places.values(), default=0.0)
     axes.set_xlim(-0.04 * max(largest, 0.5), max(largest, 0.5) * 1.17)

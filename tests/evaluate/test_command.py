@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from mlx_delta.evaluate import BUNDLED_TEXT, read_text, tasks
+from mlx_delta.evaluate import BUNDLED_TEXT, local_tasks, read_text, tasks
 from mlx_delta.evaluate.command import main
+from mlx_delta.measure.provenance import fingerprint
+from mlx_delta.sensitivities import FILE_NAME
 from tests.tiny import LLAMA, write_llama
 
 RECALL = "--tasks recall --length 256 --distances 100 150 --answers 2 --facts 3".split()
@@ -145,6 +147,50 @@ def test_settings_and_tasks_are_added(evaluate, tmp_path, monkeypatch):
     assert all(len(run["records"]) == 3 for run in after["runs"])
 
 
+def test_samples_go_on_where_they_were(evaluate, tmp_path, monkeypatch):
+    lines = [{"text": f"He saw the {word} and then the {word}"} for word in ("sea", "moor", "dog")]
+    data, file = tmp_path / "lambada.jsonl", tmp_path / "results.json"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--tasks", f"lambada={data}", "needles", "fidelity", "--lengths", "300", "--samples"]
+    flags += ["1", "--depths", "0.5", "--windows", "1", "--batch-size", "1", "--output", file]
+    assert evaluate(*flags, "--settings", "dense").status == 0
+    before = read(file)
+    scored: list[Any] = []
+    original = local_tasks.score_pairs
+
+    def score_pairs(model, setting, pairs, batch_size):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(setting.name)
+        return original(model, setting, pairs, batch_size)
+
+    monkeypatch.setattr(local_tasks, "score_pairs", score_pairs)
+    flags += ["--settings", "dense", "kv8", "paper"]
+    assert evaluate(*flags).status == 130
+    monkeypatch.setattr(local_tasks, "score_pairs", original)
+    outcome = evaluate(*flags)
+    assert outcome.status == 0 and "lambada, " in outcome.out and "99 %" in outcome.out
+    after = read(file)
+    assert scored == ["kv8"] and after["runs"][0]["records"] == before["runs"][0]["records"]
+    tasks_done = {(run["task"], run["setting"]): len(run["records"]) for run in after["runs"]}
+    assert tasks_done == {
+        (task, name): count
+        for task, count in (("lambada", 3), ("needles", 1), ("fidelity", 1))
+        for name in ("dense", "kv8", "paper")
+    }
+
+
+def test_a_calibration_does_not_make_another_model(tmp_path):
+    path = write_llama(tmp_path / "model")
+    before = fingerprint(path)
+    config = read(path / "config.json")
+    (path / "config.json").write_text(json.dumps({**config, "delta": {"level": 0.1}}))
+    (path / FILE_NAME).write_bytes(b"sensitivities")
+    assert fingerprint(path) == before
+    (path / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
+    assert fingerprint(path) != before
+
+
 def test_another_models_results_are_refused_and_kept(evaluate, tmp_path):
     file = tmp_path / "results.json"
     evaluate(*LANGUAGE, "--settings", "dense", "--output", file)
@@ -201,6 +247,13 @@ def test_a_setting_that_has_come_to_mean_something_else_is_refused(evaluate, tmp
         (["--tasks", "kld", "--length", "4096"], r"longer than the model's context of 2048"),
         (["--tasks", "recall", "--distances", "9000"], r"a distance of 9000 needs samples of"),
         (["--show", "nowhere.json"], r"there is no results file 'nowhere.json'"),
+        (["--tasks", "needles=x"], r"task 'needles' takes no file; those that do are winogrande"),
+        (["--tasks", "squad=nowhere"], r"'squad=nowhere': there is no file 'nowhere'"),
+        (["--tasks", "squad=a", "squad=b"], r"there is no file 'a'"),
+        (["--tasks", "needles", "--lengths", "4096"], r"longer than the model's context of 2048"),
+        (["--settings", "delta:sparsity=0.7"], r"sparsity needs a calibrated model"),
+        (["--settings", "delta:sparsity=x"], r"sparsity must be a number but got 'x'"),
+        (["--settings", "delta:sparsity=0.7,kl=1"], r"sparsity and kl both set the level"),
     ],
 )
 def test_misuse_is_one_line(evaluate, flags, message):
@@ -249,7 +302,10 @@ def test_a_model_without_keys_to_hold_has_dense_settings_only(evaluate, tmp_path
     outcome = evaluate("--settings", "dense", "delta", model=str(path))
     assert outcome.status == 1
     assert "setting 'delta' needs a delta model" in outcome.err
-    assert "Settings without it are dense, kv8, kv4 and rotating:N" in outcome.err
+    assert (
+        "Settings without it are dense, kv8, kv4, kv4-rotated, kivi4, kivi2 and rotating:N"
+        in outcome.err
+    )
 
 
 def test_tables_say_the_same_in_markdown(evaluate, tmp_path):

@@ -20,7 +20,7 @@ from tests.tiny import llama_model
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra 'evaluate')")
 
-from mlx_delta.evaluate import harness_model, harness_rows  # noqa: E402
+from mlx_delta.evaluate import harness_model, rows  # noqa: E402
 from mlx_delta.evaluate.harness import (  # noqa: E402
     HarnessOptions,
     run_harness,
@@ -54,7 +54,7 @@ def direct(model: Any, name: str, context: list[int], continuation: list[int]) -
 
 
 @pytest.mark.parametrize("task", ["winogrande", "squadv2"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, "paper:threshold=0.5"])
 def test_batches_change_nothing(model, tokenizer, data, name, task):
     # Packed keys are float16, which a batch may round the other way; blocks are padded to its
     # largest.
@@ -126,21 +126,21 @@ def test_greedy_is_recognised(model, tokenizer):
     token = int(
         mx.argmax(model(mx.array(context)[None], cache=[KVCache() for _ in range(3)])[0, -1])
     )
-    rows = harness_rows.Rows(model, setting("dense"), [context, context], True)
-    (_, first), (_, second) = rows.score([[token], [token + 1]])
+    batch = rows.Rows(model, setting("dense"), [context, context], True)
+    (_, first), (_, second) = batch.score([[token], [token + 1]])
     assert first and not second
 
 
 @pytest.mark.parametrize("name", ["dense", "delta"])
 def test_ragged_rows_over_several_chunks(model, name, monkeypatch):
-    monkeypatch.setattr(harness_rows, "PREFILL_STEP", 48)
-    monkeypatch.setattr(harness_rows, "BUFFER_STEP", 16)
+    monkeypatch.setattr(rows, "PREFILL_STEP", 48)
+    monkeypatch.setattr(rows, "BUFFER_STEP", 16)
     rng = np.random.default_rng(0)
     texts = [
         (rng.integers(0, 4096, length).tolist(), [rng.integers(0, 4096, n).tolist() for n in ends])
         for length, ends in ((60, (1, 7)), (5, (50, 2)), (32, (1,)), (1, (3,)))
     ]
-    found = harness_rows.score_texts(model, setting(name), texts, 3, True)
+    found = rows.score_texts(model, setting(name), texts, 3, True)
     for (context, continuations), scores in zip(texts, found, strict=True):
         for continuation, ((logprob, _), _) in zip(continuations, scores, strict=True):
             expected = direct(model, name, context, continuation)
@@ -212,10 +212,8 @@ def greedy_tokens(model: Any, tokenizer: Any, prompt: str, steps: int) -> list[i
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_limits_and_stops(model, tokenizer, batch_size, monkeypatch):
     steps: list[int] = []
-    step = harness_rows.Rows.step
-    monkeypatch.setattr(
-        harness_rows.Rows, "step", lambda self, t: steps.append(len(t)) or step(self, t)
-    )
+    step = rows.Rows.step
+    monkeypatch.setattr(rows.Rows, "step", lambda self, t: steps.append(len(t)) or step(self, t))
     prompts = [row["context"] for row in squad()[:3]]
     written = [greedy_tokens(model, tokenizer, prompt, 9) for prompt in prompts]
     text = tokenizer.decode(written[1])
@@ -268,7 +266,7 @@ def test_sampling_has_a_seed_of_its_own(model, tokenizer):
     assert greedy == [same]
 
 
-@pytest.mark.parametrize("name", ["kv8", "paper", "window-only", "rotating:16"])
+@pytest.mark.parametrize("name", ["kv8", "kivi4", "window-only", "rotating:16"])
 def test_settings_that_cannot_batch_say_so(tokenizer, name, capsys):
     model = llama_model(head_dim=64)  # mlx-lm quantizes in groups of 64
     pairs = requests(("The old river in the garden", " was"), ("A", " dog and a cat"))

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.measure.settings import cache_nbytes, parse_setting, parse_settings
+from mlx_delta.sensitivities import Sensitivities
 from tests.tiny import SMALL, llama_model
 
 IDS = np.random.default_rng(5).integers(0, 4096, 100).tolist()
@@ -39,6 +40,13 @@ def test_options_change_the_models_own_setting(name, changes):
 def test_the_papers_preset_does_not_start_from_the_models_setting():
     assert parse_setting("paper", SMALL).delta == DeltaConfig.paper()
     assert parse_setting("paper:threshold=0.3", SMALL).delta == DeltaConfig.paper(0.3)
+
+
+def test_a_share_of_zeros_or_a_loss_stands_for_the_level_of_the_curve():
+    curve = [(0.001, 0.5, 1e-4), (0.002, 0.7, 4e-4), (0.004, 0.8, 9e-4)]
+    own = DeltaConfig(sensitivities=Sensitivities([np.ones((2, 16))] * 3, curve))
+    assert parse_setting("delta:sparsity=0.7", own).delta.level == 0.002
+    assert parse_setting("delta:kl=0.0009,sinks=7", own).delta == own.changed(level=0.004, sinks=7)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import attention as reference
-from mlx_delta.ops.hold import hold_blocks
+from mlx_delta.ops.hold import hold_blocks, hold_text
 from tests.tiny import SMALL, smooth_keys
 
 CHAIN = DeltaConfig(
@@ -146,3 +146,31 @@ def test_a_relative_block_with_a_value_that_is_not_finite_propagates_it(value):
     keys[0, 0, 5, 1] = value
     held, _ = hold_blocks(mx.array(keys), DeltaConfig(block_size=8, window=8))
     np.testing.assert_array_equal(held, keys)
+
+
+@pytest.mark.parametrize("length", [129, 200, 320, 1001])
+def test_a_long_chain_walked_in_segments_is_the_literal_one(length):
+    rng = np.random.default_rng(length)
+    keys = smooth_keys((1, 2, length, 24))
+    keys[:, :, :, 3] = 0.25  # held from end to end: what is handed on goes through all segments
+    keys[:, :, :, 4] *= 1e-4
+    keys[0, 1, rng.integers(length), 5] = np.nan
+    keys[0, 1, rng.integers(length), 6] = -np.inf
+    config = dataclasses.replace(CHAIN, block_size=length, sinks=3)
+    held, zeros = hold_blocks(mx.array(keys), config)
+    np.testing.assert_array_equal(held, _reference(keys, config))
+    assert 0.2 < zeros.sum() / keys.size < 0.8
+
+
+def test_rows_at_different_positions_go_on_as_if_alone():
+    keys, cuts = smooth_keys((3, 2, 200, 16)), [0, 37, 140]
+    whole, zeros = hold_text(mx.array(keys), CHAIN, [0, 0, 0])
+    rows = [
+        mx.pad(mx.array(k[:, c:]), [(0, 0), (0, c), (0, 0)])
+        for k, c in zip(keys, cuts, strict=True)
+    ]
+    previous = mx.stack([whole[row, :, max(0, cut - 1)] for row, cut in enumerate(cuts)])
+    parts, counts = hold_text(mx.stack(rows), CHAIN, cuts, previous)
+    for row, cut in enumerate(cuts):
+        assert mx.array_equal(parts[row, :, : 200 - cut], whole[row, :, cut:])
+        assert mx.array_equal(counts[row, :, : 200 - cut], zeros[row, :, cut:])

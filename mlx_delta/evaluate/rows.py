@@ -7,7 +7,7 @@ a batch agree with single texts up to float rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -29,13 +29,27 @@ def can_batch(model: nn.Module, setting: Setting) -> bool:
     """Whether texts of different lengths can share a batch under a setting.
 
     Not where a cache has no batch twin (quantized, rotating, ``window-only``, sliding-window
-    layers), nor where the window is measured on each prompt (the paper's).
+    layers). Where the window is measured on each prompt (the paper's), each row has its own.
     """
     if setting.kv_bits is not None:
         return False
-    if setting.delta is not None and setting.delta.block_fraction is not None:
-        return False
+    delta = setting.delta
+    if delta is not None and delta.block_fraction is not None:
+        if delta.keyframes or delta.threshold_mode != "absolute":
+            return False  # thresholds or runs depend on the block, and blocks on the row
     return all(type(c) in (KVCache, DeltaKVCache) for c in setting.make_caches(model))
+
+
+def can_share(setting: Setting) -> bool:
+    """Whether texts may go on from a prefix that was fed once: where cuts change nothing.
+
+    A quantized cache is dense within a prompt's first chunk, and the paper's window depends on the
+    whole prompt.
+    """
+    delta = setting.delta
+    return setting.kind == "dense" or (
+        setting.kind == "delta" and delta is not None and delta.block_fraction is None
+    )
 
 
 class Rows:
@@ -48,6 +62,8 @@ class Rows:
         batched: Run them together. Otherwise there may be one only.
         following: Tokens that belong to each prompt but come later; a setting whose window
             depends on the prompt's length counts them.
+        shared: Caches of a prefix that each text goes on from, and its tokens; copied. Only for
+            settings of which :func:`can_share` is true.
     """
 
     def __init__(
@@ -57,15 +73,19 @@ class Rows:
         contexts: list[list[int]],
         batched: bool,
         following: list[int] | None = None,
+        shared: Sequence[tuple[list[Any], int]] | None = None,
     ):
         self._model, self._setting, self._batched = model, setting, batched
         totals = map(sum, zip(map(len, contexts), following or [0] * len(contexts), strict=True))
-        singles = [setting.make_caches(model, total) for total in totals]
+        if shared is None:
+            singles = [setting.make_caches(model, total) for total in totals]
+        else:
+            singles = [copy.deepcopy(caches) for caches, _ in shared]
         self._caches = singles[0]
         if batched:
             layers = zip(*singles, strict=True)
             self._caches = [layer[0].merge(list(layer)) for layer in layers]
-        self.lengths = [0] * len(contexts)
+        self.lengths = [0] * len(contexts) if shared is None else [n for _, n in shared]
         self._capacity = 0  # tokens for which each row's buffers have room
         self.logits = self._prefill(contexts)
 
@@ -216,6 +236,7 @@ def generate_texts(
     eos: set[int],
     sampler: Callable[[mx.array], mx.array] | None,
     batched: bool,
+    shared: Sequence[tuple[list[Any], int]] | None = None,
 ) -> list[tuple[list[int], Cost]]:
     """Generate after every prompt.
 
@@ -228,11 +249,13 @@ def generate_texts(
         eos: Tokens that end a text; they are not part of it.
         sampler: From log-probabilities [B, vocabulary] to tokens [B]; greedy when not given.
         batched: Whether prompts may share a batch; otherwise there may be one only.
+        shared: As for :class:`Rows`: prompts are what follows these prefixes.
 
     Returns:
         The tokens that each prompt led to, and what its cache cost.
     """
-    rows = Rows(model, setting, prompts, batched)
+    rows = Rows(model, setting, prompts, batched, shared=shared)
+    starts = [0] * len(prompts) if shared is None else [n for _, n in shared]
     active = list(range(len(prompts)))  # which prompt each row is of
     written: list[list[int]] = [[] for _ in prompts]
     costs: list[Cost] = [{} for _ in prompts]
@@ -246,7 +269,7 @@ def generate_texts(
                 if not full and not stopped[prompt](written[prompt]):
                     keep.append(row)
                     continue
-            costs[prompt] = rows.cost(row, len(prompts[prompt]))
+            costs[prompt] = rows.cost(row, starts[prompt] + len(prompts[prompt]))
         if not keep:
             return list(zip(written, costs, strict=True))
         if len(keep) < len(active):
@@ -263,3 +286,13 @@ def _choose(logits: mx.array, sampler: Callable[[mx.array], mx.array] | None) ->
         logits = logits.astype(mx.float32)
         tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     return [int(token) for token in np.array(tokens)]
+
+
+def average_cost(costs: Iterable[Cost]) -> Cost:
+    """The mean of several texts' costs; ``decode`` over those that decoded anything."""
+    means: Cost = {}
+    costs = list(costs)
+    for name in ("prefill", "decode", "overall", "bytes"):
+        values = [cost[name] for cost in costs if cost[name] is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
