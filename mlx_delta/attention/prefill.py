@@ -57,18 +57,19 @@ def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None
     """
     if not isinstance(step.far, PackedBlocks) or isinstance(mask, mx.array) or has_kernels():
         return False
+    size = step.block_size
+    if size is None:
+        return False
     if not _same_start(step) or len(set(step.firsts)) > 1 or not max(step.encoded):
         return False
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and (
-        queries.shape[2] >= LEAST_QUERIES or max(step.encoded) * step.block_size > LONG
-    )
+    return on_cpu and (queries.shape[2] >= LEAST_QUERIES or max(step.encoded) * size > LONG)
 
 
 def attend_in_strips(queries: mx.array, step: Step, scale: float) -> mx.array:
     """Attention of queries [B, Hq, L, D] to full keys near and packed keys far; [B, Hq, L, Dv]."""
     blocks, size, first = step.far, step.block_size, step.firsts[0]
-    assert isinstance(blocks, PackedBlocks)
+    assert isinstance(blocks, PackedBlocks) and size is not None
     stored = step.stored_values
 
     def unpack_strip(left: int, right: int, latest: mx.array) -> tuple[mx.array, mx.array]:

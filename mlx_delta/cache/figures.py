@@ -58,6 +58,8 @@ class CacheFigures(_BaseCache):
     def dropped(self) -> tuple[int, ...]:
         """Blocks of each row that are gone, after the first that always stay."""
         return tuple(self._dropped)
+
+    @property
     def block_sizes(self) -> list[int]:
         """Tokens in a block of each row."""
         return self._sizes or [self.config.block_size] * len(self._lengths)
