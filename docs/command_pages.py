@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-COMMANDS = ("generate", "chat", "convert", "evaluate", "calibrate", "benchmark", "pictures")
+COMMANDS = ("generate", "chat", "cache_prompt", "server", "convert")
+COMMANDS += ("evaluate", "calibrate", "benchmark", "pictures")
 MARK = "<!-- commands -->"
 
 

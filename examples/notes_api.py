@@ -6,7 +6,7 @@
 
     GET /notes                        all notes
     POST /notes {"text": ...}         adds one
-    POST /ask {"question": ...}       answers piece by piece, a JSON object a line: "id", "text",
+    POST /ask {"question": ...}       answers, a JSON object a line: "id", "text" ...,
                                       and at the end "done" or "error"
     DELETE /ask/ID                    stops an answer, as hanging up does
 

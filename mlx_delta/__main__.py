@@ -11,6 +11,8 @@ from mlx_delta.wording import nearest
 COMMANDS = {
     "generate": "Generate text; mlx_lm.generate's flags, and the delta's.",
     "chat": "Talk to a model; the conversation's caches are kept from turn to turn.",
+    "cache_prompt": "Read a prompt once, and keep its caches for many questions.",
+    "server": "Serve a model over HTTP, as OpenAI's clients expect it.",
     "convert": "Convert a checkpoint (safetensors, GGUF, mlx-lm) for Macs, iPads and iPhones.",
     "calibrate": "Choose thresholds for a wanted sparsity or loss, and write them into a model.",
     "evaluate": "Measure what ways to keep keys and values save and cost on a model.",

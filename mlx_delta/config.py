@@ -86,6 +86,8 @@ class DeltaConfig:
             faster on long prompts, and not exact.
         tiles: For ``prefill="tiles"``: the share of the expected attention that is computed; one
             number, or one for each layer (``python -m mlx_delta.calibrate --tiles``).
+        max_size: Tokens that a cache keeps at most. ``None``: all. Beyond it the oldest blocks go,
+            but for the first, which holds the sinks; an eighth of what is kept at a time.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -105,6 +107,7 @@ class DeltaConfig:
     sensitivities: Sensitivities | str | None = None
     prefill: Prefill = "exact"
     tiles: float | tuple[float, ...] = 0.85
+    max_size: int | None = None
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and validate every field once."""
@@ -193,6 +196,11 @@ class DeltaConfig:
             return self
         block_size = max(1, round(self.block_fraction * prompt_length))
         return dataclasses.replace(self, block_size=block_size, block_fraction=None)
+
+    @property
+    def least_size(self) -> int:
+        """The smallest ``max_size``: sinks, window, the block being filled, and two more."""
+        return (-(-self.sinks // self.block_size) + self.window_blocks + 3) * self.block_size
 
     @property
     def layer_threshold(self) -> float | tuple[float, ...]:
@@ -312,7 +320,7 @@ class DeltaConfig:
             named = None if whole else self.sensitivities.file
             values["sensitivities"] = named or self.sensitivities.to_dict()
         optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
-        optional.append("sensitivities")
+        optional += ["sensitivities", "max_size"]
         if self.prefill == "exact":  # as written by versions that knew no other
             del values["prefill"], values["tiles"]
         return {k: v for k, v in values.items() if k not in optional or v is not None}

@@ -78,6 +78,7 @@ def check_setting(config: DeltaConfig) -> None:
             )
     _check_storage(config)
     _check_prefill(config)
+    _check_size(config)
 
 
 def _check_run_value(config: DeltaConfig) -> None:
@@ -184,4 +185,21 @@ def _check_prefill(config: DeltaConfig) -> None:
         raise ValueError(
             f"[DeltaConfig] prefill='tiles' needs a block_size of {', '.join(map(str, TILE_SIZES))}"
             f" but got block_size={config.block_size}, block_fraction={config.block_fraction}."
+        )
+
+
+def _check_size(config: DeltaConfig) -> None:
+    """Validate how many tokens are kept."""
+    size = config.max_size
+    if size is None:
+        return
+    if config.block_fraction is not None:
+        raise ValueError(
+            f"[DeltaConfig] max_size={shown(size)} needs a fixed block_size but got "
+            f"block_fraction={config.block_fraction}: whole blocks are dropped."
+        )
+    if type(size) is not int or not config.least_size <= size <= MAX_TOKENS:
+        raise ValueError(
+            f"[DeltaConfig] max_size must be a whole number from {config.least_size} (the sinks' "
+            f"block, the window and three blocks) to {MAX_TOKENS} but got {shown(size)}."
         )

@@ -82,7 +82,8 @@ def test_no_module_imports_another_ones_private_names():
 
 def test_others_private_names_are_those_that_are_listed():
     names = {name for path in FILES for name in private_names(path.read_text(encoding="utf-8"))}
-    assert {name for name in names if not own(name)} == set(PRIVATE)
+    documented = {"os._exit"}  # public for all its underscore
+    assert {name for name in names if not own(name)} - documented == set(PRIVATE)
 
 
 def test_no_room_imports_the_package_whose_names_are_for_users():

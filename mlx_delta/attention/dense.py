@@ -50,9 +50,10 @@ def dense_attention(
         keys, values = cache.update_and_fetch(keys, values)
     if isinstance(cache, QuantizedKVCache) and has_blocks(queries):
         # MLX's quantized product on a CPU takes ten times as long as writing the codes out.
+        size, bits = cache.group_size, cache.bits
         keys, values = (
-            mx.dequantize(*codes, cache.group_size, cache.bits).astype(queries.dtype)
-            for codes in (keys, values)
+            mx.dequantize(words, scales, biases, size, bits).astype(queries.dtype)
+            for words, scales, biases in (keys, values)
         )
     # Not arrays: of a quantized cache, or of one that is watched. No mask: all keys are seen.
     stock = mask is None or not isinstance(keys, mx.array) or hasattr(cache, _MARK)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,9 +23,9 @@ import mlx.nn as nn
 from mlx_lm.models import base
 
 from mlx_delta.cache import HeldKeys
-from mlx_delta.cache.step import Step
+from mlx_delta.cache.step import Part
 
-from .hybrid import attend_to_step
+from .hybrid import attend_to_parts
 
 NAME = "scaled_dot_product_attention"
 _stock = base.scaled_dot_product_attention
@@ -70,15 +70,16 @@ class HandedView(HandedKeys):
     """What an update of a cache of held keys left.
 
     Args:
-        view: It.
+        view: It, in parts.
         keys: [B, Hkv, L, D], the keys that were appended.
         values: [B, Hkv, L, Dv], their values.
     """
 
-    def __init__(self, view: Step, keys: mx.array, values: mx.array):
+    def __init__(self, view: Sequence[Part], keys: mx.array, values: mx.array):
         B, H, _, D = keys.shape
-        super().__init__((B, H, view.length, D), keys.dtype)
-        self.values = Handed((B, H, view.length, values.shape[3]), values.dtype)
+        length = view[-1].step.length + max(view[-1].dropped)
+        super().__init__((B, H, length, D), keys.dtype)
+        self.values = Handed((B, H, length, values.shape[3]), values.dtype)
         self._view = view
 
     def attend(
@@ -88,7 +89,7 @@ class HandedView(HandedKeys):
         if mask is None and queries.shape[2] > 1:
             # To mlx-lm no mask means no mask; delta attention would take it as causal.
             mask = mx.ones((queries.shape[2], self.shape[2]), mx.bool_)
-        return attend_to_step(queries, self._view, scale, mask, head_sinks)
+        return attend_to_parts(queries, self._view, scale, mask, head_sinks)
 
 
 class _HandedProbe(HandedKeys):
@@ -136,7 +137,7 @@ class HandingCache:
         if self._cache.attend is not None:
             self._fetched = _HandedProbe(self._cache.attend, keys, values)
         else:
-            self._fetched = HandedView(self._cache.update(keys, values), keys, values)
+            self._fetched = HandedView(self._cache.updates(keys, values), keys, values)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[HandedKeys, Handed]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_delta.cache.held import HeldKeys
-from mlx_delta.cache.step import Step
+from mlx_delta.cache.step import Part, Step
 from mlx_delta.ops import decode_kernel
 from mlx_delta.ops.pack import PackedBlocks
 
 from .choice import decode_blocks, kernel_mask
 from .masks import begin
 from .operations import attend_unpacked
-from .prefill import attend_in_blocks, attend_tiles, attends_in_blocks, tile_range
+from .prefill import (
+    attend_in_blocks,
+    attend_in_strips,
+    attend_tiles,
+    attends_in_blocks,
+    attends_in_strips,
+    tile_range,
+)
 
 
 def delta_attention(
@@ -44,7 +53,26 @@ def delta_attention(
     _check_shapes(queries, keys, cache, mask)
     if cache.attend is not None:
         return cache.attend(queries, keys, values, scale)
-    return attend_to_step(queries, cache.update(keys, values), scale, mask)
+    return attend_to_parts(queries, cache.updates(keys, values), scale, mask)
+
+
+def attend_to_parts(
+    queries: mx.array,
+    parts: Sequence[Part],
+    scale: float,
+    mask: mx.array | str | None = None,
+    head_sinks: mx.array | None = None,
+) -> mx.array:
+    """Attend to what an update left, in as many parts as it came; see :func:`attend_to_step`."""
+    if len(parts) == 1 and not any(parts[0].dropped):
+        return attend_to_step(queries, parts[0].step, scale, mask, head_sinks)
+    outputs = [
+        attend_to_step(
+            queries[:, :, part.first : part.end], part.step, scale, part.mask(mask), head_sinks
+        )
+        for part in parts
+    ]
+    return mx.concatenate(outputs, axis=2)
 
 
 def attend_to_step(
@@ -74,6 +102,8 @@ def attend_to_step(
     if head_sinks is None:
         if (tiles := tile_range(step, mask)) is not None:
             return attend_tiles(queries, step, scale, tiles)
+        if attends_in_strips(queries, step, mask):
+            return attend_in_strips(queries, step, scale)
         if attends_in_blocks(queries, step):
             return attend_in_blocks(queries, step, scale, mask)
     return attend_unpacked(queries, step, scale, mask, head_sinks)

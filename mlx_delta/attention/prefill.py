@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
+from mlx_delta.cache.values import ValueStore
 from mlx_delta.method.tiles import EXACT_END
 from mlx_delta.ops import tiles_kernel
+from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
+from mlx_delta.ops.pack import PackedBlocks
+from mlx_delta.ops.strip_attention import strip_attention
 from mlx_delta.ops.tiles import tile_attention
 
 from .choice import tiles_by_kernel
+
+# Far tokens, beyond which even a single query reads packed keys strip by strip.
+LONG = 4096
 
 
 def attends_in_blocks(queries: mx.array, step: Step) -> bool:
@@ -36,6 +46,52 @@ def attend_in_blocks(
         mask if isinstance(mask, mx.array) else None,
         Far(step.held, step.block_size, step.window_blocks),
         causal=False,
+    )
+
+
+def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None) -> bool:
+    """Whether these queries [B, Hq, L, D] attend to packed keys a strip at a time.
+
+    Where there is no kernel, and neither a mask nor rows at different positions; few queries only
+    to a long text, of which unpacking all keys would take more memory than they are stored in.
+    """
+    if not isinstance(step.far, PackedBlocks) or isinstance(mask, mx.array) or has_kernels():
+        return False
+    size = step.block_size
+    if size is None:
+        return False
+    if not _same_start(step) or len(set(step.firsts)) > 1 or not max(step.encoded):
+        return False
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return on_cpu and (queries.shape[2] >= LEAST_QUERIES or max(step.encoded) * size > LONG)
+
+
+def attend_in_strips(queries: mx.array, step: Step, scale: float) -> mx.array:
+    """Attention of queries [B, Hq, L, D] to full keys near and packed keys far; [B, Hq, L, Dv]."""
+    blocks, size, first = step.far, step.block_size, step.firsts[0]
+    assert isinstance(blocks, PackedBlocks) and size is not None
+    stored = step.stored_values
+
+    def unpack_strip(left: int, right: int, latest: mx.array) -> tuple[mx.array, mx.array]:
+        part = blocks.part(left // size, right // size)
+        masks, offsets, *buffers = mx.depends(
+            [part.masks, part.offsets, *stored.part(left, right)], [latest]
+        )
+        part = replace(part, masks=masks, offsets=offsets)
+        keys = unpack(part, (right - left) // size)
+        values = ValueStore(stored.bits, tuple(buffers)).dense(right - left, mx.float32)
+        return keys, values
+
+    values = ValueStore(stored.bits, tuple(stored.part(first, step.length)))
+    return strip_attention(
+        queries,
+        (step.near, values.dense(step.length - first, mx.float32)),
+        first,
+        unpack_strip,
+        scale,
+        step.starts[0],
+        size,
+        step.window_blocks,
     )
 
 

@@ -35,6 +35,7 @@ class BatchDeltaKVCache(HeldKeys):
         super().__init__(config)
         self._lengths = [-int(padding) for padding in left_padding]
         self._encoded = [0] * len(self._lengths)
+        self._dropped = [0] * len(self._lengths)
 
     @property
     def offset(self) -> mx.array:
@@ -104,6 +105,7 @@ class BatchDeltaKVCache(HeldKeys):
             self._values.take(kept)
         self._lengths = [self._lengths[row] for row in kept]
         self._encoded = [self._encoded[row] for row in kept]
+        self._dropped = [self._dropped[row] for row in kept]
         self._sizes = self._sizes and [self._sizes[row] for row in kept]
 
     def extend(self, other: BatchDeltaKVCache) -> None:
@@ -125,8 +127,9 @@ class BatchDeltaKVCache(HeldKeys):
         cache = DeltaKVCache(dataclasses.replace(self.config, block_size=size))
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
+        cache._dropped = [self._dropped[idx]]
         if self._keys is not None and self._values is not None:
-            length = max(1, cache.offset)
+            length = max(1, cache.seen_tokens)
             cache._keys = self._keys.row(idx, length)
             cache._values = self._values.row(idx, length)
         cache._model, cache._item_size = self._model, self._item_size
@@ -154,6 +157,7 @@ class BatchDeltaKVCache(HeldKeys):
         self._sizes = None if set(sizes) <= {self.config.block_size} else sizes
         self._lengths = [n for cache in caches for n in cache._lengths]
         self._encoded = [n for cache in caches for n in cache._encoded]
+        self._dropped = [n for cache in caches for n in cache._dropped]
         self._held_from = max(cache._held_from for cache in caches)
 
 

@@ -63,3 +63,27 @@ def write_tokens(buffer: mx.array, new: mx.array, starts: Sequence[int]) -> mx.a
             if skip < steps:
                 buffer[row, :, start + skip : start + steps] = new[row, :, skip:]
     return buffer
+
+
+def take_out(buffer: mx.array, start: int, counts: Sequence[int], axis: int = 2) -> mx.array:
+    """The buffer without so many entries of each row from ``start`` on; what follows moves up.
+
+    Args:
+        buffer: [B, H, capacity, ..].
+        start: The first entry that goes.
+        counts: How many go, in each row; one that loses fewer than others ends with zeros.
+        axis: Of the entries.
+    """
+    index: list[slice] = [slice(None)] * buffer.ndim
+
+    def without(rows: slice, count: int) -> mx.array:
+        index[0], index[axis] = rows, slice(0, start)
+        before = buffer[tuple(index)]
+        index[axis] = slice(start + count, None)
+        return mx.concatenate([before, buffer[tuple(index)]], axis=axis)
+
+    if len(set(counts)) == 1:
+        return without(slice(None), counts[0])
+    size = buffer.shape[axis] - min(counts)
+    rows = [pad_to(without(slice(i, i + 1), n), size, axis) for i, n in enumerate(counts)]
+    return mx.concatenate(rows)

@@ -12,7 +12,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.blocks import hold
 from mlx_delta.ops.hold import hold_text
 
-from .buffers import equal_rows, grow, pad_to, write_tokens
+from .buffers import equal_rows, grow, pad_to, take_out, write_tokens
 from .store import KeyParts, spread, token_bytes
 
 
@@ -121,6 +121,13 @@ class DenseKeys:
         for row, target in enumerate(targets):
             if target > self.held[row]:
                 self.held[row], self.spare_valid[row] = target, True
+
+    def drop(self, first: int, blocks: Sequence[int]) -> None:
+        """Take so many blocks of each row out, behind the first ones; see ``KeyStore``."""
+        size = self.config.block_size
+        self.keys = take_out(self.keys, first * size, [n * size for n in blocks])
+        self.zeros = take_out(self.zeros, first, blocks)
+        self.held = [held - n for held, n in zip(self.held, blocks, strict=True)]
 
     def _encode_chains(self, targets: Sequence[int]) -> None:
         """Without keyframes: go on with all rows at once, wherever each of them is."""

@@ -23,6 +23,7 @@ class CacheFigures(_BaseCache):
     config: DeltaConfig
     _lengths: list[int]
     _encoded: list[int]
+    _dropped: list[int]
     _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
     _keys: DenseKeys | PackedKeys | None
     _values: ValueStore | None
@@ -54,6 +55,11 @@ class CacheFigures(_BaseCache):
         return tuple(self._encoded)
 
     @property
+    def dropped(self) -> tuple[int, ...]:
+        """Blocks of each row that are gone, after the first that always stay."""
+        return tuple(self._dropped)
+
+    @property
     def block_sizes(self) -> list[int]:
         """Tokens in a block of each row."""
         return self._sizes or [self.config.block_size] * len(self._lengths)
@@ -65,7 +71,7 @@ class CacheFigures(_BaseCache):
 
     @property
     def zeros(self) -> mx.array:
-        """Zero deltas of each encoded block, int32 [B, Hkv, blocks]."""
+        """Zero deltas of each encoded block that was not dropped, int32 [B, Hkv, blocks]."""
         return self._stored.zeros
 
     @property
@@ -98,7 +104,7 @@ class CacheFigures(_BaseCache):
     @property
     def seen_tokens(self) -> int:
         """Tokens of the first row that its last query sees."""
-        return self._lengths[0]
+        return self._lengths[0] - self._dropped[0] * self.config.block_size
 
     def read_bytes(self, float_bytes: int | None = None) -> int:
         """Bytes of keys and values that the first row's last query reads.
@@ -106,7 +112,7 @@ class CacheFigures(_BaseCache):
         Args:
             float_bytes: Count floats at this size at most, whatever they are stored in.
         """
-        tokens, far = self.seen_tokens, self._encoded[0]
+        tokens, far = self.seen_tokens, self._encoded[0] - self._dropped[0]
         values = 0 if self._values is None else self._values.read_bytes(tokens, float_bytes)
         return self._stored.read_bytes(tokens, far, float_bytes) + values
 

@@ -8,7 +8,7 @@ packed (``packed_keys``), as the setting says.
 from __future__ import annotations
 
 import contextvars
-import json
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -17,13 +17,13 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.tiles import TileCount, TilePlan
 
 from .dense_keys import DenseKeys
-from .figures import CacheFigures
+from .dropping import Dropping, stored
 from .packed_keys import PackedKeys
-from .step import Step
+from .state import CacheState
+from .step import Part, Step
 from .store import spread
-from .values import ValueStore, count_arrays
+from .values import ValueStore
 
-STATE_VERSION = 1
 # Tokens of one update, up to which they are taken for generated ones and not for a prompt's.
 FEW_TOKENS = 8
 
@@ -31,7 +31,7 @@ FEW_TOKENS = 8
 ANY_LENGTH = contextvars.ContextVar("any_length", default=False)
 
 
-class HeldKeys(CacheFigures):
+class HeldKeys(CacheState):
     """Stores of keys and values, and which blocks are encoded.
 
     Subclasses say how many rows there are; from the first update on, every count has one entry
@@ -47,10 +47,15 @@ class HeldKeys(CacheFigures):
     attend: Any = None
 
     def __init__(self, config: DeltaConfig | None = None):
-        self.config = config or DeltaConfig()
+        self._begin(config or DeltaConfig())
+
+    def _begin(self, config: DeltaConfig) -> None:
+        """Become an empty cache."""
+        self.config = config
         self.tile_count = TileCount()  # of a prefill by tiles, over all that was attended to here
         self._lengths = [0]
         self._encoded = [0]
+        self._dropped = [0]
         self._sizes = None
         self._keys = None
         self._values = None
@@ -66,26 +71,74 @@ class HeldKeys(CacheFigures):
         """Append keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] to every row.
 
         Raises:
-            ValueError: They do not fit each other, the setting, or what is in the cache.
+            ValueError: They do not fit each other, the setting, or what is in the cache; or blocks
+                would have to be dropped on the way, which :meth:`updates` does.
         """
+        parts = self.updates(keys, values)
+        if len(parts) > 1:
+            raise ValueError(
+                f"[{type(self).__name__}.update] {keys.shape[2]} tokens at once drop blocks on the "
+                f"way at max_size={self.config.max_size}; see updates."
+            )
+        return parts[0].step
+
+    def updates(self, keys: mx.array, values: mx.array) -> list[Part]:
+        """Append keys and values as :meth:`update`, in parts between which blocks are dropped."""
         self._check_new(keys, values)
         steps = keys.shape[2]
         if self._keys is None or self._values is None:
             self._make_stores(keys, values)
-        assert self._keys is not None and self._values is not None
         if self.config.block_fraction is not None:
             self._fix_block_size(steps)
-        starts = tuple(self._lengths)
+        dropping = Dropping.of(self.config)
+        if dropping is None:
+            step = self._append(keys, values)
+            return [Part(0, steps, step, (0,) * len(self._lengths), 0)]
+        ends = self._ends(steps)
+        cuts = {0, steps}
+        for start, end in zip(self._lengths, ends, strict=True):
+            cuts |= {cut - start for cut in dropping.cuts(max(0, start), end)}
+        parts = []
+        for first, end in itertools.pairwise(sorted(cuts)):
+            # A row whose text has ended drops no more: what comes is padding.
+            places = [min(n, e - 1) for n, e in zip(self._lengths, ends, strict=True)]
+            self._drop(dropping, [dropping.dropped(max(0, place)) for place in places])
+            step = self._append(keys[:, :, first:end], values[:, :, first:end], ends)
+            gone = tuple(n * dropping.size for n in self._dropped)
+            part = Part(first, end, step, gone, dropping.first * dropping.size)
+            # What the next part writes over is not to change what this one sees.
+            parts.append(part if end == steps else part.kept())
+        return parts
+
+    def _drop(self, dropping: Dropping, wanted: list[int]) -> None:
+        """Let so many blocks of each row be gone."""
+        new = [max(0, n - gone) for n, gone in zip(wanted, self._dropped, strict=True)]
+        if not any(new):
+            return
+        assert self._keys is not None and self._values is not None
+        self._keys.drop(dropping.first, new)
+        tokens = [n * dropping.size for n in new]
+        self._values.drop(dropping.first * dropping.size, tokens)
+        self._dropped = [n + gone for n, gone in zip(new, self._dropped, strict=True)]
+
+    def _append(self, keys: mx.array, values: mx.array, text_ends: list[int] | None = None) -> Step:
+        """Append to the stores, in which dropped blocks leave no gap."""
+        assert self._keys is not None and self._values is not None
+        steps, size = keys.shape[2], self.config.block_size
+        starts = tuple(stored(self._lengths, self._dropped, size))
         length = max(starts) + steps
         capacity = -(-length // self.step) * self.step
         self._values.write(values, starts, capacity)
         if self.config.block_fraction is None:
-            targets = self._far_blocks([end - 1 for end in self._ends(steps)])
+            ends = [n + steps for n in self._lengths]
+            pairs = zip(ends, self._ends(steps) if text_ends is None else text_ends, strict=True)
+            targets = self._far_blocks([min(pair) - 1 for pair in pairs])
             targets = [max(pair) for pair in zip(targets, self._encoded, strict=True)]
         else:
             targets = list(self._encoded)
-        far, near, firsts = self._keys.append(keys, starts, targets, capacity)
-        self._lengths = [start + steps for start in starts]
+        encoded = stored(targets, self._dropped)
+        far, near, firsts = self._keys.append(keys, starts, encoded, capacity)
+        self._lengths = [n + steps for n in self._lengths]
         self._encoded = targets
         return Step(
             starts=starts,
@@ -97,7 +150,7 @@ class HeldKeys(CacheFigures):
             far=far,
             near=near,
             firsts=tuple(firsts),
-            encoded=tuple(targets),
+            encoded=tuple(encoded),
             stored_values=self._values,
             dtype=values.dtype,
             tiles=self._tile_plan(),
@@ -107,7 +160,10 @@ class HeldKeys(CacheFigures):
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
         if self.config.prefill == "exact":
             return None
-        return TilePlan(self.config.tile_share, self.prompt_length, self.tile_count)
+        end = self.prompt_length
+        if end is not None:
+            end -= self._dropped[0] * self.config.block_size
+        return TilePlan(self.config.tile_share, end, self.tile_count)
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
@@ -115,8 +171,9 @@ class HeldKeys(CacheFigures):
         self.config.check_heads(keys.shape[1])
         kind.check_new(self.config, keys)
         ValueStore.check_new(self.config.value_bits, values)
-        self._lengths, self._encoded = (
-            spread(counts, keys.shape[0]) for counts in (self._lengths, self._encoded)
+        self._lengths, self._encoded, self._dropped = (
+            spread(counts, keys.shape[0])
+            for counts in (self._lengths, self._encoded, self._dropped)
         )
         self._keys = kind.make(self.config, keys)
         if self._sizes is not None:
@@ -188,11 +245,12 @@ class HeldKeys(CacheFigures):
         return fetched, step.values[..., :length, :]
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys (held far away, full near) and values of all tokens so far."""
+        """Keys (held far away, full near) and values of all tokens so far that were not dropped."""
         if self._keys is None or self._values is None:
             raise ValueError(f"[{type(self).__name__}.keys_and_values] the cache is empty.")
-        keys = self._keys.fetch(self.size(), self._encoded)
-        return keys, self._values.dense(self.size(), keys.dtype)
+        size = max(0, *stored(self._lengths, self._dropped, self.config.block_size))
+        keys = self._keys.fetch(size, stored(self._encoded, self._dropped))
+        return keys, self._values.dense(size, keys.dtype)
 
     def wait_for(self, other: mx.array) -> None:
         """Let the state be evaluated only together with another array."""
@@ -221,9 +279,22 @@ class HeldKeys(CacheFigures):
             return length
         back = [
             length if not full_from else own - (full_from + self.config.window)
-            for own, full_from in zip(self._lengths, self._keys.full_from, strict=True)
+            for own, full_from in zip(self._lengths, self.full_from, strict=True)
         ]
+        dropping = Dropping.of(self.config)
+        if dropping is not None and any(self._dropped):
+            begins = map(dropping.begins, self._dropped)
+            back += [own - begin for own, begin in zip(self._lengths, begins, strict=True)]
         return max(0, min(length, *back))
+
+    @property
+    def full_from(self) -> list[int]:
+        """Position in each row from which on all keys are at hand in full."""
+        size = self.config.block_size
+        return [
+            first + gone * size
+            for first, gone in zip(self._stored.full_from, self._dropped, strict=True)
+        ]
 
     def exact_length(self, length: int) -> int:
         """The largest length, up to this one, at which the text can be cut and go on exactly.
@@ -245,9 +316,15 @@ class HeldKeys(CacheFigures):
         lengths = [length - n for length in self._lengths]
         pairs = zip(self._far_blocks(lengths), self.block_sizes, strict=True)
         near = [far * size for far, size in pairs]
+        dropping = Dropping.of(self.config)
+        if dropping is not None and any(
+            length > 0 and dropping.dropped(length) < gone
+            for length, gone in zip(lengths, self._dropped, strict=True)
+        ):
+            return False
         return all(
             first >= min(full_from, max(0, length))
-            for first, full_from, length in zip(near, self._keys.full_from, lengths, strict=True)
+            for first, full_from, length in zip(near, self.full_from, lengths, strict=True)
         )
 
     def trim(self, n: int) -> int:
@@ -269,8 +346,9 @@ class HeldKeys(CacheFigures):
         targets = [
             min(pair) for pair in zip(self._far_blocks(self._lengths), self._encoded, strict=True)
         ]
-        self._keys.rewind(self._encoded, targets)
-        self._encoded = targets
+        gone = [0 if n <= 0 else d for n, d in zip(self._lengths, self._dropped, strict=True)]
+        self._keys.rewind(stored(self._encoded, self._dropped), stored(targets, gone))
+        self._encoded, self._dropped = targets, gone
         self._held_from = min(self._held_from, self.size())
         return n
 
@@ -290,92 +368,3 @@ class HeldKeys(CacheFigures):
         self._lengths = [length]
         self._keys.refill(self._encoded[0], near)
         self._held_from = min(self._held_from, length)
-
-    # State.
-
-    @property
-    def state(self) -> list[Any]:
-        """Everything needed to go on: a JSON header and the buffers."""
-        header = {
-            "version": STATE_VERSION,
-            "config": self.config.to_dict(whole=True),
-            "lengths": self._lengths,
-            "encoded": self._encoded,
-            "model": self._model,
-            "item_size": self._item_size,
-        }
-        if self._held_from:
-            header["held_from"] = self._held_from
-        if self._keys is None or self._values is None:
-            kind = DenseKeys if self.config.key_bits is None else PackedKeys
-            nothing = [None] * (kind.n_arrays + count_arrays(self.config.value_bits))
-            return [json.dumps(header), *nothing]
-        keys, *others = self._keys.arrays()
-        header |= self._keys.header()
-        return [json.dumps(header), keys, *self._values.buffers, *others]
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        name = type(self).__name__
-        try:
-            header = json.loads(state[0])
-            version = header["version"]
-            if version != STATE_VERSION:
-                raise ValueError(
-                    f"it has version {version} but this library reads version {STATE_VERSION}"
-                )
-            HeldKeys.__init__(self, DeltaConfig.from_dict(header["config"]))
-            self._restore(header, list(state[1:]))
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"[{name}] not a saved state of this cache: {error}; make the prompt cache anew."
-            ) from error
-        if self._keys is not None:
-            self._check_state(name)
-
-    def _restore(self, header: dict[str, Any], buffers: list[Any]) -> None:
-        """Take over a header and buffers, each of which is looked at by itself."""
-        kind = DenseKeys if self.config.key_bits is None else PackedKeys
-        end = 1 + count_arrays(self.config.value_bits)
-        if len(buffers) != end + kind.n_arrays - 1:
-            raise ValueError(f"it has {len(buffers) + 1} parts")
-        self._lengths, self._encoded = (spread(header[x], 1) for x in ("lengths", "encoded"))
-        self._item_size, self._held_from = header["item_size"], header.get("held_from", 0)
-        if all(x is None for x in buffers):
-            return
-        keys, values = [buffers[0], *buffers[end:]], buffers[1:end]
-        if any(not isinstance(x, mx.array) for x in (keys[0], *values)) or header["model"] is None:
-            raise ValueError("it lacks one of its buffers")
-        if keys[0].ndim != 4:
-            raise ValueError(f"its keys have shape {tuple(keys[0].shape)}")
-        heads, head_dim, value_dim = (int(n) for n in header["model"])
-        self._model = (heads, head_dim, value_dim)
-        rows = keys[0].shape[0]
-        self._lengths, self._encoded = spread(self._lengths, rows), spread(self._encoded, rows)
-        self._keys = kind.restore(self.config, header, keys)
-        if isinstance(self._keys, DenseKeys) and "sizes" in header:
-            self._sizes = self._keys.sizes
-        self._values = ValueStore(self.config.value_bits, tuple(values))
-
-    def _check_state(self, name: str) -> None:
-        """Refuse a state whose counts and buffers do not fit together."""
-        assert self._keys is not None and self._values is not None
-        B, H, _, head_dim = self._keys.arrays()[0].shape
-        if (H, head_dim) != self._shape[:2] or len(self._lengths) != B:
-            raise ValueError(
-                f"[{name}] saved keys have shape {(B, H, '..', head_dim)} but the state is of "
-                f"{len(self._lengths)} rows of a model of {self._model}."
-            )
-        if len(self._encoded) != B:
-            raise ValueError(f"[{name}] saved state has counts for different numbers of rows.")
-        self.config.check_heads(H)
-        room = self._keys.check(name, self._lengths, self._encoded)
-        capacity = room or self._values.capacity
-        self._values.check(name, (B, H, capacity))
-        rows = zip(self._lengths, self._encoded, self.block_sizes, strict=True)
-        for length, encoded, size in rows:
-            if length > capacity or not 0 <= encoded * size <= max(0, length):
-                raise ValueError(
-                    f"[{name}] saved state counts {length} tokens and {encoded} encoded blocks "
-                    f"in a buffer of {capacity} tokens."
-                )

@@ -47,6 +47,8 @@ def mark(caches: Sequence[object]) -> Mark | None:
         if isinstance(cache, HeldKeys):
             if len(cache.lengths) != 1 or cache.config.block_fraction is not None:
                 return None
+            if cache.config.max_size is not None:
+                return None  # what is dropped later does not come back
             found.append(cache.near_keys())
             length = cache.lengths[0]
         elif not cache.is_trimmable():

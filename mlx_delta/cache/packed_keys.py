@@ -147,6 +147,15 @@ class PackedKeys:
                 keys = near[rows, :, done * size - first : target * size - first]
                 self.log.append(rows, encode_blocks(keys, self.config, done), done)
 
+    def drop(self, first: int, blocks: Sequence[int]) -> None:
+        """Take so many blocks of each row out, behind the first ones; see ``KeyStore``."""
+        size = self.config.block_size
+        self.log.drop(first, blocks)
+        self.near.firsts = [
+            n - gone * size for n, gone in zip(self.near.firsts, blocks, strict=True)
+        ]
+        self.lost = [lost - gone for lost, gone in zip(self.lost, blocks, strict=True)]
+
     def rewind(self, encoded: Sequence[int], targets: Sequence[int]) -> None:
         """Forget that blocks from ``targets`` on are encoded; see ``KeyStore``."""
         self.near.rewind([target * self.config.block_size for target in targets])

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_delta.ops.pack import EncodedBlocks, PackedBlocks, run_together, worst_words
 
-from .buffers import Rows, grow, pad_to
+from .buffers import Rows, grow, pad_to, take_out
 
 BLOCK_STEP = 4  # blocks by which masks, grids and offsets grow
 # Arrays of fewer than 8 elements reach a Metal kernel in another address space.
@@ -183,6 +183,39 @@ class PackedLog:
         self._host_offsets[row, :, done : done + blocks] = begins.T
         self.ends[row] += (first + ends[heads - 1 :: heads]).tolist()
         self._pending[row] = None
+
+    def drop(self, first: int, blocks: Sequence[int]) -> None:
+        """Take so many blocks of each row out, behind the first ones; the rest moves up."""
+        self.settle()
+        words = []
+        offsets = np.zeros_like(self._host_offsets)
+        for row, gone in enumerate(blocks):
+            ends = self.ends[row]
+            begin = ends[first - 1] if first else 0
+            taken = (ends[first + gone - 1] if gone else begin) - begin
+            kept = np.delete(self._host_offsets[row], slice(first, first + gone), axis=1)
+            kept[:, first : len(ends) - gone] -= taken
+            offsets[row, :, : kept.shape[1]] = kept
+            self.ends[row] = [*ends[:first], *(end - taken for end in ends[first + gone :])]
+            words.append((begin, taken))
+        blank = self.masks.shape[2]
+        self.masks, self.zeros = (take_out(x, first, blocks) for x in (self.masks, self.zeros))
+        if self.grid is not None:
+            self.grid = take_out(self.grid, first, blocks)
+        # As many blocks as before: room that the next ones take.
+        missing = blank - self.masks.shape[2]
+        if missing:
+            self.masks, self.zeros = pad_to(self.masks, blank), pad_to(self.zeros, blank)
+            self.grid = None if self.grid is None else pad_to(self.grid, blank)
+        size = self.payload.shape[1] - min(taken for _, taken in words)
+        self.payload = mx.concatenate(
+            [
+                pad_to(take_out(self.payload[row : row + 1], begin, [taken], 1), size, 1)
+                for row, (begin, taken) in enumerate(words)
+            ]
+        )
+        self._host_offsets = offsets
+        self.offsets = mx.array(offsets)
 
     def forget(self, row: int, blocks: int) -> None:
         """Of one row keep so many blocks."""

@@ -17,6 +17,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import _BaseCache, load_prompt_cache, save_prompt_cache
 
 from .check_state import check_caches
+from .layout import map_caches
 from .sealed_file import CHECKSUM, NO_CHECKSUM, Header, check_seal, read_header, seal
 from .single import DeltaKVCache
 
@@ -86,7 +87,8 @@ def save(file: str | Path, caches: list[Any], metadata: dict[str, str]) -> None:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         if target.exists():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IWUSR)
-        save_prompt_cache(str(temporary), caches, {**metadata, CHECKSUM: NO_CHECKSUM})
+        small = map_caches(caches, lambda x, _: x.compact() if type(x) is DeltaKVCache else x)
+        save_prompt_cache(str(temporary), small, {**metadata, CHECKSUM: NO_CHECKSUM})
         seal(temporary, f"0.{CHECKSUM}")
         _to_disk(temporary)
         if target.exists():

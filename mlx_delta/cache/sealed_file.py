@@ -10,9 +10,12 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 CHECKSUM = "sha256"
 NO_CHECKSUM = "0" * 64  # holds the checksum's place while it is computed
@@ -21,6 +24,11 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 _CHUNK = 1 << 20
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 _ITEM_SIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+# What NumPy calls them; it has no name for BF16.
+_NUMPY = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16"}
+_NUMPY |= {"F16": "float16", "U32": "uint32", "I32": "int32", "F32": "float32"}
+_NUMPY |= {"U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64"}
+_NAMES = {name: code for code, name in _NUMPY.items()}
 
 
 @dataclass(frozen=True)
@@ -138,3 +146,45 @@ def _digest(file: Path, header: Header, start: int) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sealed_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A whole file with a checksum, as it is to be written."""
+    header: dict[str, Any] = {"__metadata__": {CHECKSUM: NO_CHECKSUM, **metadata}}
+    end = 0
+    for name, array in arrays.items():
+        span = [end, end + array.nbytes]
+        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": array.shape}
+        header[name]["data_offsets"] = span
+        end = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = struct.pack("<Q", len(text)) + text
+    data += b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data.replace(NO_CHECKSUM.encode(), digest, 1)
+
+
+def read_sealed(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata of a file with a checksum, which is compared.
+
+    Raises:
+        OSError: It can't be read.
+        ValueError: It is broken, has no checksum or another one, or types NumPy does not know.
+    """
+    header = read_header(file)
+    if CHECKSUM not in header.metadata:
+        raise ValueError("it has no checksum")
+    check_seal(file, header, CHECKSUM)
+    entries = json.loads(header.raw[8:])
+    data = np.fromfile(file, np.uint8, offset=len(header.raw))
+    arrays = {}
+    for name in header.names:
+        begin, end = entries[name]["data_offsets"]
+        if entries[name]["dtype"] not in _NUMPY:
+            raise ValueError(f"tensor {name} is of type {entries[name]['dtype']}")
+        kind = np.dtype(_NUMPY[entries[name]["dtype"]])
+        arrays[name] = np.frombuffer(data[begin:end].tobytes(), kind).reshape(
+            entries[name]["shape"]
+        )
+    return arrays, header.metadata

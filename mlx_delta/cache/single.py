@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -38,6 +39,15 @@ class DeltaKVCache(HeldKeys):
         if N == 1:
             return None
         return create_causal_mask(N, self.offset) if return_array else "causal"
+
+    def compact(self) -> DeltaKVCache:
+        """The same cache without room to grow, to be kept; itself where it has several rows."""
+        if self._keys is None or self._values is None or len(self._lengths) != 1:
+            return self
+        cache = copy.copy(self)
+        length = max(1, self.seen_tokens)
+        cache._keys, cache._values = self._keys.row(0, length), self._values.row(0, length)
+        return cache
 
     @classmethod
     def merge(cls, caches: list[DeltaKVCache]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -13,6 +13,49 @@ from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.tiles import TilePlan
 
 from .values import ValueStore
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of an update's queries, and what they see.
+
+    Attributes:
+        first: The first of them.
+        end: After the last one.
+        step: What they see, positions counted without the blocks that were dropped.
+        dropped: Tokens of each row that were dropped.
+        dropped_from: Position from which on they were.
+    """
+
+    first: int
+    end: int
+    step: Step
+    dropped: tuple[int, ...]
+    dropped_from: int
+
+    def kept(self) -> Part:
+        """The same, with handles of its own on all buffers."""
+        step, values = self.step, self.step.stored_values
+        far = step.far[...] if isinstance(step.far, mx.array) else step.far
+        values = ValueStore(values.bits, tuple(x[...] for x in values.buffers))
+        return replace(self, step=replace(step, far=far, stored_values=values))
+
+    def mask(self, mask: mx.array | str | None) -> mx.array | str | None:
+        """Their part of a mask, that broadcasts to [B, Hq, L, S], of all queries and tokens."""
+        if not isinstance(mask, mx.array):
+            return mask
+        if mask.shape[-2] > 1:
+            mask = mask[..., self.first : self.end, :]
+        column = mx.arange(self.step.length)
+        gone = mx.array(self.dropped)[:, None]
+        index = mx.where(column < self.dropped_from, column, column + gone)
+        index = mx.minimum(index, mask.shape[-1] - 1)  # of rows that are shorter than others
+        if len(set(self.dropped)) == 1:
+            return mask[..., index[0]]
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        mask = mx.broadcast_to(mask, (len(self.dropped), *mask.shape[1:]))
+        index = mx.broadcast_to(index[:, None, None], (*mask.shape[:3], index.shape[1]))
+        return mx.take_along_axis(mask, index, axis=-1)
 
 
 @dataclass(frozen=True)

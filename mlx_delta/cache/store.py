@@ -69,6 +69,15 @@ class KeyStore(Protocol):
         """
         ...
 
+    def drop(self, first: int, blocks: Sequence[int]) -> None:
+        """Take so many blocks of each row out; all that follows them moves up.
+
+        Args:
+            first: Blocks at the start that stay.
+            blocks: How many go, of each row; all of them far from what comes next.
+        """
+        ...
+
     def full_keys(self, first: int, length: int) -> mx.array:
         """Full keys [1, Hkv, length - first, D] of a single text; ``first`` ends its last held one.
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_delta.ops.pack import storage_type, to_storage
 
-from .buffers import grow, pad_to, write_tokens
+from .buffers import grow, pad_to, take_out, write_tokens
 from .store import token_bytes
 
 
@@ -82,6 +82,10 @@ class ValueStore:
             for buffer, part in zip(self.buffers, _encode(values, self.bits), strict=True)
         )
 
+    def drop(self, start: int, tokens: Sequence[int]) -> None:
+        """Take so many tokens of each row out, from ``start`` on; what follows them moves up."""
+        self.buffers = tuple(take_out(buffer, start, tokens) for buffer in self.buffers)
+
     def dense(self, length: int, dtype: mx.Dtype) -> mx.array:
         """The first values of each row, [B, Hkv, length, Dv] of a type."""
         parts = [x[:, :, :length] for x in self.buffers]
@@ -92,6 +96,10 @@ class ValueStore:
         return mx.dequantize(
             words, scales.astype(dtype), biases.astype(dtype), self.group_size, self.bits
         )
+
+    def part(self, first: int, end: int) -> list[mx.array]:
+        """The buffers of tokens ``first`` to ``end``."""
+        return [x[:, :, first:end] for x in self.buffers]
 
     def read_bytes(self, tokens: int, float_bytes: int | None = None) -> int:
         """Bytes of the first row's values that a query of so many tokens reads."""

@@ -152,7 +152,9 @@ class Slash:
         conversation.reset()
         conversation.messages, conversation.system = found.messages, found.system
         self._file = Path(rest)
-        self._tell(f"{len(found.messages) // 2} messages with their answers, {self._room()}.")
+        n = len(found.messages) // 2
+        count = "1 message with its answer" if n == 1 else f"{n} messages with their answers"
+        self._tell(f"{count}, {self._room()}.")
         if found.model is not None and found.model != self.model_name:
             self._tell(f"{found.model} gave the answers; {self.model_name} goes on.")
 

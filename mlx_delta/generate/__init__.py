@@ -18,7 +18,9 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import length_of
+from mlx_delta.cache.layout import map_caches
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
 
@@ -108,6 +110,12 @@ def batch_generate(
             "shared by a batch; give a fixed block_size, or generate one prompt at a time."
         )
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    size = kwargs.pop("max_kv_size", None) if delta is not None else None
+    if size is not None:  # mlx-lm would ignore it
+        before = _for_each(name, "prompt_caches", kwargs.get("prompt_caches"), tokens)
+        pairs = zip(before, tokens, strict=True)
+        made = [make_caches(model, len(ids), size) if c is None else c for c, ids in pairs]
+        kwargs["prompt_caches"] = made
     caches = _for_each(name, "prompt_caches", kwargs.get("prompt_caches"), tokens)
     most = kwargs.get("max_tokens", BATCH_MAX_TOKENS)
     limits = _for_each(name, "max_tokens", most, tokens)
@@ -161,12 +169,27 @@ def make_caches(
     Args:
         model: From :func:`mlx_delta.load`.
         prompt_tokens: Length of the prompt, for settings that depend on it (the paper's).
-        max_kv_size: For dense models only: keep this many tokens, the first 4 always. mlx-lm
-            ignores it where a model makes its own caches; here it is honoured.
+        max_kv_size: Keep this many tokens, the first always: 4 of them, or with the delta a block.
+            mlx-lm ignores it where a model makes its own caches; here it is honoured.
+
+    Raises:
+        ValueError: It is too small for the setting.
     """
     if model_setting(model) is not None:
-        return model.make_cache(prompt_length=prompt_tokens)
+        caches = model.make_cache(prompt_length=prompt_tokens)
+        if max_kv_size is None:
+            return caches
+        return map_caches(caches, lambda cache, _: bounded(cache, max_kv_size))
     caches = make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:
         caches = [RotatingKVCache(max_kv_size, keep=4) if type(c) is KVCache else c for c in caches]
     return caches
+
+
+def bounded(cache: Any, max_size: int) -> Any:
+    """A new cache in place of one of held keys, that keeps so many tokens."""
+    if not isinstance(cache, DeltaKVCache):
+        return cache
+    made = DeltaKVCache(cache.config.changed(max_size=max_size))
+    made.prompt_length = cache.prompt_length
+    return made

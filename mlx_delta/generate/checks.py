@@ -82,12 +82,11 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
         ValueError: One of these is given for a model with the delta on, or two of them at once.
     """
     given = [o for o in ("max_kv_size", "kv_bits") if options.get(o) is not None]
-    if model_setting(model) is not None:
-        for option in given:
-            raise ValueError(
-                f"[{name}] {option}={options[option]} does not go together with the delta; leave "
-                "it out, or load the model with delta=None (--no-delta)."
-            )
+    if model_setting(model) is not None and "kv_bits" in given:
+        raise ValueError(
+            f"[{name}] kv_bits={options['kv_bits']} does not go together with the delta; leave "
+            "it out, or load the model with delta=None (--no-delta)."
+        )
     if len(given) == 2:
         raise ValueError(
             f"[{name}] max_kv_size={options['max_kv_size']} and kv_bits={options['kv_bits']} do "
@@ -129,7 +128,12 @@ def check_caches_fit(
         raise ValueError(
             f"[{name}] the prompt cache has {len(caches)} layers but the model has {wanted[-1]}."
         )
-    sliding = [c for c in leaves(caches) if isinstance(c, RotatingKVCache)]
+    sliding = [
+        c
+        for c in leaves(caches)
+        if isinstance(c, RotatingKVCache)
+        or (isinstance(c, HeldKeys) and c.config.max_size is not None)
+    ]
     if sliding and options.get("kv_bits") is not None:
         raise ValueError(
             f"[{name}] kv_bits={options['kv_bits']} does not go together with caches that drop "

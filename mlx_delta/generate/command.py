@@ -20,22 +20,34 @@ from tqdm import tqdm
 
 from mlx_delta.cache import prompt_file
 from mlx_delta.cache.check_state import length_of
+from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
+from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
+from mlx_delta.system.memory import parse_bytes, set_limit
 
 from . import make_caches, stream_generate
 from .checks import check_caches_fit, check_options, check_prompt, room_for_answer
 from .conversation import check_length, closing, encode, read_prompt, uses_template
 from .flags import build_parser, check_flags, given_wish
+from .kept import Kept
 from .memory import check_memory
 from .processes import Processes
 from .report import Report
-from .saved import Fed, check_model_fits, choose_model, open_caches, save_prompt, setting_of
+from .saved import (
+    Fed,
+    check_model_fits,
+    choose_model,
+    feed,
+    open_caches,
+    save_prompt,
+    setting_of,
+)
 
 # Prompts shorter than this are prefilled before a progress bar could be read.
 PROGRESS_FROM = 4096
@@ -79,9 +91,13 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
     # What was begun without a template goes on without one.
     args.ignore_chat_template |= metadata.get("chat_template") == "false"
 
+    delta = choose_delta(args, name) if caches is None else setting_of(caches)
+    set_limit(None if args.memory_limit is None else parse_bytes(args.memory_limit))
+    if args.memory_limit is not None:
+        plan_memory(args, name, delta, text)
     model, tokenizer = load(
         name,
-        choose_delta(args, name) if caches is None else setting_of(caches),
+        delta,
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
@@ -93,7 +109,8 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
     if caches is not None:
         check_model_fits(model, caches)
     tokens = encode(args, tokenizer, text, caches)
-    rest = closing(args, tokenizer) if args.save_prompt_cache is not None else []
+    saves = args.save_prompt_cache is not None
+    rest = closing(args, tokenizer) if saves and not args.only_read else []
     if processes.size > 1 and args.seed is None:
         args.seed = processes.share_number(secrets.randbits(32))
     seed = choose_seed(args)
@@ -105,10 +122,21 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
     options["max_tokens"], note = room_for_answer(model, length, args.max_tokens)
     if note is not None:
         print(f"note: {note}.", file=sys.stderr)
+    kept = None
     if caches is None:
         caches = make_caches(model, len(tokens) + len(rest), args.max_kv_size)
+        if args.cache_dir is not None:
+            kept = Kept(args, model, tokenizer, options, processes.size)
     check_caches_fit("generate", model, caches, options)
     check_memory("generate", model, length, options, first=True)
+    fed, failed = Fed(), None
+    whole = tokens + rest
+    watch = MemoryWatch()
+    options["prompt_progress_callback"] = watch.progress
+    if kept is not None:
+        tokens, fed = kept.begin(tokens, rest, caches)
+        caches, cached = kept.caches, kept.found
+        options["prompt_progress_callback"] = together(watch.progress, kept.progress)
     draft_caches = []
     if "draft_model" in options:
         draft_caches = make_caches(options["draft_model"], length)
@@ -120,8 +148,6 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
             )
     compared = dense_caches(model) if args.compare else None
 
-    fed, failed = Fed(), None
-    whole = tokens + rest
     if args.save_prompt_cache is not None:
         known = {
             "model": name,
@@ -137,7 +163,8 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
             except OSError as error:
                 failed = error  # the prompt has been read: answer first
 
-        tokens, fed = save_prompt(write, model, tokens, rest, caches, options, draft_caches)
+        tokens, saved = save_prompt(write, model, tokens, rest, caches, options, draft_caches)
+        fed += saved
 
     def header() -> None:
         if args.verbose and not args.json:
@@ -145,9 +172,40 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
                 print(status, file=sys.stderr)
             print("=" * 10)
 
+    if args.only_read:
+        start = time.perf_counter()
+        if args.save_prompt_cache is None:
+            feed(model, tokens, caches, options)
+            fed += Fed(len(tokens), time.perf_counter() - start)
+        if kept is not None:
+            kept.keep()
+        print(said_of_reading(args, whole, fed, cached, caches))
+        if failed is not None:
+            raise failed
+        return
+
+    def came(token: int) -> None:
+        answer.append(token)
+        if kept is not None and len(answer) == 1:
+            kept.keep(answer, end=False)  # an answer may be interrupted
+        watch.token(len(answer))
+
+    answer: list[int] = []
     report = produce(
-        model, tokenizer, tokens, caches, options, header, not args.json, fed, cached, draft_caches
+        model,
+        tokenizer,
+        tokens,
+        caches,
+        options,
+        header,
+        not args.json,
+        fed,
+        cached,
+        draft_caches,
+        came,
     )
+    if kept is not None:
+        kept.keep(answer)
     report = dataclasses.replace(
         report, seed=seed, share_bytes=processes.of_each(report.cache_bytes)
     )
@@ -163,6 +221,20 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
         print("\n".join(report.lines(dense)))
     if failed is not None:
         raise failed
+
+
+def plan_memory(args: argparse.Namespace, name: str, delta: Any, text: str) -> None:
+    """Refuse what will not fit the limit, before the weights are read.
+
+    Raises:
+        MemoryError: Model and prompt will not fit; the message says what would.
+    """
+    path = find_model(name)
+    config = read_config(path)
+    setting = read_setting(path, config) if delta == MODEL_SETTING else delta
+    tokenizer = read_tokenizer(path, {}, config.get("eos_token_id"), args.trust_remote_code)
+    tokens = len(tokenizer.encode(text)) + max(0, args.max_tokens)
+    check_plan(name, Plan.of(path, config, args.prefill_step_size), setting, tokens)
 
 
 def choose_delta(args: argparse.Namespace, model: str) -> Any:
@@ -185,6 +257,30 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
             )
         given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
     return own.changed(**given)
+
+
+def said_of_reading(
+    args: argparse.Namespace, whole: list[int], fed: Fed, cached: int, caches: list[Any]
+) -> str:
+    """What is printed of a prompt that was read and kept."""
+    places = [place for place in (args.save_prompt_cache, args.cache_dir) if place is not None]
+    known = f", {cached} of them known already" if cached else ""
+    speed = f", {fed.tokens / fed.seconds:.3f} tokens-per-sec" if fed.tokens else ""
+    return (
+        f"Prompt: {len(whole)} tokens{known}{speed}\n"
+        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB\n"
+        f"Cache: {sum(c.nbytes for c in caches) / 1e6:.2f} MB, in {' and '.join(places)}"
+    )
+
+
+def together(*callbacks: Callable[[int, int], Any]) -> Callable[[int, int], None]:
+    """One callback of several."""
+
+    def call(done: int, whole: int) -> None:
+        for callback in callbacks:
+            callback(done, whole)
+
+    return call
 
 
 def choose_seed(args: argparse.Namespace) -> int | None:
@@ -251,6 +347,7 @@ def produce(
     fed: Fed = Fed(),  # noqa: B008 (frozen)
     cached: int = 0,
     draft_caches: list[Any] | None = None,
+    came: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Generate, printing the text as it comes, and take stock.
 
@@ -265,13 +362,18 @@ def produce(
         fed: What was fed before.
         cached: Tokens that came from a prompt cache.
         draft_caches: The draft model's, if there is one.
+        came: Called with each token of the answer.
     """
     start = time.perf_counter()
     bar = None
     if "draft_model" not in options:
         hidden = len(tokens) < PROGRESS_FROM or not sys.stderr.isatty()
         bar = tqdm(total=len(tokens), desc="Prefill", unit="tok", leave=False, disable=hidden)
-        options = {**options, "prompt_progress_callback": lambda n, _: bar.update(n - bar.n)}
+        told = options.get("prompt_progress_callback", lambda *_: None)
+        more = together(lambda n, _: bar.update(n - bar.n), told)
+        options = {**options, "prompt_progress_callback": more}
+    else:
+        options = {k: v for k, v in options.items() if k != "prompt_progress_callback"}
     text = ""
     ids: list[int] = []
     response: GenerationResponse | None = None
@@ -288,6 +390,7 @@ def produce(
                 header()
         text += response.text
         ids.append(response.token)
+        came(response.token)
         if show:
             print(response.text, end="", flush=True)
     if show:

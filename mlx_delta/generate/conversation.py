@@ -71,6 +71,11 @@ def uses_template(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> bool
     return bool(tokenizer.has_chat_template) and not args.ignore_chat_template
 
 
+def stays_open(args: argparse.Namespace) -> bool:
+    """Whether the user's turn is to be gone on with by the next prompt."""
+    return args.save_prompt_cache is not None or args.only_read
+
+
 def encode(
     args: argparse.Namespace, tokenizer: TokenizerWrapper, text: str, caches: list[Any] | None
 ) -> list[int]:
@@ -88,13 +93,11 @@ def encode(
             return encode_prompt(tokenizer, text)
         # A prompt cache already holds the beginning of the text.
         return tokenizer.encode(text, add_special_tokens=False)
-    if caches is None and not args.save_prompt_cache:
+    if caches is None and not stays_open(args):
         return tokenizer.encode(_render(args, tokenizer, text), add_special_tokens=False)
     before, after = _around(args, tokenizer)
     text = text if caches is not None else before + text
-    return tokenizer.encode(
-        text if args.save_prompt_cache else text + after, add_special_tokens=False
-    )
+    return tokenizer.encode(text if stays_open(args) else text + after, add_special_tokens=False)
 
 
 def closing(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[int]:
@@ -106,6 +109,18 @@ def closing(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[int]:
     if not uses_template(args, tokenizer):
         return []
     return tokenizer.encode(_around(args, tokenizer)[1], add_special_tokens=False)
+
+
+def opening(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[int]:
+    """Token ids of what comes before any message: a system prompt, mostly; none without a template.
+
+    Raises:
+        ValueError: As for :func:`encode`.
+    """
+    if not uses_template(args, tokenizer):
+        return []
+    before = _render(args, tokenizer, _MARKER).partition(_MARKER)[0]
+    return tokenizer.encode(before, add_special_tokens=False)
 
 
 def check_length(model: nn.Module, tokenizer: TokenizerWrapper, text: str) -> None:

@@ -9,6 +9,7 @@ import math
 from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
 from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.memory import parse_bytes
 
 # What each number must lie between, ends included. mlx-lm takes anything, and fails later, or
 # silently does something else.
@@ -59,6 +60,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="Write the caches of the prompt to a .safetensors file that --prompt-cache-file "
         "reads; the user's turn stays open, for the next prompt to go on with.",
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="Keep what is read of prompts here, and go on from the longest prefix that is known: "
+        "after a restart too, and shared between prompts that begin alike.",
+    )
+    parser.add_argument(
+        "--cache-budget",
+        metavar="BYTES",
+        default="4GB",
+        help="Bytes of --cache-dir at most; what was not used for longest goes.",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="BYTES",
+        help="Memory that this process may take (6GB, 512MB): says before loading whether model "
+        "and prompt fit and what would, and stops with a message rather than go beyond it.",
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead.")
     parser.add_argument(
         "--compare",
@@ -72,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "some of every layer's heads.",
     )
     add_delta_arguments(parser)
+    parser.set_defaults(only_read=False)  # of a command that caches a prompt, and answers nothing
     return parser
 
 
@@ -94,23 +114,23 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: One of these.
     """
     check_numbers(args)
-    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
-    delta_flags += ["--delta-paper"] if args.delta_paper else []
-    wish = given_wish(args)
-    delta_flags += [] if wish is None else [wish]
-    if wish is not None and args.delta_paper:
-        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
-    for name in ("level", "threshold"):
-        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
-            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
-    if args.no_delta and delta_flags:
-        raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
+    check_delta_flags(args)
     if args.no_delta and args.compare:
         raise ValueError("--compare needs the delta; drop --no-delta.")
     if args.compare and (args.prompt_cache_file or args.draft_model):
         raise ValueError("--compare works from the prompt alone; drop the cache or draft model.")
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt-file are both given; drop one.")
+    if args.cache_dir is not None:
+        for name in ("prompt_cache_file", "compare", "draft_model"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"--cache-dir does not go together with {flag(name)}: it works from the whole "
+                    "prompt of one model; drop one."
+                )
+    parse_bytes(args.cache_budget)
+    if args.memory_limit is not None:
+        parse_bytes(args.memory_limit)
     if args.image:
         raise ValueError("--image is given, but the models here read text only.")
     if args.max_kv_size is not None and args.kv_bits is not None:
@@ -125,7 +145,7 @@ def check_flags(args: argparse.Namespace) -> None:
                     f"{flag(name)} comes too late with --prompt-cache-file: the cache holds the "
                     "beginning of the conversation; give it where the cache is made."
                 )
-        if wish is not None:
+        if (wish := given_wish(args)) is not None:
             raise ValueError(
                 f"{wish} comes too late with --prompt-cache-file: its keys are held already; give "
                 "it where the cache is made."
@@ -135,6 +155,25 @@ def check_flags(args: argparse.Namespace) -> None:
                 "--trust-remote-code with --prompt-cache-file needs --model: a file must not "
                 "choose whose code runs."
             )
+
+
+def check_delta_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of the delta that contradict each other.
+
+    Raises:
+        ValueError: Two of them.
+    """
+    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
+    delta_flags += ["--delta-paper"] if args.delta_paper else []
+    wish = given_wish(args)
+    delta_flags += [] if wish is None else [wish]
+    if wish is not None and args.delta_paper:
+        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
+    for name in ("level", "threshold"):
+        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
+            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
+    if args.no_delta and delta_flags:
+        raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-# Address space that BLAS and threads ask for once work begins; measured at 240 MB on two cores.
-_RESERVED = 240 << 20
+from mlx_delta.system.memory import RESERVED, free_memory
+
 _QUERIES = 128  # whose scores are in memory at one time, at least
 
 
@@ -29,7 +27,7 @@ def check_memory(
     Raises:
         MemoryError: They are larger.
     """
-    free, limit = free_memory(_RESERVED if first else 0)
+    free, limit = free_memory(RESERVED if first else 0)
     if free < 0:
         raise MemoryError(
             f"[{name}] {limit} leaves no room to generate in; allow the process more memory."
@@ -68,60 +66,3 @@ def estimate(model: nn.Module, tokens: int) -> int:
         return 0  # some layers keep less: no lower bound
     caches = layers * kv_heads * (tokens * (key + value) + window)
     return caches + 4 * heads * min(tokens, _QUERIES) * tokens
-
-
-def free_memory(reserved: int = 0) -> tuple[int, str]:
-    """Bytes that this process may still take, and what limits them; negative if none.
-
-    Args:
-        reserved: Bytes of address space that will be taken anyway.
-    """
-    bounds = [(sys.maxsize, "nothing")]
-    if mx.default_device() != mx.Device(mx.cpu):
-        size = int(mx.device_info()["memory_size"])
-        bounds.append((size - mx.get_active_memory(), "this machine's memory"))
-    address_space = _address_space()
-    if address_space is not None:
-        bounds.append((address_space - reserved, "the limit on address space (ulimit -v)"))
-    for file, limit in (
-        ("/sys/fs/cgroup/memory.max", "the container's memory limit"),
-        ("/proc/meminfo", "this machine's memory"),
-    ):
-        found = _read_bytes(Path(file))
-        if found is not None:
-            bounds.append((found - (_resident() if "cgroup" in file else 0), limit))
-    return min(bounds)
-
-
-def _address_space() -> int | None:
-    """What RLIMIT_AS leaves, where it is set and the system says how much is taken."""
-    try:
-        import resource  # not on Windows
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError, ValueError):
-        return None
-    return None if limit == resource.RLIM_INFINITY else limit - taken
-
-
-def _read_bytes(file: Path) -> int | None:
-    """A limit in a file of the kernel's: one number, or MemAvailable and what can be swapped."""
-    try:
-        text = file.read_text()
-        if "MemAvailable" not in text:
-            return int(text)
-        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        return 1024 * sum(int(lines[x].split()[0]) for x in ("MemAvailable", "SwapFree"))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    try:
-        import resource
-
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (ImportError, OSError, ValueError):
-        return 0

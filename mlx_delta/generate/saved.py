@@ -40,6 +40,10 @@ class Fed:
     tokens: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: Fed) -> Fed:
+        """What was fed one after the other."""
+        return Fed(self.tokens + other.tokens, self.seconds + other.seconds)
+
 
 def open_caches(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, str]]:
     """The caches of --prompt-cache-file with what the file says of them; none without the flag.
@@ -208,7 +212,8 @@ def _shape(cache: Any) -> Any:
 
 def feed(model: nn.Module, tokens: list[int], caches: list[Any], options: dict[str, Any]) -> None:
     """Put tokens into caches without an answer."""
-    names = ("prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+    names = ["prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start"]
+    names.append("prompt_progress_callback")
     known = {name: options[name] for name in names if name in options}
     if tokens:
         for _ in generate_step(mx.array(tokens), model, max_tokens=0, prompt_cache=caches, **known):

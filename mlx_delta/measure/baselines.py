@@ -57,8 +57,8 @@ class QuantizedStore(_BaseCache):
         """Whether nothing was written."""
         return self.offset == 0
 
-    @property  # only to be evaluated: nothing restores these caches
-    def state(self) -> list[Any]:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def state(self) -> list[Any]:  # only to be evaluated: nothing restores these caches
         """All arrays."""
         return [array for codes in self._buffers.values() for array in codes]
 
@@ -155,8 +155,8 @@ class ChannelKVCache(QuantizedStore):
             self._write("values", mx.quantize(values, GROUP, self.width), groups * GROUP)
         self._recent = tuple(mx.contiguous(x[:, :, done:]) for x in recent)
 
-    @property  # only to be evaluated: nothing restores these caches
-    def state(self) -> list[Any]:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def state(self) -> list[Any]:  # only to be evaluated: nothing restores these caches
         """All arrays."""
         return [*super().state, *self._recent]
 

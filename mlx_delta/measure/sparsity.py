@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
+from mlx_delta.cache.dropping import Dropping
 from mlx_delta.config import DeltaConfig
 
 
@@ -92,11 +93,22 @@ def causal_pairs(first: int, end: int) -> int:
 def _skipped(cache: HeldKeys, first: int, end: int, row: int) -> np.ndarray:
     """Pairs that queries in [first, end) need not compute, per kv head [Hkv].
 
-    In units of a whole key: zeros / head_dim.
+    In units of a whole key: zeros / head_dim. A block that was dropped counts as a whole from then
+    on; how much of it was zero before is not known any more, and counts as nothing.
     """
     zeros, head_dim = _block_zeros(cache, row)
     first = max(first, min(end, cache.held_from))  # those before saw full keys only
-    return zeros @ queries_of_blocks(_row_config(cache, row), zeros.shape[1], first, end) / head_dim
+    blocks, gone = cache.encoded[row], cache.dropped[row]
+    queries = queries_of_blocks(_row_config(cache, row), blocks, first, end)
+    dropping = Dropping.of(cache.config)
+    if dropping is None or not gone:
+        return zeros @ queries / head_dim
+    skipped = zeros @ queries[dropping.kept(blocks, gone)] / head_dim
+    for block in range(dropping.first, dropping.first + gone):
+        left = dropping.left_from(block)
+        if left is not None:
+            skipped += max(0, end - max(first, left)) * cache.config.block_size
+    return skipped
 
 
 def queries_of_blocks(config: DeltaConfig, n_blocks: int, first: int, end: int) -> np.ndarray:
@@ -110,7 +122,8 @@ def queries_of_blocks(config: DeltaConfig, n_blocks: int, first: int, end: int) 
 
 def _block_zeros(cache: HeldKeys, row: int) -> tuple[np.ndarray, int]:
     """Zero deltas of each encoded block [Hkv, blocks], and head_dim."""
-    return np.array(cache.zeros[row, :, : cache.encoded[row]], np.int64), cache.head_dim
+    blocks = cache.encoded[row] - cache.dropped[row]
+    return np.array(cache.zeros[row, :, :blocks], np.int64), cache.head_dim
 
 
 def _row_config(cache: HeldKeys, row: int) -> DeltaConfig:

@@ -185,7 +185,7 @@ def _seen(cache: Any) -> _Seen:
 
 def _seen_held(cache: HeldKeys) -> _Seen:
     """Of held keys: those of far blocks as they are stored, near ones and values in full."""
-    (far,) = cache.encoded
+    far = cache.encoded[0] - cache.dropped[0]
     zeros = 0
     if not isinstance(cache, WindowOnlyCache):
         zeros = int(np.array(cache.zeros[:, :, :far], np.int64).sum())

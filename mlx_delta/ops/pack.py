@@ -67,6 +67,16 @@ class PackedBlocks:
         masks, offsets = self.masks[:, :, :blocks], self.offsets[:, :, :blocks]
         return replace(self, masks=masks, offsets=offsets, grid=grid)
 
+    def part(self, begin: int, end: int) -> PackedBlocks:
+        """Blocks ``begin`` to ``end`` only."""
+        grid = None if self.grid is None else self.grid[:, :, begin:end]
+        masks, offsets = self.masks[:, :, begin:end], self.offsets[:, :, begin:end]
+        sinks = self.sinks
+        if sinks is not None:
+            first = begin * (self.masks.shape[3] + 1)
+            sinks = sinks[:, :, first:] if first < sinks.shape[2] else None
+        return replace(self, masks=masks, offsets=offsets, grid=grid, sinks=sinks)
+
 
 def storage_type(dtype: mx.Dtype) -> mx.Dtype:
     """The 16-bit type that keys of a type are stored in.

@@ -178,9 +178,9 @@ def test_a_limit_on_address_space_is_said_not_died_of(tmp_path):
         "import resource, sys, mlx_delta\n"
         "from mlx_delta.generate import memory\n"
         "from mlx_delta.generate.command import main\n"
-        "real = memory._address_space\n"
-        "memory._address_space = lambda: (resource.setrlimit(resource.RLIMIT_AS, (BYTES, -1)),"
-        " real())[1]\n"
+        "real = memory.free_memory\n"
+        "memory.free_memory = lambda *reserved: ("
+        "resource.setrlimit(resource.RLIMIT_AS, (BYTES, -1)), real(*reserved))[1]\n"
         "sys.exit(main(['-p', 'hi', '-m', '3']))\n"
     )
     # As much as is taken when the check is made, and a little more.

@@ -171,7 +171,7 @@ def test_the_answer_stops_at_the_end_of_the_context(run, tmp_path):
         (["--delta-threshold", "nan"], "threshold must be >= 0 but got nan"),
         (["--delta-window", "65"], "window must be a multiple of block_size (64) but got 65"),
         (["--delta-block-size", "0"], "block_size must be >= 1 but got 0"),
-        (["--max-kv-size", "64"], "max_kv_size=64 does not go together with the delta"),
+        (["--max-kv-size", "64"], "max_size must be a whole number from 320"),
         (["--kv-bits", "8"], "kv_bits=8 does not go together with the delta"),
         (["--no-delta", "--delta", "sinks=2"], "--no-delta and --delta sinks contradict"),
         (["--delta", "sinks=2", "--delta-sinks", "2"], "both give sinks; drop one"),

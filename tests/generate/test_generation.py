@@ -110,7 +110,7 @@ def test_the_public_names():
         ([], {}, "the prompt is empty"),
         ([5] * 2049, {}, "the prompt has 2049 tokens but the model's context has 2048"),
         ("x", {"kv_bits": 8}, "kv_bits=8 does not go together with the delta"),
-        ("x", {"max_kv_size": 64}, "max_kv_size=64 does not go together with the delta"),
+        ("x", {"max_kv_size": 8}, "max_size must be a whole number from"),
     ],
     ids=["empty", "no tokens", "too long", "kv_bits", "max_kv_size"],
 )

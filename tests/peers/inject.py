@@ -4,6 +4,7 @@
 * Our caches get the attributes ``keys`` and ``values``, at which some tests look: what
   ``keys_and_values`` returns. Ours are stored otherwise.
 * ``Model`` and ``ModelArgs`` of mlx-lm's Llama and BitNet become ours.
+* The server's ``ResponseGenerator`` and ``APIHandler`` become ours.
 * The hub model that the tests load becomes the bundled demo model. It is a base model, so its
   tokenizer is given a chat template.
 """
@@ -30,6 +31,8 @@ import mlx_delta.models.llama
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.cache import BatchDeltaKVCache
 from mlx_delta.loading import find_model
+from mlx_delta.server.engine import Engine
+from mlx_delta.server.handler import Handler
 
 # `mlx_lm.generate` is the function of that name.
 generate_module = importlib.import_module("mlx_lm.generate")
@@ -65,6 +68,7 @@ def injected(module: ModuleType, setting: DeltaConfig | None) -> Iterator[None]:
         replace(generate_module, generation_stream=generate_module.generation_stream)
         if setting is not None:
             replace(module, KVCache=DeltaKVCache, BatchKVCache=BatchDeltaKVCache)
+            replace(module, ResponseGenerator=Engine, APIHandler=Handler)
             for index, name in enumerate(("keys", "values")):
                 view = property(lambda cache, index=index: cache.keys_and_values()[index])
                 for cache in (DeltaKVCache, BatchDeltaKVCache):

@@ -105,13 +105,6 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
         "caches, its Llama among them",
     ),
     # test_server.py
-    "test_handle_completions": KnownFailure(
-        OURS + PACKED,
-        "AssertionError",
-        "expects the same sample for the same request; mlx-lm's server shows the repetition "
-        "penalty only the part of a prompt that it has no cache of, whatever the cache's class",
-        always=False,
-    ),
     # Asked at once after the answer, the store may not hold the cache yet: another assertion fails.
     "test_completion_quantizes_the_cache": KnownFailure(
         OURS, "in test_completion_quantizes_the_cache", _NO_KV_BITS

@@ -48,14 +48,11 @@ def launch(n: int, *command: str) -> subprocess.CompletedProcess:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 20000 + 20000
     # The command as it is installed, wherever its script lies.
-    find = "from importlib.metadata import entry_points as found; "
-    start = [
-        "-c",
-        f"{find}found(name='mlx.launch', group='console_scripts')['mlx.launch'].load()()",
-    ]
+    start = "from importlib.metadata import entry_points; "
+    start += "entry_points(group='console_scripts')['mlx.launch'].load()()"
     flags = ["--backend", "ring", "-n", str(n), "--starting-port", str(port)]
     return subprocess.run(
-        [sys.executable, *start, *flags, sys.executable, *command],
+        [sys.executable, "-c", start, *flags, sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,

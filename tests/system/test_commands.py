@@ -59,7 +59,7 @@ def test_the_package_lists_its_commands(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out.splitlines()
     for name, text in COMMANDS.items():
-        assert f"  {name:9}  {text}" in out
+        assert f"  {name:12}  {text}" in out
     assert main(["evalute"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: unknown command 'evalute' (did you mean evaluate")
@@ -79,6 +79,7 @@ def test_a_command_runs_by_its_name(capsys, tmp_path):
         ("calibrate", ["--model", "no/such/model/here", "--sparsity", "0.1"]),
         ("evaluate", ["--model", "no/such/model/here"]),
         ("benchmark", ["--model", "no/such/model/here"]),
+        ("server", ["--model", "no/such/model/here", "--port", "0"]),
         ("pictures", ["tradeoff", "/no/such/file.json", "-o", "x"]),
     ],
 )

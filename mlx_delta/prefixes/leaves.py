@@ -1,0 +1,353 @@
+"""The caches of single layers, cut into blocks and what follows them, and put together again.
+
+Each kind works on what a cache gives as its ``state``, so that what is put together is checked as
+a file's would be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, _BaseCache
+
+from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.packed_log import LEAST_BLOCKS
+from mlx_delta.cache.state import STATE_VERSION
+from mlx_delta.cache.values import count_arrays
+
+from .raw import Piece, from_raw, no_tokens, padded, to_raw, type_name
+
+PLAIN_SIZE = 64  # tokens in a block of caches that have no blocks of their own
+
+
+class HeldLeaf:
+    """A cache of held keys of one text.
+
+    Attributes:
+        entry: What all blocks of all texts have in common, as JSON values.
+        length: Tokens.
+        blocks: How many are encoded.
+        full_from: Position from which on full keys are at hand.
+        exact_from: The text can be cut at every length from this one on.
+    """
+
+    def __init__(self, cache: DeltaKVCache):
+        header, *arrays = cache.state
+        self.header = json.loads(header)
+        self.config = cache.config
+        self.length = cache.offset
+        (self.blocks,) = cache.encoded
+        self.exact_from = cache.offset - cache.exact_trim()
+        end = 1 + count_arrays(cache.config.value_bits)
+        keys = [arrays[0], *arrays[end:]]
+        names = ["keys", "zeros", "spare"]
+        if cache.config.key_bits is not None:
+            names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
+        found = dict(zip(names, keys, strict=True))
+        found |= {f"values{i}": x for i, x in enumerate(arrays[1:end])}
+        found = {name: x for name, x in found.items() if x is not None}
+        mx.eval(list(found.values()))
+        self.arrays = {name: to_raw(x) for name, x in found.items()}
+        self.entry = {
+            "kind": "held",
+            "config": self.header["config"],
+            "model": self.header["model"],
+            "item_size": self.header["item_size"],
+            "type": self.header.get("type"),
+            "types": {name: type_name(x) for name, x in found.items()},
+        }
+        self.full_from = self._full_from()
+
+    @staticmethod
+    def of(cache: Any) -> HeldLeaf | None:
+        """The cache in a form that can be cut; ``None`` if it is no such cache of one text."""
+        if type(cache) is not DeltaKVCache or cache.empty() or len(cache.lengths) != 1:
+            return None
+        if cache.config.block_fraction is not None or cache.held_from:
+            return None  # its first queries saw other keys than those of any other text
+        if any(cache.dropped):
+            return None  # its first blocks are gone
+        leaf = HeldLeaf(cache)
+        fits = leaf.full_from <= leaf.blocks * leaf.size and leaf._packed() == leaf.blocks
+        return leaf if fits else None
+
+    @property
+    def size(self) -> int:
+        """Tokens in a block."""
+        return self.config.block_size
+
+    def _packed(self) -> int:
+        """Blocks that are held."""
+        if self.config.key_bits is None:
+            return int(self.header["held"][0])
+        return len(self.header["ends"][0])
+
+    def _full_from(self) -> int:
+        if self.config.key_bits is None:
+            return (self._packed() - self.header["spare_valid"][0]) * self.size
+        return max(self.header["firsts"][0], self.header["lost"][0] * self.size)
+
+    def block(self, i: int) -> Piece:
+        """What is stored of block ``i``."""
+        span = slice(i * self.size, (i + 1) * self.size)
+        piece = {n: x[0, :, span] for n, x in self.arrays.items() if n.startswith("values")}
+        piece["zeros"] = self.arrays["zeros"][0, :, i]
+        if self.config.key_bits is None:
+            return {**piece, "keys": self.arrays["keys"][0, :, span]}
+        ends = [0, *self.header["ends"][0]]
+        piece["payload"] = self.arrays["payload"][0, ends[i] : ends[i + 1]]
+        piece["masks"] = self.arrays["masks"][0, :, i]
+        if "grid" in self.arrays:
+            piece["grid"] = self.arrays["grid"][0, :, i]
+        if "sinks" in self.arrays and span.start < self.config.sinks:
+            piece["sinks"] = self.arrays["sinks"][0, :, span]
+        return piece
+
+    def end(self, base: int, first: int) -> Piece:
+        """Full keys from position ``first`` on, and values from block ``base`` on."""
+        piece = {
+            name: x[0, :, base * self.size : self.length]
+            for name, x in self.arrays.items()
+            if name.startswith("values")
+        }
+        if self.config.key_bits is None:
+            border = self._packed() * self.size
+            near = self.arrays["keys"][0, :, border : self.length]
+            if first < border:
+                spare = self.arrays["spare"][0, :, first - border :]
+                near = np.concatenate([spare, near], axis=1)
+            else:
+                near = near[:, first - border :]
+        else:
+            begin = self.header["firsts"][0]
+            near = self.arrays["near"][0, :, first - begin : self.length - begin]
+        return {**piece, "near": near}
+
+    @staticmethod
+    def nothing(entry: dict[str, Any], block: Piece) -> Piece:
+        """An end without tokens, of the same shapes as a block."""
+        end = {name: x[:, :0] for name, x in block.items() if name.startswith("values")}
+        if "keys" in block:
+            return {**end, "near": block["keys"][:, :0]}
+        heads, head_dim = entry["model"][:2]
+        return {**end, "near": no_tokens((heads, 0, head_dim), entry["types"]["near"])}
+
+    @staticmethod
+    def build(
+        entry: dict[str, Any], blocks: Sequence[Piece], end: Piece, first: int, length: int
+    ) -> DeltaKVCache:
+        """The cache of blocks, and of what follows them.
+
+        Args:
+            entry: As of the leaf.
+            blocks: From the text's first on.
+            end: As :meth:`end` gave it, with the number of blocks as its base.
+            first: As for it.
+            length: Tokens of the text.
+        """
+        config, types = entry["config"], entry["types"]
+        size, bits = config["block_size"], config.get("key_bits")
+        step = DeltaKVCache.step
+        capacity = -(-length // step) * step
+        header = {
+            "version": STATE_VERSION,
+            "config": config,
+            "lengths": [length],
+            "encoded": [len(blocks)],
+            "model": entry["model"],
+            "item_size": entry["item_size"],
+        }
+        made: dict[str, mx.array] = {}
+
+        def put(name: str, array: np.ndarray) -> None:
+            made[name] = from_raw(array[None], types[name])
+
+        values = sorted(name for name in types if name.startswith("values"))
+        for name in values:
+            parts = [*(block[name] for block in blocks), end[name]]
+            put(name, padded(np.concatenate(parts, axis=1), capacity, 1))
+        near = end["near"]
+        heads, _, head_dim = near.shape
+        if bits is None:
+            border = len(blocks) * size
+            keys = [*(block["keys"] for block in blocks), near[:, border - first :]]
+            put("keys", padded(np.concatenate(keys, axis=1), capacity, 1))
+            zeros = np.zeros((heads, -(-capacity // size)), np.int32)
+            if blocks:
+                zeros[:, : len(blocks)] = np.stack([block["zeros"] for block in blocks], axis=1)
+            put("zeros", zeros)
+            spare = np.zeros((heads, size, head_dim), near.dtype)
+            if first < border:
+                spare[:] = near[:, :size]
+            put("spare", spare)
+            header |= {"held": [len(blocks)], "spare_valid": [first < border]}
+            order = ["keys", *values, "zeros", "spare"]
+            return _from_state(header, [made[name] for name in order])
+        window = config["window"] // size
+        put("near", padded(near, (window + 2) * size, 1))
+        room = max(LEAST_BLOCKS, len(blocks))
+        per_block: dict[str, tuple[tuple[int, ...], Any]] = {
+            "masks": ((heads, size - 1, -(-head_dim // 32)), np.uint32),
+            "zeros": ((heads,), np.int32),
+        }
+        if "grid" in types:
+            per_block["grid"] = ((heads, 2, head_dim), near.dtype)
+        for name, (shape, dtype) in per_block.items():
+            whole = np.zeros((shape[0], room, *shape[1:]), dtype)
+            if blocks:
+                whole[:, : len(blocks)] = np.stack([block[name] for block in blocks], axis=1)
+            put(name, whole)
+        put("payload", np.concatenate([np.zeros(0, np.uint32), *(b["payload"] for b in blocks)]))
+        masks = np.array(made["masks"][0, :, : len(blocks)])
+        counts = np.bitwise_count(masks).sum(axis=(2, 3), dtype=np.int64) + head_dim
+        words = -(-counts // (32 // bits))  # [heads, blocks]
+        stops = np.cumsum(words.T.reshape(-1))
+        offsets = np.zeros((heads, room), np.int32)
+        offsets[:, : len(blocks)] = (stops - words.T.reshape(-1)).reshape(-1, heads).T
+        put("offsets", offsets)
+        if "sinks" in types:
+            sinks = np.zeros((heads, config["sinks"], head_dim), near.dtype)
+            parts = [block["sinks"] for block in blocks if "sinks" in block]
+            if len(blocks) * size < config["sinks"]:  # then full keys begin at 0
+                parts.append(near[:, len(blocks) * size : config["sinks"]])
+            known = np.concatenate(parts, axis=1)
+            sinks[:, : known.shape[1]] = known
+            put("sinks", sinks)
+        ends = stops[heads - 1 :: heads].tolist()
+        header |= {"firsts": [first], "lost": [first // size], "ends": [ends]}
+        header |= {"type": entry["type"]}
+        order = ["near", *values, "masks", "payload", "offsets", "grid", "sinks", "zeros"]
+        return _from_state(header, [made.get(name) for name in order])
+
+
+def _from_state(header: dict[str, Any], buffers: list[Any]) -> DeltaKVCache:
+    return DeltaKVCache.from_state([json.dumps(header), *buffers])
+
+
+class PlainLeaf:
+    """One of mlx-lm's caches of ordinary keys and values, quantized or not; as ``HeldLeaf``.
+
+    Args:
+        cache: It.
+        size: Tokens in a block.
+    """
+
+    def __init__(self, cache: Any, size: int):
+        self.length = int(cache.offset)
+        self.size = size
+        keys, values = cache.keys, cache.values
+        pairs = zip("kv", (keys, values), strict=True)
+        if isinstance(cache, QuantizedKVCache):
+            found = {f"{name}{i}": x for name, parts in pairs for i, x in enumerate(parts)}
+            options = {"group_size": cache.group_size, "bits": cache.bits}
+        else:
+            found, options = dict(pairs), {}
+        mx.eval(list(found.values()))
+        self.arrays = {name: to_raw(x) for name, x in found.items()}
+        self.entry = {
+            "kind": "plain",
+            "class": type(cache).__name__,
+            "options": options,
+            "shapes": {name: [x.shape[1], *x.shape[3:]] for name, x in found.items()},
+            "types": {name: type_name(x) for name, x in found.items()},
+        }
+
+    @staticmethod
+    def of(cache: Any, size: int) -> PlainLeaf | None:
+        """The cache in a form that can be cut; ``None`` if it is no such cache of one text."""
+        if type(cache) not in (KVCache, QuantizedKVCache) or cache.keys is None:
+            return None
+        keys = cache.keys[0] if type(cache) is QuantizedKVCache else cache.keys
+        return PlainLeaf(cache, size) if keys.shape[0] == 1 else None
+
+    def block(self, i: int) -> Piece:
+        """Keys and values of block ``i``."""
+        return {n: x[0, :, i * self.size : (i + 1) * self.size] for n, x in self.arrays.items()}
+
+    @staticmethod
+    def nothing(entry: dict[str, Any], block: Piece) -> Piece:
+        """An end without tokens, of the same shapes as a block."""
+        return {name: x[:, :0] for name, x in block.items()}
+
+    def end(self, base: int, first: int) -> Piece:
+        """Keys and values from block ``base`` on."""
+        return {n: x[0, :, base * self.size : self.length] for n, x in self.arrays.items()}
+
+    @staticmethod
+    def build(
+        entry: dict[str, Any], blocks: Sequence[Piece], end: Piece, first: int, length: int
+    ) -> Any:
+        """The cache of blocks, and of what follows them."""
+        found: Any = KVCache if entry["class"] == "KVCache" else QuantizedKVCache
+        step = found.step
+        capacity = -(-length // step) * step
+        made = {}
+        for name, kind in entry["types"].items():
+            whole = np.concatenate([*(block[name] for block in blocks), end[name]], axis=1)
+            made[name] = from_raw(padded(whole, capacity, 1)[None], kind)
+        cache = found(**entry["options"])
+        if found is KVCache:
+            cache.keys, cache.values = made["k"], made["v"]
+        else:
+            cache.keys = tuple(made[f"k{i}"] for i in range(3))
+            cache.values = tuple(made[f"v{i}"] for i in range(3))
+        cache.offset = length
+        return cache
+
+
+class WholeLeaf:
+    """A cache that can't be cut, and is kept as it is for each place where a text goes on."""
+
+    def __init__(self, cache: Any):
+        self.entry: dict[str, Any] = {"kind": "whole", "class": type(cache).__name__}
+        if isinstance(cache, DeltaKVCache):
+            self.entry["config"] = cache.config.to_dict(whole=True)
+        self.arrays: list[mx.array] = []
+        self.form = self._take_apart(cache.state)
+        mx.eval(self.arrays)
+
+    @staticmethod
+    def fits(cache: Any) -> bool:
+        """Whether a cache is one of mlx-lm's for one text, whose state says everything."""
+        found = getattr(mlx_lm_cache, type(cache).__name__, None)
+        own = found is type(cache) and issubclass(found, _BaseCache)
+        try:
+            return own and not type(cache).__name__.startswith("Batch") and not cache.empty()
+        except NotImplementedError:
+            return False
+
+    def _take_apart(self, value: Any) -> Any:
+        """A state as JSON values, with its arrays' numbers and types in their places."""
+        if isinstance(value, mx.array):
+            self.arrays.append(value)
+            return {"array": len(self.arrays) - 1, "type": type_name(value)}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [self._take_apart(x) for x in value]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"a state holds a {type(value).__name__}")
+
+    def end(self) -> Piece:
+        """All arrays."""
+        return {str(i): to_raw(x) for i, x in enumerate(self.arrays)}
+
+    @staticmethod
+    def build(entry: dict[str, Any], form: Any, end: Piece) -> Any:
+        """The cache of a state taken apart."""
+
+        def together(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            if "array" in value:
+                return from_raw(end[str(value["array"])], value["type"])
+            if "tuple" in value:
+                return tuple(together(x) for x in value["tuple"])
+            return [together(x) for x in value["list"]]
+
+        found = getattr(mlx_lm_cache, entry["class"])
+        return found.from_state(together(form))

@@ -1,0 +1,7 @@
+"""``python -m mlx_delta.server``."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
