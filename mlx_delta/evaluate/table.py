@@ -164,7 +164,7 @@ def _caption(model: str, runs: Sequence[dict[str, Any]]) -> str:
             f"{'in a chat' if options['chat'] else 'no chat'}, seed {options['seed']}"
         )
     elif "file" in options:
-        what = f"{samples} of {options['file']}"
+        what = f"{samples} samples of {options['file']}"
     else:
         what = f"{samples} samples"
         if options.get("num_shots") is not None:

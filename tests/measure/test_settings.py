@@ -43,7 +43,7 @@ def test_the_papers_preset_does_not_start_from_the_models_setting():
 
 
 def test_a_share_of_zeros_or_a_loss_stands_for_the_level_of_the_curve():
-    curve = [(0.001, 0.5, 1e-4), (0.002, 0.7, 4e-4), (0.004, 0.8, 9e-4)]
+    curve = [(0.0, 0.0, 0.0), (0.001, 0.5, 1e-4), (0.002, 0.7, 4e-4), (0.004, 0.8, 9e-4)]
     own = DeltaConfig(sensitivities=Sensitivities([np.ones((2, 16))] * 3, curve))
     assert parse_setting("delta:sparsity=0.7", own).delta.level == 0.002
     assert parse_setting("delta:kl=0.0009,sinks=7", own).delta == own.changed(level=0.004, sinks=7)
