@@ -21,7 +21,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.generate.command import main
 from mlx_delta.models.parts import of_own_layers, share_of_heads
 from mlx_delta.sensitivities import Sensitivities
-from tests.processes.program import TEXT, run
+from tests.processes.program import TEXT, TOKENS, run
 from tests.tiny import LLAMA, SMALL, write_bitnet, write_checkpoint, write_llama
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,15 @@ def check(case: dict, n: int) -> None:
     """The tokens of one process; and caches and weights that together are those of one."""
     model, sharing, setting = case["case"].split()
     alone = run(f"{model} none {setting}", Alone())
-    assert case["same"] and case["tokens"] == alone["tokens"]
-    assert len(case["bytes"]) == n and sum(case["bytes"]) == alone["bytes"][0]
+    pairs = list(zip(case["tokens"], alone["tokens"], alone["clear"], strict=True))
+    assert case["same"] and sum(alone["clear"]) > TOKENS // 2
+    assert all(one == other for one, other, clear in pairs if clear)
+    if model == "demo":
+        assert case["tokens"] == alone["tokens"]
+    assert len(case["bytes"]) == n
+    # A packed value more or less, where a run could as well end there.
+    off = 1e-3 if "key_bits" in setting else 0
+    assert sum(case["bytes"]) == pytest.approx(alone["bytes"][0], rel=off, abs=0)
     if sharing == "layers":
         assert sum(case["layers"]) == alone["layers"][0]
     else:
