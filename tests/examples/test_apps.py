@@ -195,7 +195,7 @@ class TestNotesAPI:
                 while "text" not in got:
                     got = (await reader.readline()).decode()
                     number = json.loads(got)["id"] if '"id"' in got else number
-                (conversation,) = [c for _, c in service._running.values()]
+                ((conversation,),) = [begun for _, begun in service._running.values()]
                 if hang_up:
                     writer.close()
                 else:
