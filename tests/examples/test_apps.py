@@ -53,7 +53,7 @@ class TestChatApp:
                 assert "of 2048 tokens" in str(app.query_one("#status").render())
 
                 app._conversation.options = module.Options(max_tokens=1500)
-                await pilot.press("ctrl+e")
+                await pilot.press("up")
                 assert line.value == "Hello"
                 await pilot.press(*" you", "enter")
                 await until(pilot, lambda: len(app._text) > 5)
