@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Service:
         self._model = model
         self._max_tokens = max_tokens
         self._numbers = itertools.count(1)
-        self._running: dict[int, tuple[Streaming[str], Conversation]] = {}
+        self._running: dict[int, tuple[Streaming[str], list[Conversation]]] = {}
         self._conversation: Conversation
 
     # On the model's thread.
@@ -169,14 +170,12 @@ class Service:
         if len(self._running) >= WAITING:
             raise Refused("503 Service Unavailable", f"{WAITING} questions are waiting already")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
-        conversation: Conversation | None = None
+        begun: list[Conversation] = []
 
-        def begin() -> Any:
+        def begin() -> Iterator[str]:
             # A copy: the notes' own caches stay as they are for the next question.
-            nonlocal conversation
-            conversation = self._conversation.copy()
-            self._running[number] = streaming, conversation
-            return conversation.ask(question)
+            begun.append(self._conversation.copy())
+            return begun[0].ask(question)
 
         def ended(_: Future[bool]) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, None)
@@ -185,7 +184,7 @@ class Service:
         streaming = self._thread.stream(
             begin, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
         )
-        self._running.setdefault(number, (streaming, self._conversation))
+        self._running[number] = streaming, begun
         streaming.done.add_done_callback(ended)
         # The end of what the client sends is the end of its interest.
         gone = asyncio.create_task(reader.read(1))
@@ -195,22 +194,21 @@ class Service:
             while (piece := await next_or_gone(pieces, gone)) is not None:
                 await send_line(writer, {"text": piece})
             error = streaming.done.exception()
-            last = conversation.last if conversation is not None else None
+            last = begun[0].last if begun else None
             reason = "interrupted" if last is None else last.reason
             await send_line(writer, {"error": str(error)} if error else {"done": reason})
             writer.write(b"0\r\n\r\n")
             await writer.drain()
         finally:
             gone.cancel()
-            running = self._running.pop(number, None)
-            if running is not None:
-                stop(*running)
+            stop(*self._running.pop(number))
 
 
-def stop(streaming: Streaming[str], conversation: Conversation) -> None:
+def stop(streaming: Streaming[str], begun: list[Conversation]) -> None:
     """Stop an answer, or see that it never begins."""
     streaming.cancel()
-    conversation.stop()
+    for conversation in begun:
+        conversation.stop()
 
 
 async def next_or_gone(pieces: asyncio.Queue[str | None], gone: asyncio.Task[bytes]) -> str | None:

@@ -53,7 +53,7 @@ class TestChatApp:
                 assert "of 2048 tokens" in str(app.query_one("#status").render())
 
                 app._conversation.options = module.Options(max_tokens=1500)
-                await pilot.press("ctrl+e")
+                await pilot.press("up")
                 assert line.value == "Hello"
                 await pilot.press(*" you", "enter")
                 await until(pilot, lambda: len(app._text) > 5)
@@ -195,7 +195,7 @@ class TestNotesAPI:
                 while "text" not in got:
                     got = (await reader.readline()).decode()
                     number = json.loads(got)["id"] if '"id"' in got else number
-                (conversation,) = [c for _, c in service._running.values()]
+                ((conversation,),) = [begun for _, begun in service._running.values()]
                 if hang_up:
                     writer.close()
                 else:

@@ -19,6 +19,7 @@ from mlx_lm.models import qwen2
 import mlx_delta
 from mlx_delta.config import DeltaConfig
 from mlx_delta.generate.command import main
+from mlx_delta.generate.processes import Processes
 from mlx_delta.models.parts import of_own_layers, share_of_heads
 from mlx_delta.sensitivities import Sensitivities
 from tests.processes.program import TEXT, TOKENS, run
@@ -96,7 +97,6 @@ def test_four_processes_give_the_tokens_of_one(tmp_path):
     cases = cases_of(
         4,
         f"{path} heads {SMALL_BLOCKS},{PACKED}",
-        f"{path} layers {SMALL_BLOCKS}",
         f"{qwen} heads {SMALL_BLOCKS}",
         f"{qwen} layers {SMALL_BLOCKS},{PACKED}",
         "demo layers -",
@@ -130,10 +130,21 @@ def test_two_processes_print_once_what_one_prints(capsys, tmp_path):
     assert float(shares[1]) == float(shares[2]) == pytest.approx(size / 2, abs=0.006)
 
 
-def test_a_prompt_that_the_first_process_cannot_read_ends_all_with_one_line():
-    done = launch(2, "-m", "mlx_delta.generate", "--prompt-file", "/nowhere.txt")
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.count("error: --prompt-file /nowhere.txt: no such file") == 1
+@pytest.mark.parametrize("first", [True, False], ids=["first", "another"])
+def test_a_prompt_that_the_first_process_cannot_read_ends_all(monkeypatch, first):
+    told = []
+    monkeypatch.setattr(Processes, "size", 2)
+    monkeypatch.setattr(Processes, "first", first)
+    monkeypatch.setattr(
+        Processes, "_sum", lambda self, x: told.append(int(x)) or np.array(-1, np.int32)
+    )
+
+    def read() -> str:
+        raise FileNotFoundError("--prompt-file /nowhere.txt")
+
+    with pytest.raises(FileNotFoundError if first else SystemExit):
+        Processes().share_text(read)
+    assert told == ([-1] if first else [0])  # the others hear of it
 
 
 class Group:
