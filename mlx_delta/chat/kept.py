@@ -20,7 +20,7 @@ from .going_back import go_back, shared
 from .options import Progress
 from .prompt import Prompt
 
-MOST_MARKS = 6  # of the last three exchanges: where a question begins, and where its answer does
+MOST_MARKS = 7  # of the last three exchanges: their beginnings, those of their answers, and the end
 
 
 class KeptCaches:

@@ -125,7 +125,7 @@ def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
         (("--pipeline",), "--pipeline needs several Macs"),
         (("--load", "/nowhere.json"), "there is no file /nowhere.json"),
         (("--chat-template-config", "{"), "--chat-template-config is not JSON"),
-        (("--draft-model", "demo"), "--draft-model demo has other tokens than the model"),
+        (("--draft-model", "demo-bitnet"), "--draft-model demo-bitnet has other tokens"),
         (("--model", "/nowhere"), "there is no model directory '/nowhere'"),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
