@@ -71,12 +71,12 @@ NOTES = {
     "needles": "Numbers told at eight depths of two texts of each length, and asked for in the "
     "model's chat template, the answer begun for it; found when each digit ranks first. Other "
     "settings are asked for what dense attention finds.",
-    "winogrande": "All 1,267 items of the validation set, no examples. The texts have some "
+    "winogrande": "Items of the validation set, no examples. The texts have some "
     "25 tokens: up to 128 tokens nothing is held, and `delta` is dense attention; its records are "
     "dense attention's but for one in 25, which was measured all the same.",
-    "lambada": "1,000 of the 5,153 passages, spread evenly: whether greedy decoding would write "
+    "lambada": "Passages, spread evenly over the file: whether greedy decoding would write "
     "the last word. Passages of up to 128 tokens are dense attention's for `delta`, as above.",
-    "squad": "500 questions on paragraphs spread over a public subset in SQuAD 2.0's form (6,078 "
+    "squad": "Questions on whole paragraphs spread over a public subset in SQuAD 2.0's form (6,078 "
     "questions on 16 articles, about half of the official dev set, whose identifiers are partly "
     "changed: **not the official SQuAD v2 dev set**). Greedy answers of one line, up to 24 "
     "tokens, no examples; F1 of their words, an answer to an unanswerable question counting 0.",
