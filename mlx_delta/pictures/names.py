@@ -17,7 +17,7 @@ FAMILIES: dict[str, tuple[str, int | None, str]] = {
     "packed delta": ("D", 1, "delta, packed"),
     "paper": ("^", 2, "paper's setting"),
     "quantized": ("v", 3, "mlx-lm quantized"),
-    "others": ("<", 4, "others' quantized"),
+    "others": ("<", 6, "others' quantized"),
     "rotating": ("P", 4, "mlx-lm rotating"),
     "window-only": ("X", 5, "window only"),
 }

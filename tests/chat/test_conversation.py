@@ -127,7 +127,7 @@ def test_an_error_within_a_step_costs_the_caches_and_no_message(default, talk, m
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(cache, "update", fail)  # after layer 0 has taken the tokens
+    monkeypatch.setattr(cache, "updates", fail)  # after layer 0 has taken the tokens
     with pytest.raises(MemoryError):
         list(conversation.ask("And then?"))
     assert conversation.messages == messages and conversation.cached == 0

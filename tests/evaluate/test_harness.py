@@ -59,6 +59,8 @@ def test_batches_change_nothing(model, tokenizer, data, name, task):
     # Packed keys are float16, which a batch may round the other way; blocks are padded to its
     # largest.
     close, slack = (5e-3, 0.1) if "key_bits" in name else (2e-4, 0.02)
+    if name.startswith("paper"):
+        slack = 0.05  # a row keeps the full keys of a block as large as the batch's largest
     results, answers = run(model, tokenizer, name, task, data)
     batched, batch_answers = run(model, tokenizer, name, task, data, batch_size=4)
     assert answers.keys() == batch_answers.keys() and len(answers) >= 12
