@@ -24,8 +24,9 @@ def peak(model, length: int) -> tuple[int, int]:
     return mx.get_peak_memory() - before, sum(cache.nbytes for cache in caches)
 
 
-def test_a_prompt_of_twice_the_length_takes_the_same_memory():
+def test_a_prompt_of_eight_times_the_length_takes_the_same_memory():
     config = DeltaConfig(key_bits=4, value_bits=16, threshold=1.0)
     model = llama_model(config, num_hidden_layers=2)
-    (most, kept), (more, later) = peak(model, 2000), peak(model, 4000)
-    assert more < 1.1 * most and later < 1.1 * kept
+    (most, kept), (more, later) = peak(model, 2000), peak(model, 16000)
+    # The peak varies with how many steps are in flight; keys and values alone would double it.
+    assert more < 1.5 * most and later < 1.1 * kept
