@@ -55,13 +55,13 @@ def template_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="package", params=SETTINGS)
-def loaded(request, template_path):
-    return mlx_delta.load(template_path, SETTINGS[request.param])
+def loaded(request, words_path):
+    return mlx_delta.load(words_path, SETTINGS[request.param])
 
 
 @pytest.fixture(scope="package")
-def default(template_path):
-    return mlx_delta.load(template_path, SMALL)
+def default(words_path):
+    return mlx_delta.load(words_path, SMALL)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def talk():
     """A conversation of short answers with a loaded model."""
 
     def begin(loaded, **options) -> Conversation:
-        drawn = Options(**{"max_tokens": 12, **options.pop("drawn", {})})
+        drawn = Options(**{"max_tokens": 8, **options.pop("drawn", {})})
         return Conversation(*loaded, options=drawn, **options)
 
     return begin

@@ -125,7 +125,6 @@ def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
         (("--pipeline",), "--pipeline needs several Macs"),
         (("--load", "/nowhere.json"), "there is no file /nowhere.json"),
         (("--chat-template-config", "{"), "--chat-template-config is not JSON"),
-        (("--draft-model", "demo"), "--draft-model demo has other tokens than the model"),
         (("--model", "/nowhere"), "there is no model directory '/nowhere'"),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
@@ -133,6 +132,11 @@ def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
 def test_flags_that_cannot_be_used(chat, flags, message):
     status, out, err = chat("Hello\n", *flags)
     assert (status, out) == (1, "") and message in err and "Traceback" not in err
+
+
+def test_a_draft_model_of_other_tokens_is_refused(chat, template_path):
+    status, out, err = chat("Hello\n", "--draft-model", template_path)
+    assert (status, out) == (1, "") and "has other tokens than the model" in err
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -27,7 +30,7 @@ class Screen:
             command,
             stdin=slave, stdout=slave, stderr=slave,
             cwd=ROOT, env={**os.environ, **variables}, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=_begin,
         )  # fmt: skip
         os.close(slave)
         self.text = ""
@@ -52,6 +55,12 @@ class Screen:
         self.process.kill()
         self.process.wait()
         os.close(self._terminal)
+
+
+def _begin() -> None:
+    """In the new process: the terminal is its own, and Ctrl-C is heard, as in a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
 
 
 @pytest.fixture
