@@ -19,7 +19,7 @@ from mlx_delta.generate import make_caches
 from .going_back import go_back, shared
 from .options import Progress
 
-MOST_MARKS = 6  # of the last three exchanges: where a question begins, and where its answer does
+MOST_MARKS = 7  # of the last three exchanges: where a question begins, its answer, and the end
 
 
 class KeptCaches:

@@ -31,11 +31,6 @@ def set_template(path: Path, template: str) -> None:
 
 
 @pytest.fixture(scope="package")
-def plain_path(tmp_path_factory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("models") / "plain", **BYTES)
-
-
-@pytest.fixture(scope="package")
 def words_path(tmp_path_factory) -> Path:
     """Of the demo's tokens, so that nearly each of them can be shown when it comes."""
     return write_words(tmp_path_factory.mktemp("models") / "words")

@@ -79,7 +79,9 @@ def test_a_talk_in_a_terminal(screen, tmp_path):
     screen.wait(r"(?s)Hello\r\n.{20}")  # the answer has begun
     screen.type("\x03")
     screen.wait(r"stopped\][^>]*tokens; [^>]*> ")
-    screen.type("half a message\x03")
+    screen.type("half a message")
+    screen.wait("half a message")
+    screen.type("\x03")
     screen.wait("interrupted; /quit or Ctrl-D leaves[^>]*> ")
     screen.type('"""\rline one\rline two"""\r')
     screen.wait(r"two")
