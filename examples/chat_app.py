@@ -2,7 +2,7 @@
 
     python examples/chat_app.py --model smollm2
 
-Enter sends, Esc stops an answer, Ctrl-R begins anew, Up edits the last message, Ctrl-Q leaves.
+Enter sends, Esc stops, Ctrl-R begins anew, the up key edits the last message, Ctrl-Q leaves.
 The model lives on a thread of its own; the screen's event loop never waits for it.
 """
 

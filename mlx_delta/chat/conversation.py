@@ -106,7 +106,7 @@ class Conversation:
     @property
     def cached(self) -> int:
         """Tokens that the caches hold."""
-        return len(self._kept.known.tokens)
+        return len(self._kept.known)
 
     @property
     def caches(self) -> list[Any]:
@@ -194,6 +194,7 @@ class Conversation:
         """Another conversation that goes on from here; the two then differ."""
         other = copy.copy(self)
         other.messages = [dict(message) for message in self.messages]
+        other.prompts = copy.copy(self.prompts)
         other._kept = self._kept.copy()
         other._stop = threading.Event()
         return other
@@ -210,7 +211,7 @@ class Conversation:
 
     def _prompt(self, messages: list[dict[str, str]], answer: bool = True) -> Prompt:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return self.prompts.make([*first, *messages], self._kept.known, answer)
+        return self.prompts.make([*first, *messages], answer)
 
     def _common(self) -> list[int]:
         """The tokens that two different next messages begin with alike."""
@@ -249,6 +250,7 @@ class Conversation:
                     yield from self._draw(running, room)
         finally:
             if running.ids:
+                self.prompts.say(running.prompt, running.ids)
                 content = self.prompts.content(running.ids)
                 self.messages = [*messages, {"role": "assistant", "content": content}]
             now = time.perf_counter()
@@ -312,10 +314,10 @@ class Conversation:
                     break
         except GeneratorExit:  # whoever read the answer has gone
             responses.close()
-            self._kept.settle(self.prompts.known(prompt, running.ids))
+            self._kept.settle([*prompt.tokens, *running.ids])
             raise
         responses.close()
-        self._kept.settle(self.prompts.known(prompt, running.ids))
+        self._kept.settle([*prompt.tokens, *running.ids])
         if shown := whole.end(cut):
             yield shown
 

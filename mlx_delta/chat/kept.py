@@ -18,9 +18,8 @@ from mlx_delta.generate import make_caches
 
 from .going_back import go_back, shared
 from .options import Progress
-from .prompt import Prompt
 
-MOST_MARKS = 7  # of the last three exchanges: their beginnings, those of their answers, and the end
+MOST_MARKS = 7  # of the last three exchanges: where a question begins, its answer, and the end
 
 
 class KeptCaches:
@@ -34,7 +33,7 @@ class KeptCaches:
     Attributes:
         caches: The model's; none before anything was fed.
         draft_caches: The draft model's.
-        known: What they hold. Its text is empty where that is not known.
+        known: The tokens that they hold.
     """
 
     def __init__(self, model: nn.Module, draft_model: nn.Module | None, max_kv_size: int | None):
@@ -48,7 +47,7 @@ class KeptCaches:
         self._marks: list[list[Mark]] = []  # one for each model, the furthest last
         self.caches: list[Any] = []
         self.draft_caches: list[Any] = []
-        self.known = Prompt("", [])
+        self.known: list[int] = []
 
     def copy(self) -> KeptCaches:
         """Others that hold the same."""
@@ -74,11 +73,11 @@ class KeptCaches:
             self.caches = make_caches(self.model, len(tokens), self.max_kv_size)
             if self.draft_model is not None:
                 self.draft_caches = make_caches(self.draft_model, len(tokens))
-        start = self._go_back(shared(tokens, self.known.tokens))
+        start = self._go_back(shared(tokens, self.known))
         if start is None:  # a cache that can't be taken back
             self.forget()
             return self.go_back_to(tokens)
-        self.known = Prompt("", tokens[:start])
+        self.known = tokens[:start]
         return start
 
     def _go_back(self, length: int) -> int | None:
@@ -96,7 +95,7 @@ class KeptCaches:
     def mark(self) -> None:
         """Remember the end of what was fed as a place to go back to."""
         groups = [caches for caches in (self.caches, self.draft_caches) if caches]
-        length = len(self.known.tokens)
+        length = len(self.known)
         if not length or any(length_of(caches) != length for caches in groups):
             return
         place = [mark(caches) for caches in groups]
@@ -128,22 +127,22 @@ class KeptCaches:
             if self.draft_model is not None:
                 _step(self.draft_model, part, self.draft_caches)
             start += len(part)
-            self.known = Prompt("", prompt[:start])
+            self.known = prompt[:start]
             if on_progress is not None:
                 on_progress(start - reused, end - reused)
             yield reused, start - reused
         if start == end:
             self.mark()
 
-    def settle(self, known: Prompt) -> None:
+    def settle(self, tokens: list[int]) -> None:
         """Note what was fed, of which the caches may lack the end or hold a little more."""
         groups = [self.caches, self.draft_caches]
-        if go_back(groups, len(known.tokens)) is None:
+        if go_back(groups, len(tokens)) is None:
             self.forget()
             return
         held = min(length_of(group) for group in groups if group)
         go_back(groups, held)  # a draft model's may be a token behind
-        self.known = known if held == len(known.tokens) else Prompt("", known.tokens[:held])
+        self.known = tokens[:held]
         self.mark()
 
 

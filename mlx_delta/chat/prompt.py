@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_delta.generate.checks import encode_prompt
 from mlx_delta.generate.conversation import render
 
+MOST_SAID = 64  # answers whose tokens are remembered
 BETWEEN = "\n\n"  # paragraphs: messages and answers, where there is no template
 
 
@@ -18,7 +19,7 @@ class Prompt:
     """A text and its tokens.
 
     Attributes:
-        text: Empty where it is not known to be exactly that of the tokens.
+        text: It.
         tokens: Their ids.
     """
 
@@ -37,16 +38,16 @@ class PromptMaker:
     def __init__(self, tokenizer: TokenizerWrapper, template: dict[str, Any] | None):
         self.tokenizer = tokenizer
         self.template = template if tokenizer.has_chat_template else None
+        self._said: list[Prompt] = []
 
-    def make(self, messages: list[dict[str, str]], known: Prompt, answer: bool = True) -> Prompt:
+    def make(self, messages: list[dict[str, str]], answer: bool = True) -> Prompt:
         """The prompt of a conversation.
 
         A model's own words need not be cut into the tokens that a tokenizer would cut them into.
-        Where the text goes on from one that is known by its tokens, these are kept.
+        Where the text goes on from one that was said, the tokens of that are kept.
 
         Args:
             messages: Of ``role`` and ``content``.
-            known: What the model has seen.
             answer: Whether the beginning of an answer is to follow.
         """
         if self.template is not None:
@@ -57,16 +58,18 @@ class PromptMaker:
         else:
             text = _plain(messages)
             tokens = encode_prompt(self.tokenizer, text)
-        seen = known.tokens
-        goes_on = known.text and len(text) > len(known.text) and text.startswith(known.text)
-        if goes_on and tokens[: len(seen)] != seen:
-            rest = self.tokenizer.encode(text[len(known.text) :], add_special_tokens=False)
-            tokens = [*seen, *rest]
+        found = [said for said in self._said if text.startswith(said.text)]
+        said = max(found, key=lambda said: len(said.text), default=Prompt("", []))
+        if said.tokens and len(text) > len(said.text):
+            rest = text[len(said.text) :]
+            if tokens[: len(said.tokens)] != said.tokens:
+                tokens = [*said.tokens, *self.tokenizer.encode(rest, add_special_tokens=False)]
         return Prompt(text, tokens)
 
-    def known(self, prompt: Prompt, ids: list[int]) -> Prompt:
-        """What the model has seen after an answer of these tokens."""
-        return Prompt(prompt.text + self.tokenizer.decode(ids), [*prompt.tokens, *ids])
+    def say(self, prompt: Prompt, ids: list[int]) -> None:
+        """Remember by which tokens a prompt was answered."""
+        said = Prompt(prompt.text + self.tokenizer.decode(ids), [*prompt.tokens, *ids])
+        self._said = [*self._said, said][-MOST_SAID:]
 
     def content(self, ids: list[int]) -> str:
         """The text of an answer, its end token left out; without a template, its paragraph."""

@@ -134,7 +134,7 @@ def test_flags_that_cannot_be_used(chat, flags, message):
     assert (status, out) == (1, "") and message in err and "Traceback" not in err
 
 
-def test_a_draft_model_has_the_models_tokens(chat, template_path):
+def test_a_draft_model_of_other_tokens_is_refused(chat, template_path):
     status, out, err = chat("Hello\n", "--draft-model", template_path)
     assert (status, out) == (1, "") and "has other tokens than the model" in err
 

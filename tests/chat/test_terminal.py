@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -27,7 +30,7 @@ class Screen:
             command,
             stdin=slave, stdout=slave, stderr=slave,
             cwd=ROOT, env={**os.environ, **variables}, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=_begin,
         )  # fmt: skip
         os.close(slave)
         self.text = ""
@@ -54,6 +57,12 @@ class Screen:
         os.close(self._terminal)
 
 
+def _begin() -> None:
+    """In the new process: the terminal is its own, and Ctrl-C is heard, as in a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+
+
 @pytest.fixture
 def screen(words_path):
     opened = Screen(
@@ -70,12 +79,14 @@ def test_a_talk_in_a_terminal(screen, tmp_path):
     screen.wait(r"(?s)Hello\r\n.{20}")  # the answer has begun
     screen.type("\x03")
     screen.wait(r"stopped\][^>]*tokens; [^>]*> ")
-    screen.type("half a message\x03")
+    screen.type("half a message")
+    screen.wait("half a message")
+    screen.type("\x03")
     screen.wait("interrupted; /quit or Ctrl-D leaves[^>]*> ")
     screen.type('"""\rline one\rline two"""\r')
-    screen.wait(r"two")
+    screen.wait(r'(?s)line two"""\r\n.{20}')  # the answer has begun
     screen.type("\x03")
-    screen.wait(r"> ")
+    screen.wait(r"stopped\][^>]*tokens; [^>]*> ")
     file = tmp_path / "talk.json"
     screen.type(f"/save {file}\r")
     screen.wait("saved in ")
