@@ -14,6 +14,7 @@ from mlx_delta.models import MODELS
 from mlx_delta.models.any import AnyDelta, apply, check_layers, remove
 from mlx_delta.models.common import model_setting
 from mlx_delta.models.queries import query_sensitivities
+from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.wording import nearest
 
 from .conversation import Conversation
@@ -35,7 +36,11 @@ def describe(conversation: Conversation) -> list[str]:
 
 def written(delta: DeltaConfig | None) -> str:
     """A setting as the command line takes it."""
-    return "off" if delta is None else str(delta) or "the default setting"
+    if delta is None:
+        return "off"
+    if isinstance(delta.sensitivities, Sensitivities) and delta.sensitivities.file is None:
+        delta = delta.changed(sensitivities=None)  # of a sample, made when the model was loaded
+    return str(delta) or "the default setting"
 
 
 def change(conversation: Conversation, text: str) -> None:

@@ -138,7 +138,7 @@ class Slash:
                 self.conversation.messages,
                 self.conversation.system,
                 self.model_name,
-                None if delta is None else str(delta),
+                None if delta is None else written(delta),
             ),
         )
         self._tell(f"saved in {self._file}")

@@ -70,7 +70,7 @@ def test_the_next_turn_feeds_only_what_is_new(default, talk):
 
 
 def test_the_last_exchanges_are_edited_without_reading_all_again(loaded, talk):
-    conversation = talk(loaded, drawn={"max_tokens": 30}, system=LONG)
+    conversation = talk(loaded, drawn={"max_tokens": 20}, system=LONG)
     began = []
     for question in ("Who?", "Where?", "When?", "Why?"):
         began.append(conversation.cached)
@@ -87,7 +87,7 @@ def test_the_last_exchanges_are_edited_without_reading_all_again(loaded, talk):
     check(conversation)
 
 
-@pytest.mark.parametrize("pieces", [0, 1, 5])
+@pytest.mark.parametrize("pieces", [0, 5])
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(loaded, talk, pieces):
     conversation = talk(loaded)
     list(conversation.ask(LONG))

@@ -19,8 +19,8 @@ from mlx_delta.generate.processes import Processes
 import mlx.core as mx  # isort: skip  (after mlx_delta: it chooses the BLAS)
 from mlx.utils import tree_flatten  # isort: skip
 
-TEXT = "It was a dark night, and the wind was in the trees. The password of Anna is blue. " * 6
-TOKENS = 24
+TEXT = "It was a dark night, and the wind was in the trees. The password of Anna is blue. " * 3
+TOKENS = 16
 
 
 def run(case: str, processes: Processes) -> dict:
