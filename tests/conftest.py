@@ -1,7 +1,6 @@
 """Imports mlx_delta before any test imports MLX, so that the tests too run on a fast BLAS.
 
-Some tests are one check of many like things. A run takes some of them, spread over all, and
-``--all`` takes all.
+A run takes some of the mistakes that are planted in kernels, spread over all; ``--all`` takes all.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import pytest
 
 import mlx_delta  # noqa: F401
 
-# Of tests with a parameter of this name, every so many-th one.
-SAMPLED = {"mutation": 6}
+# Of the mistakes planted for one test, every so many-th one.
+MISTAKES = 6
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,19 +22,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not in the sample."""
-    if config.getoption("--all"):
+    # Asked for by its own name, a test runs.
+    if config.getoption("--all") or any("[" in argument for argument in config.args):
         return
-    seen: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        name = next((x for x in SAMPLED if x in getattr(item, "fixturenames", ())), None)
-        # Asked for by its own name, a test runs.
-        if name is None or any("[" in argument for argument in config.args):
-            kept.append(item)
-            continue
-        seen[name, test] += 1
-        (kept if seen[name, test] % SAMPLED[name] == 1 else left_out).append(item)
+        planted = "mutation" in getattr(item, "fixturenames", ())
+        (left_out if planted and seen[test] % MISTAKES else kept).append(item)
+        seen[test] += planted
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept

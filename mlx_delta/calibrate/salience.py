@@ -2,8 +2,7 @@
 
 Squared gradients say how much each far key of a window mattered. Their logarithm, within a block,
 is predicted from the key itself and from how far it stands out, by ridge regression; the
-coefficients of the key are the salience. On SmolLM2 the correlation of prediction and truth, on
-text that was not fitted, is .62, and .07 from standing out alone.
+coefficients of the key are the salience.
 """
 
 from __future__ import annotations

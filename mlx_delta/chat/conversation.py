@@ -24,8 +24,8 @@ from mlx_delta.generate import stream_generate
 from mlx_delta.generate.checks import check_prompt
 from mlx_delta.generate.memory import check_memory
 from mlx_delta.models.anatomy import context_length
+from mlx_delta.prefixes.chain import in_common
 
-from .going_back import shared
 from .kept import KeptCaches
 from .options import ContextFullError, Options, Progress, Turn
 from .prompt import Prompt, PromptMaker, end_of_paragraph
@@ -219,7 +219,7 @@ class Conversation:
             self._prompt([*self.messages, {"role": "user", "content": text}])
             for text in ("Alone", "Beside")
         )
-        return one.tokens[: shared(one.tokens, other.tokens)]
+        return one.tokens[: in_common(one.tokens, other.tokens)]
 
     def _answer(
         self, messages: list[dict[str, str]], on_progress: Progress | None

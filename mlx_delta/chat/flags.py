@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from mlx_delta.generate.flags import check_numbers, given_wish
+from mlx_delta.generate.flags import check_delta_flags, check_numbers
 from mlx_delta.loading import MODEL_HELP
-from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
+from mlx_delta.system.arguments import add_delta_arguments
 from mlx_delta.system.cli import HelpFormatter
 
 from .options import Options
@@ -84,14 +84,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: One of these.
     """
     check_numbers(args)
-    wish = given_wish(args)
-    flags = [flag_of_field(args, name) for name in delta_fields(args)]
-    flags += ["--delta-paper"] if args.delta_paper else []
-    flags += [] if wish is None else [wish]
-    if args.no_delta and flags:
-        raise ValueError(f"--no-delta and {flags[0]} contradict each other; drop one.")
-    if wish is not None and args.delta_paper:
-        raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
+    check_delta_flags(args)
     if args.max_kv_size is not None and not args.no_delta:
         raise ValueError("--max-kv-size needs dense attention; add --no-delta, or drop it.")
     if args.max_kv_size is not None and args.draft_model is not None:

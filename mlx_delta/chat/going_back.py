@@ -1,4 +1,4 @@
-"""How far two texts agree, and taking caches back to there."""
+"""Taking the caches of several models back in their common text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_delta.cache import length_of, rewind
-
-
-def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many elements two sequences begin with alike."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return min(len(one), len(other))
 
 
 def go_back(groups: Sequence[list[Any]], length: int) -> int | None:

@@ -15,8 +15,9 @@ from mlx_delta.cache.check_state import leaves
 from mlx_delta.cache.marks import Mark, go_to, mark
 from mlx_delta.cache.rewinding import reachable
 from mlx_delta.generate import make_caches
+from mlx_delta.prefixes.chain import in_common
 
-from .going_back import go_back, shared
+from .going_back import go_back
 from .options import Progress
 
 MOST_MARKS = 7  # of the last three exchanges: where a question begins, its answer, and the end
@@ -73,7 +74,7 @@ class KeptCaches:
             self.caches = make_caches(self.model, len(tokens), self.max_kv_size)
             if self.draft_model is not None:
                 self.draft_caches = make_caches(self.draft_model, len(tokens))
-        start = self._go_back(shared(tokens, self.known))
+        start = self._go_back(in_common(tokens, self.known))
         if start is None:  # a cache that can't be taken back
             self.forget()
             return self.go_back_to(tokens)

@@ -108,9 +108,7 @@ def tile_score_kernel() -> Any:
     """tile_score."""
     return mx.fast.metal_kernel(
         name="tile_score",
-        input_names=[
-            *("queries", "near", "packed", "bias", "spread", "factor", "mass", "place"),
-        ],
+        input_names="queries near packed bias spread factor mass place".split(),
         output_names=["logs", "shares", "lists", "counts"],
         source=SCORE_BODY,
         header=_header("tile_score"),

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mlx_lm.models.cache import CacheList, LRUPromptCache
+from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.check_state import leaves
 from mlx_delta.sensitivities import Sensitivities
 
 from .chain import in_common, names, root
@@ -344,20 +345,13 @@ def _best(best: _Found | None, found: _Found) -> _Found:
     return best
 
 
-def _leaves(caches: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for cache in caches:
-        found += _leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
-    return found
-
-
 def _settings(caches: Sequence[Any]) -> list[Any]:
     """The setting of each cache, as a layout has it."""
     return [
         json.loads(json.dumps(cache.config.to_dict(whole=True)))
         if isinstance(cache, DeltaKVCache)
         else None
-        for cache in _leaves(caches)
+        for cache in leaves(caches)
     ]
 
 
@@ -389,6 +383,6 @@ def _alike(settings: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _take_over(caches: Sequence[Any], like: Sequence[Any]) -> None:
     """What is known of a text besides its tokens."""
-    for cache, new in zip(_leaves(caches), _leaves(like), strict=True):
+    for cache, new in zip(leaves(caches), leaves(like), strict=True):
         if isinstance(cache, DeltaKVCache):
             cache.prompt_length = new.prompt_length

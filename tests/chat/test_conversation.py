@@ -7,7 +7,7 @@ import pytest
 import mlx_delta
 from mlx_delta.cache import length_of
 from mlx_delta.chat import ContextFullError, Conversation
-from mlx_delta.chat.going_back import shared
+from mlx_delta.prefixes.chain import in_common
 from tests.chat.conftest import set_template
 from tests.tiny import SMALL, llama_model, write_llama
 
@@ -240,7 +240,7 @@ def test_a_draft_model_changes_nothing_but_the_speed(loaded, talk, steps):
     ("one", "other", "n"), [([], [1], 0), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2)]
 )
 def test_what_two_texts_share(one, other, n):
-    assert shared(one, other) == shared(other, one) == n
+    assert in_common(one, other) == in_common(other, one) == n
 
 
 @pytest.mark.parametrize("call", ["retry", "undo", "edit"])

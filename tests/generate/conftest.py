@@ -42,3 +42,15 @@ def command_line(capsys):
         return status, out, err
 
     return call
+
+
+@pytest.fixture
+def run(command_line):
+    """Run the command for a short answer; what it reports, and its notes."""
+
+    def call(*flags: object) -> dict:
+        status, out, err = command_line("--json", "-m", "8", *flags)
+        assert status == 0, err
+        return {**json.loads(out), "notes": err}
+
+    return call

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 
 import pytest
 
@@ -26,16 +25,6 @@ def loads_once(monkeypatch):
 @functools.cache
 def loaded(name: str, delta):
     return mlx_delta.load(name, delta)
-
-
-@pytest.fixture
-def run(command_line):
-    def call(*flags: object) -> dict:
-        status, out, err = command_line("--json", "-m", "8", *flags)
-        assert status == 0, err
-        return {**json.loads(out), "notes": err}
-
-    return call
 
 
 @pytest.fixture

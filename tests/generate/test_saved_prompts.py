@@ -27,16 +27,6 @@ DELTA += ["--delta-sinks", "3"]
 
 
 @pytest.fixture
-def run(command_line):
-    def call(*flags: object) -> dict:
-        status, out, err = command_line("--json", "-m", "8", *flags)
-        assert status == 0, err
-        return {**json.loads(out), "notes": err}
-
-    return call
-
-
-@pytest.fixture
 def refused(command_line):
     def call(*flags: object) -> str:
         status, out, err = command_line("-m", "8", *flags)
