@@ -122,7 +122,7 @@ def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Encode
     """
     B, H, length, D = keys.shape
     assert config.key_bits is not None
-    bits, size = config.key_bits, config.block_size
+    bits, size = int(config.key_bits), config.block_size
     shape = (B, H, length // size, size, D)
     blocks = keys.reshape(shape).astype(mx.float32)
     grid = block_grid(blocks, bits, keys.dtype) if bits < 16 else None
@@ -161,7 +161,8 @@ def _runs(
     stored = None
     if grid is not None:
         assert config.key_bits is not None
-        stored = decode_values(encode_values(blocks, grid, config.key_bits), grid, keys.dtype)
+        codes = encode_values(blocks, grid, int(config.key_bits))
+        stored = decode_values(codes, grid, keys.dtype)
     held, zeros = hold_blocks(keys, config, first_block, stored=stored)
     held = held.reshape(blocks.shape)
     changed = held[:, :, :, 1:] != held[:, :, :, :-1]  # a code may repeat: not stored again
