@@ -9,6 +9,7 @@ from mlx_delta.config import DeltaConfig
 
 from .kinds import Keys, Values
 from .store import KeyStore
+from .written_out import WrittenOut
 
 
 class CacheFigures(_BaseCache):
@@ -25,6 +26,7 @@ class CacheFigures(_BaseCache):
     _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
     _keys: Keys | None
     _values: Values | None
+    _written: WrittenOut
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
 
