@@ -78,7 +78,7 @@ def test_a_mark_is_as_small_as_the_window(model):
     place = mark(caches)
     kept = [x.shape[2] for arrays in place.near for x in arrays or ()]
     assert all(n <= 16 + 8 for n in kept)
-    assert place.nbytes == sum(keys.nbytes for keys in place.near if keys is not None)
+    assert place.nbytes == sum(x.nbytes for arrays in place.near for x in arrays or ())
 
 
 def test_what_cannot_be_marked():
