@@ -30,6 +30,8 @@ def decode_blocks(
     if step.steps > DECODE_QUERIES:
         return None
     reason = _refusal(queries, blocks, step.stored_values.head_dim, mask)
+    if step.stored_values.differs:
+        reason = "far values are not stored as near ones are"
     if reason is not None:
         _warn(f"decoding without the kernel, over unpacked keys: {reason}")
         return None

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_delta.cache.held import HeldKeys
 from mlx_delta.cache.step import Part, Step
+from mlx_delta.cache.values import ValueStore
 from mlx_delta.ops import decode_kernel
 from mlx_delta.ops.pack import PackedBlocks
 
@@ -144,6 +145,7 @@ def _decode(
 ) -> mx.array:
     """Attention of a few queries by the kernel, straight from packed blocks."""
     values = step.stored_values
+    assert isinstance(values, ValueStore)
     return decode_kernel.decode(
         queries,
         list(zip(step.starts, step.encoded, step.firsts, strict=True)),

@@ -223,9 +223,11 @@ class HeldLeaf:
             sinks[:, : known.shape[1]] = known
             put("sinks", sinks)
         if "words" in types:
-            shapes = {"words": (entry["rows"], size), "grid": (2, head_dim)}
-            for name, shape in shapes.items():
-                none = np.zeros((heads, 0, *shape), np.uint32 if name == "words" else near.dtype)
+            nothing = {
+                "words": np.zeros((heads, 0, entry["rows"], size), np.uint32),
+                "grid": np.zeros((heads, 0, 2, head_dim), near.dtype),
+            }
+            for name, none in nothing.items():
                 found = [block[name][:, None] for block in blocks]
                 put(name, np.concatenate([none, *found], axis=1))
             header["coded"] = [len(blocks)]
