@@ -59,7 +59,8 @@ class Conversation:
         options: How answers are drawn.
         draft_model: Guesses tokens ahead; shares the tokenizer.
         template: Further arguments of the chat template; ``None`` to do without one.
-        max_kv_size: For dense models: tokens that their caches keep.
+        max_kv_size: Tokens that the model's caches keep; what is older is forgotten, but for the
+            first.
 
     Attributes:
         messages: Of ``role`` and ``content``, the system prompt left out.
@@ -174,7 +175,12 @@ class Conversation:
         self.last = None
 
     def forget(self) -> None:
-        """Drop the caches; what is needed of them is fed again. After another setting."""
+        """Drop the caches; what is needed of them is fed again. After another setting.
+
+        Raises:
+            ValueError: The model's setting can't do with so few tokens; nothing is changed then.
+        """
+        self._kept.check_size()
         self._kept.forget()
 
     def stop(self) -> None:
@@ -198,8 +204,6 @@ class Conversation:
         other._kept = self._kept.copy()
         other._stop = threading.Event()
         return other
-
-    # How it is done.
 
     # How it is done.
 
