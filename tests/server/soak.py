@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -302,7 +303,9 @@ def soak(
 
 def main() -> int:
     """Run it; the status is 1 if an answer was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="What stands after -- are flags of the server."
+    )
     parser.add_argument("count", type=int, nargs="?", default=2000, help="Requests")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--every", type=int, default=500, help="Requests of a server's life")
@@ -314,9 +317,9 @@ def main() -> int:
     parser.add_argument(
         "--patience", type=float, default=120, help="Seconds for an answer, on a busy machine"
     )
-    parser.add_argument("flags", nargs="*", help="Of the server, after --")
-    args = parser.parse_args()
-    flags = ["--model", args.model, *args.flags]
+    own = list(itertools.takewhile(lambda flag: flag != "--", sys.argv[1:]))
+    args = parser.parse_args(own)
+    flags = ["--model", args.model, *sys.argv[len(own) + 2 :]]
     begun = time.monotonic()
     quiet = start([*flags, "--prompt-cache-size", "0"], args.patience)
     context = requests.get(quiet.root + "/v1/models", timeout=args.patience).json()["data"][0]
