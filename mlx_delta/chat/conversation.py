@@ -188,8 +188,14 @@ class Conversation:
         self._stop.set()
 
     def prepare(self) -> None:
-        """Feed what any next message begins with, so that its answer comes sooner."""
+        """Feed what any next message begins with, so that its answer comes sooner.
+
+        Raises:
+            ContextFullError: There is no room for a message; nothing is fed then.
+            MemoryError: The caches would not fit the memory that is free.
+        """
         tokens = self._common()
+        self._check(tokens)
         self._stop.clear()
         with self._kept.whole_or_nothing():
             step = self.options.prefill_step_size
@@ -230,12 +236,18 @@ class Conversation:
     ) -> Iterator[str]:
         """Check what can be checked before anything changes; the rest as the answer is read."""
         prompt = self._prompt(messages)
-        room = self._room(len(prompt.tokens))
-        check_prompt("chat", self.model, prompt.tokens)
-        options = {"max_kv_size": self._kept.max_kv_size}
-        check_memory("chat", self.model, len(prompt.tokens), options)
+        room = self._check(prompt.tokens)
         self._stop.clear()
         return self._run(messages, _Running(prompt), room, on_progress)
+
+    def _check(self, tokens: list[int]) -> int:
+        """How many tokens may follow these, if they can be fed at all."""
+        room = self._room(len(tokens))
+        if tokens:
+            check_prompt("chat", self.model, tokens)
+            options = {"max_kv_size": self._kept.max_kv_size}
+            check_memory("chat", self.model, len(tokens), options)
+        return room
 
     def _run(
         self,

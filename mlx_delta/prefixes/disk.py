@@ -56,6 +56,8 @@ class PrefixDirectory:
     """
 
     def __init__(self, path: str | Path, budget: int, say: Callable[[str], None] | None = None):
+        if not str(path):
+            raise ValueError("[PrefixDirectory] path is empty; name a directory.")
         self.path = Path(path).expanduser()
         self.budget = budget
         self._say_it = say or (lambda text: warnings.warn(text, stacklevel=2))
@@ -213,7 +215,7 @@ class PrefixDirectory:
             return None
         except (OSError, MemoryError, _OtherFileError) as error:
             self._leave(file, error)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             try:
                 now = file.stat()
                 if (now.st_ino, now.st_size) == (before.st_ino, before.st_size):

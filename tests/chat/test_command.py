@@ -78,6 +78,8 @@ def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
         ("/save", "give a file: /save FILE"),
         ("/save /nowhere/talk.json", "there is no directory /nowhere"),
         ("/load /nowhere/talk.json", "there is no file /nowhere/talk.json"),
+        ("/load ~nobody/talk.json", "there is no file ~nobody/talk.json"),
+        ("/save ~nobody/talk.json", "there is no directory "),
         ("/setting temp", "'temp' is not of the form NAME=VALUE"),
         ("/setting temp=hot", "temp must be a number but got 'hot'"),
         ("/setting temp=-1", "temp must be from 0 to 1000000 but got -1"),

@@ -60,8 +60,8 @@ def test_every_way_to_go_on_answers_as_if_all_were_read_anew(loaded, talk):
 
 
 def test_a_cache_that_drops_answers_as_if_all_were_read_anew(loaded, talk):
-    conversation = talk(loaded, max_kv_size=64)
-    for question in (LONG, "And then?", "Who was there? " + LONG, "Why?"):
+    conversation = talk(loaded, max_kv_size=64, drawn={"max_tokens": 4})
+    for question in (LONG, "Who was there? " + LONG):
         before = conversation.cached
         list(conversation.ask(question))
         assert conversation.last.reused == before
@@ -222,6 +222,17 @@ def test_prepared_caches_hold_the_beginning_of_any_message(default, talk):
     list(conversation.ask("Who?"))
     assert conversation.last.reused == held
     check(conversation)
+
+
+def test_what_can_not_be_fed_is_refused_at_once(default, talk):
+    conversation = talk(default)
+    for text in ("half \ud83d", "\udcff"):
+        with pytest.raises(ValueError, match=r"holds half a character \('\\ud"):
+            conversation.ask(text)
+    conversation.system = "word " * 3000
+    with pytest.raises(ContextFullError, match="no room"):
+        conversation.prepare()
+    assert conversation.cached == 0 and conversation.messages == []
 
 
 def test_copies_go_their_own_ways(default, talk):
