@@ -60,7 +60,7 @@ def test_a_port_in_use_is_told_at_once(capsys):
             "error: [PrefixDirectory] path is empty; name a directory.",
         ),
         (
-            ["--port", "0", "--cache-dir", "~nobody/x"],
+            ["--port", "0", "--cache-dir", "~nobody-here/x"],
             "error: a path begins with ~ and a name that no user has.",
         ),
         (["--chat-template-args", "[]"], "'[]' is no JSON object"),
