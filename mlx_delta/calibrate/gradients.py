@@ -19,13 +19,14 @@ def key_gradients(
     config: DeltaConfig,
     layers: Sequence[int],
     seed: int,
+    asked: Sequence[int] | None = None,
 ) -> list[mx.array]:
     """Squared gradients of what the model says, with respect to each far key.
 
-    At each position that sees far keys one label is drawn from the model's own distribution; the
-    sum of the labels' log-probabilities is differentiated. The squares' expectation is the
-    diagonal of the Fisher information: half of it, times squared errors, is the KL divergence
-    that they make, to second order.
+    At each position that sees far keys, or that is asked for, one label is drawn from the model's
+    own distribution; the sum of the labels' log-probabilities is differentiated. The squares'
+    expectation is the diagonal of the Fisher information: half of it, times squared errors, is the
+    KL divergence that they make, to second order.
 
     Args:
         model: From :func:`mlx_delta.load`, with the delta.
@@ -33,6 +34,7 @@ def key_gradients(
         config: Its block size, window and sinks say which keys are far.
         layers: Which layers hold keys.
         seed: Of the labels.
+        asked: Positions whose next token counts; ``None``: all that see far keys.
 
     Returns:
         For each of these layers float32 [Hkv, L, D].
@@ -42,13 +44,14 @@ def key_gradients(
     """
     caches = make_probes(model, config, layers, None)
     first = (config.window_blocks + 1) * config.block_size
+    positions = mx.array(list(range(first, len(window)) if asked is None else asked))
     key = mx.random.key(seed)
     ids = mx.array(list(window))[None]
 
     def told(shifts: list[mx.array]) -> mx.array:
         for layer, shift in zip(layers, shifts, strict=True):
             caches[layer].shift = shift
-        logits = model(ids, cache=caches)[0, first:].astype(mx.float32)
+        logits = model(ids, cache=caches)[0, positions].astype(mx.float32)
         labels = mx.stop_gradient(mx.random.categorical(logits, key=key))
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.take_along_axis(logs, labels[:, None], axis=-1).sum()

@@ -47,7 +47,8 @@ class Form:
         asked: The question; empty: none but the beginning of its answer.
         begun: The beginning of the answer.
         keys: What needles are about.
-        words: The value is two of these; none: a number of five digits.
+        words: The value is some of these; none: a number of five digits.
+        count: How many.
     """
 
     told: str
@@ -55,12 +56,13 @@ class Form:
     begun: str
     keys: tuple[str, ...]
     words: tuple[str, ...] = ()
+    count: int = 1
 
     def value(self, rng: np.random.Generator) -> str:
         """A random value."""
         if not self.words:
             return str(rng.integers(10_000, 100_000))
-        return " ".join(self.words[i] for i in rng.integers(len(self.words), size=2))
+        return " ".join(self.words[i] for i in rng.integers(len(self.words), size=self.count))
 
 
 FORMS = {
@@ -70,6 +72,31 @@ FORMS = {
         "The special magic number for {key} is:",
         PLACES,
     ),
+    # Of small models, the ones that find few numbers find more of these.
+    "word": Form(
+        "The secret word of {key} is {value}.",
+        "What is the secret word of {key}?",
+        "The secret word of {key} is",
+        PLACES,
+        (
+            "apple",
+            "river",
+            "castle",
+            "window",
+            "silver",
+            "copper",
+            "orange",
+            "tiger",
+            "violin",
+            "ladder",
+            "candle",
+            "button",
+            "rocket",
+            "marble",
+            "bridge",
+            "forest",
+        ),
+    ),
     # What the bundled models were taught to recall.
     "password": Form(
         f"{FACTS['templates']['password']['told']} {{value}}.".replace("{name}", "{key}"),
@@ -77,6 +104,7 @@ FORMS = {
         FACTS["templates"]["password"]["asked"].replace("{name}", "{key}"),
         tuple(FACTS["names"]),
         tuple(FACTS["words"]),
+        2,
     ),
 }
 
