@@ -45,7 +45,7 @@ class DeltaKVCache(HeldKeys):
         if self._keys is None or self._values is None or len(self._lengths) != 1:
             return self
         cache = copy.copy(self)
-        length = max(1, self.seen_tokens)
+        length = max(1, self.kept_tokens)
         cache._keys, cache._values = self._keys.row(0, length), self._values.row(0, length)
         return cache
 
