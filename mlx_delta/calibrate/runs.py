@@ -20,6 +20,7 @@ from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.ternary.model import TernaryModel
 
+from .codes import with_codes
 from .divergence import Comparison, DenseText
 from .recall import Recall, make_recall
 from .salience import measure_salience
@@ -172,7 +173,7 @@ def calibrate_runs(
     first, second = windows
     watched = watch(model, first, base)
     progress()
-    weights, predicting = measure_weights(model, first, base, watched, way, seed)
+    weights, predicting, of_values = measure_weights(model, first, base, watched, way, seed)
     salience: Sequence[np.ndarray | None] = [None] * len(weights)
     recalled = None
     progress()
@@ -209,7 +210,7 @@ def calibrate_runs(
         progress()
     rows = [(level, found.zeros, found.divergence) for level, found in curve]
     curve_rows = [(0.0, 0.0, 0.0), *rows]
-    sensitivities = Sensitivities(sensitivities.layers, curve_rows, salience=sensitivities.salience)
+    sensitivities = with_codes(sensitivities.with_curve(curve_rows), watched, of_values, base)
     level = float(f"{sensitivities.level_for(sparsity, kl):.4g}")
     config = base.changed(sensitivities=sensitivities, level=level)
     chosen = text.compare(config)
