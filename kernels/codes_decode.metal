@@ -1,0 +1,452 @@
+// codes_decode: attention of a few queries straight from coded keys and turned values.
+//
+// Grid: x = simdgroups of a threadgroup, y = rows * kv heads * parts of their queries, z = splits. A
+// simdgroup has up to four queries that share a kv head and works by itself: simdgroups of one
+// threadgroup read the same memory at about the same time, no more. Each split has tokens of one
+// kind, 64 at once:
+//
+//   far    blocks of codes, divided among the first splits
+//   sinks  exact keys of the first tokens, with values of codes (one split)
+//   near   exact keys and values of 16 bits, block by block (the last splits)
+//
+// Lanes own tokens while scores are computed, so that nothing is summed up over lanes but once a
+// block: lane l has tokens 4 * (l % 16) to + 3 and every other row of words, a load of 16 bytes for
+// 128 multiply-adds and more. The grid goes into the query, q.(low + code * step) = q.low +
+// (q * step).code: once a block each lane does it for D / 32 channels and leaves the result in
+// threadgroup memory, in the order of the words, from where it reaches all lanes at once.
+//
+// Softmax: two tokens a lane, in powers of two. What was added up is rescaled only when a score is
+// more than 16 above the highest so far, so after the first blocks hardly ever; sums stay in their
+// lanes until the end. Then lanes own eight channels of every 32 / (D / 8)-th token: the weights come
+// from threadgroup memory, multiplied by the scales of the values already; their biases are summed up
+// with the weights in the lanes that have the tokens.
+//
+// Loads of an iteration are issued before the arithmetic of the one before. Writes Dv + 2 floats per
+// query and split; delta_decode_reduce puts the splits together.
+
+constant constexpr int CODED_CLASSES = 5;  // widths that there may be
+constant constexpr int CODED_ROW_NUMBERS = 8;
+
+// Sizes that are the same for all rows.
+struct CodedSizes {
+  int kv_heads;
+  int groups;  // query heads to a kv head
+  int queries;  // a row, of one head
+  int blocks;  // capacity in coded blocks
+  int word_rows;  // to a block
+  int room;  // capacity in near keys
+  int value_room;  // and in near values
+  int tokens;  // capacity in values of codes
+  int value_words;  // a token's, of all kv heads
+  int sinks;
+  int window_blocks;
+  int far_splits;
+  int splits;
+  int mask_rows;  // rows of the boolean mask, 1 or one per row
+  int mask_columns;
+};
+
+// Where tokens are from.
+enum CodedKind { CODED_FAR, CODED_SINKS, CODED_NEAR };
+
+constexpr int class_width(int c) {
+  return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
+}
+
+// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what their
+// factor is, one over the unit of their field. Returns how much room all take.
+template <int KeyWidths, int Chunks, bool Bytes>
+inline int place_channels(
+    const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
+  int slots = 0;
+  int channels = 0;
+  UNROLL_ALL
+  for (int c = 0; c < CODED_CLASSES; ++c) {
+    const int width = class_width(c);
+    if (!(KeyWidths >> width & 1)) {
+      continue;
+    }
+    const int count = counts[c];
+    const int per_word = 32 / width;
+    UNROLL_ALL
+    for (int i = 0; i < Chunks; ++i) {
+      const int index = 32 * i + lane - channels;
+      if (index >= 0 && index < count) {
+        const int k = index % per_word;
+        const int exponent = width == 8 ? code_unit<8, Bytes>(k)
+            : width == 6                ? code_unit<6, Bytes>(k)
+            : width == 4                ? code_unit<4, Bytes>(k)
+            : width == 3                ? code_unit<3, Bytes>(k)
+                                        : code_unit<2, Bytes>(k);
+        slot[i] = slots + index;
+        unit[i] = power_of_two(-exponent);
+      }
+    }
+    channels += count;
+    const int word_rows = (count + per_word - 1) / per_word;
+    slots += (word_rows + 1) / 2 * 2 * per_word;
+  }
+  return slots;
+}
+
+// Gives two tokens of a step, from `place` on, the score -inf for each query that does not see them as
+// what they are here.
+template <int Queries, bool HasSinks, bool HasMask>
+inline void hide(
+    thread float (&score)[2][Queries],
+    int kind,
+    int place,
+    int start,
+    int row,
+    int first_query,
+    int all_queries,
+    const device bool* mask,
+    CodedSizes sizes) {
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    const int step = min(first_query + j, all_queries - 1) % sizes.queries;
+    const int position = max(start + step, 0);
+    const int far = max(position / CODED_TOKENS - sizes.window_blocks, 0);
+    UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      const int block = (place + i) / CODED_TOKENS;
+      const bool is_sink = HasSinks && place + i < sizes.sinks;
+      bool seen = kind == CODED_NEAR ? place + i <= position && block >= far
+                                     : is_sink == (kind == CODED_SINKS) && block < far;
+      if (HasMask && seen) {
+        const int mask_row = (row % sizes.mask_rows) * sizes.queries + step;
+        seen = mask[long(mask_row) * sizes.mask_columns + place + i];
+      }
+      score[i][j] = seen ? score[i][j] : -INFINITY;
+    }
+  }
+}
+
+template <
+    typename T,  // queries
+    typename S,  // stored keys and grids
+    typename V,  // values of 16 bits, scales and biases
+    int KeyWidths,  // which widths classes have, a bit each: 1 << width
+    int ValueWidths,  // the same for values; 0: all of them have 16 bits
+    int Group,  // values that share a scale; D without codes
+    int D,
+    int Queries,  // of a simdgroup, 1 to 4
+    bool Bytes,  // how codes of 4 bits become floats, see codes.h
+    bool HasSinks,
+    bool HasMask>
+inline void codes_decode(
+    const device T* queries,
+    const device T* far_queries,  // turned as the coded keys are, or the same
+    const device int* rows,
+    const device int* counts,  // [8]: channels of width 8, 6, 4, 3 and 2
+    const device int* order,
+    const device uint* words,
+    const device S* grid,
+    const device S* sinks,
+    const device S* near,
+    const device V* near_values,
+    const device uint* value_words,
+    const device V* scales,  // or the values, without codes
+    const device V* biases,
+    const device int* heads,  // [kv heads][2]: bits of a value, its first word
+    const device bool* mask,
+    float scale,
+    CodedSizes sizes,
+    device float* partial,
+    device float* sums,
+    threadgroup float4* scaled,  // [coded_slots<KeyWidths, D>()] queries, times steps of the grid
+    threadgroup float4* plain,  // [D] and as they are, in the order
+    threadgroup float4* weights,  // [D / Group * CODED_TOKENS]
+    int lane,
+    int simdgroup,  // of all that share the kv head
+    int split,
+    int head) {
+  constexpr int Chunks = (D + 31) / 32;
+  constexpr int Groups = D / Group;
+  constexpr int Own = coded_own<D>();
+  constexpr int Step = coded_step<D>();
+  constexpr bool Coded = ValueWidths != 0;
+  const int row = head / sizes.kv_heads;
+  const int kv_head = head % sizes.kv_heads;
+  const int all_queries = sizes.groups * sizes.queries;
+  const int first_query = simdgroup * Queries;
+  const int start = rows[row * CODED_ROW_NUMBERS];
+  const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
+  const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
+  const int window = sizes.window_blocks;
+
+  // A position before the text is padding: it sees key 0, for want of any.
+  const int first_position = max(start, 0);
+  const int last_position = max(start + sizes.queries - 1, 0);
+  const int least_far = max(first_position / CODED_TOKENS - window, 0);
+  const int far_blocks = min(packed_blocks, max(last_position / CODED_TOKENS - window, 0));
+
+  // This split's tokens: of which kind, and which steps of CODED_TOKENS.
+  const int near_split = sizes.far_splits + (HasSinks ? 1 : 0);
+  int kind = CODED_NEAR;
+  int begin = least_far;
+  int end = last_position / CODED_TOKENS + 1;
+  int shares = sizes.splits - near_split;
+  int share = split - near_split;
+  if (split < sizes.far_splits) {
+    kind = CODED_FAR;
+    begin = 0;
+    end = far_blocks;
+    shares = sizes.far_splits;
+    share = split;
+  } else if (HasSinks && split < near_split) {
+    kind = CODED_SINKS;
+    begin = 0;
+    end = min((sizes.sinks + CODED_TOKENS - 1) / CODED_TOKENS, far_blocks);
+    shares = 1;
+    share = 0;
+  }
+  const int each = (end - begin + shares - 1) / shares;
+  begin += share * each;
+  end = min(begin + each, end);
+  const bool is_far = kind == CODED_FAR;
+  const bool coded_values = Coded && kind != CODED_NEAR;
+
+  // This lane's channels: the factor on the query, and where it goes. Far ones in the order of the
+  // words, whose rows are filled up to pairs with zeros; others as they come.
+  int slot[Chunks];
+  float unit[Chunks];  // of the channel's field
+  UNROLL_ALL
+  for (int i = 0; i < Chunks; ++i) {
+    slot[i] = 32 * i + lane;
+    unit[i] = 1.0f;
+  }
+  if (is_far) {
+    const int slots = place_channels<KeyWidths, Chunks, Bytes>(counts, lane, slot, unit);
+    const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = lane; i < slots; i += 32) {
+      put<Queries>(scaled, i, none);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  UNROLL_ALL
+  for (int i = 0; i < Chunks; ++i) {
+    const int d = 32 * i + lane;
+    if (d < D) {
+      const int channel = is_far ? order[kv_head * D + d] : d;
+      float own[Queries];
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        const int q = min(first_query + j, all_queries - 1);
+        const device T* from = (is_far ? far_queries : queries) + long(head * all_queries + q) * D;
+        own[j] = scale * M_LOG2E_F * float(from[channel]);
+      }
+      put<Queries>(is_far ? plain : scaled, d, own);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+
+  words += long(head) * sizes.blocks * sizes.word_rows * CODED_TOKENS;
+  grid += long(head) * sizes.blocks * 2 * D;
+  const device S* exact_keys = kind == CODED_SINKS
+      ? sinks + long(head) * sizes.sinks * D
+      : near + (long(head) * sizes.room - near_first) * D;
+  near_values += (long(head) * sizes.value_room - near_first) * D;
+  const int own = lane % Own;
+  const int sub = min(lane / Own, Step - 1);
+  const int width = Coded ? heads[2 * kv_head] : 16;
+  if (Coded) {
+    const long token = long(row) * sizes.tokens;
+    value_words += token * sizes.value_words + heads[2 * kv_head + 1];
+    scales += (token * sizes.kv_heads + kv_head) * Groups;
+    biases += (token * sizes.kv_heads + kv_head) * Groups;
+  } else {
+    scales += long(head) * sizes.tokens * D;
+  }
+  const int apart = sizes.kv_heads * Groups;  // of scales
+  const int part = lane / 16;
+  const int first = 4 * (lane % 16) + 2 * part;  // this lane's tokens of a step: this one and the next
+
+  CodedState<Queries, Groups> state;
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    state.highest[j] = CODED_LOWEST;
+    state.sum[j] = 0.0f;
+    UNROLL_ALL
+    for (int k = 0; k < 8; ++k) {
+      state.output[j][k] = 0.0f;
+    }
+    UNROLL_ALL
+    for (int g = 0; g < Groups; ++g) {
+      state.bias[g][j] = 0.0f;
+      state.scaled[g][j] = 0.0f;
+    }
+  }
+
+  for (int block = begin; block < end; ++block) {
+    const int token = block * CODED_TOKENS;
+    float score[2][Queries];
+    if (is_far) {
+      float low[Queries];
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        low[j] = 0.0f;
+      }
+      const device S* own_grid = grid + long(block) * 2 * D;
+      UNROLL_ALL
+      for (int i = 0; i < Chunks; ++i) {
+        const int d = 32 * i + lane;
+        if (d < D) {
+          const float step = float(own_grid[D + d]) * unit[i];
+          const float base = float(own_grid[d]) - CODE_ZERO * step;
+          float query[Queries];
+          float product[Queries];
+          fetch<Queries>(plain, d, query);
+          UNROLL_ALL
+          for (int j = 0; j < Queries; ++j) {
+            product[j] = query[j] * step;
+            low[j] += query[j] * base;
+          }
+          put<Queries>(scaled, slot[i], product);
+        }
+      }
+      float four[4][Queries];
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        low[j] = simd_sum(low[j]);
+        UNROLL_ALL
+        for (int t = 0; t < 4; ++t) {
+          four[t][j] = part == 0 ? low[j] : 0.0f;
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      const device uint* from =
+          words + long(block) * sizes.word_rows * CODED_TOKENS + 4 * (lane % 16);
+      int class_slot = 0;
+      UNROLL_ALL
+      for (int c = 0; c < CODED_CLASSES; ++c) {
+        const int per_word = 32 / class_width(c);
+        if (!(KeyWidths >> class_width(c) & 1)) {
+          continue;
+        }
+        const int word_rows = (counts[c] + per_word - 1) / per_word;
+        if (c == 0) {
+          class_scores<8, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
+        } else if (c == 1) {
+          class_scores<6, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
+        } else if (c == 2) {
+          class_scores<4, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
+        } else if (c == 3) {
+          class_scores<3, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
+        } else {
+          class_scores<2, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
+        }
+        from += word_rows * CODED_TOKENS;
+        class_slot += (word_rows + 1) / 2 * 2 * per_word;
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
+      UNROLL_ALL
+      for (int i = 0; i < 2; ++i) {
+        UNROLL_ALL
+        for (int j = 0; j < Queries; ++j) {
+          const float mine = part ? four[2 + i][j] : four[i][j];
+          const float other = part ? four[i][j] : four[2 + i][j];
+          score[i][j] = mine + simd_shuffle_xor(other, 16);
+        }
+      }
+    } else {
+      const int last = kind == CODED_SINKS ? sizes.sinks - 1 : last_position;
+      exact_scores<S, D, Queries>(exact_keys, token + first, last, scaled, score);
+    }
+
+    // Far blocks lie before all queries but those that see them near.
+    if (HasMask || !is_far || block >= least_far || (HasSinks && token < sizes.sinks)) {
+      hide<Queries, HasSinks, HasMask>(
+          score, kind, token + first, start, row, first_query, all_queries, mask, sizes);
+    }
+
+    const long at = long(token) * apart;
+    weigh<V, Queries, Groups, Coded>(
+        state, score, first, coded_values, scales + at, biases + at, apart, weights);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (coded_values) {
+      const device uint* from = value_words + long(token + sub) * sizes.value_words;
+      const int value_words_apart = sizes.value_words;
+      threadgroup float4* mine = weights;
+      const int group = own * 8 / Group * CODED_TOKENS;
+      if (Queries >= 3) {
+        mine += group;
+      } else {
+        mine = (threadgroup float4*)((threadgroup float*)weights + group * Queries);
+      }
+#define ADD_CODED(Width)                                                           \
+  if ((ValueWidths >> Width & 1) && width == Width) {                              \
+    add_coded<Width, Queries, Groups, Step, Bytes>(                                \
+        state, from, value_words_apart, mine, own, sub);                           \
+  }
+      ADD_CODED(8)
+      ADD_CODED(6)
+      ADD_CODED(4)
+      ADD_CODED(3)
+      ADD_CODED(2)
+#undef ADD_CODED
+    } else {
+      const int tokens = min(CODED_TOKENS, last_position + 1 - token);
+      const device V* from = (kind == CODED_NEAR ? near_values : scales) + long(token) * D + own * 8;
+      add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // Sums over the lanes; of the outputs, over those with the same channels.
+  float total[Queries];
+  float bias[Queries];
+  float fields[Queries];
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    total[j] = simd_sum(state.sum[j]);
+    bias[j] = 0.0f;
+    fields[j] = 0.0f;
+    UNROLL_ALL
+    for (int g = 0; g < Groups; ++g) {
+      const float group_bias = simd_sum(state.bias[g][j]);
+      const float group_scaled = simd_sum(state.scaled[g][j]);
+      bias[j] = own * 8 / Group == g ? group_bias : bias[j];
+      fields[j] = own * 8 / Group == g ? group_scaled : fields[j];
+    }
+    UNROLL_ALL
+    for (int k = 0; k < 8; ++k) {
+      UNROLL_ALL
+      for (int apart_steps = Step / 2; apart_steps > 0; apart_steps /= 2) {
+        const ushort other = ushort((lane + apart_steps * Own) & 31);
+        state.output[j][k] += simd_shuffle(state.output[j][k], other);
+      }
+    }
+  }
+  if (coded_values) {
+#define FROM_FIELDS(Width)                                                         \
+  if ((ValueWidths >> Width & 1) && width == Width) {                              \
+    from_fields<Width, Queries, Groups, Bytes>(state, fields);                     \
+  }
+    FROM_FIELDS(8)
+    FROM_FIELDS(6)
+    FROM_FIELDS(4)
+    FROM_FIELDS(3)
+    FROM_FIELDS(2)
+#undef FROM_FIELDS
+  }
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    const int q = first_query + j;
+    if (q >= all_queries) {
+      continue;
+    }
+    const long to = long(head * all_queries + q) * sizes.splits + split;
+    if (lane < Own) {
+      UNROLL_ALL
+      for (int k = 0; k < 8; ++k) {
+        partial[to * D + lane * 8 + k] = state.output[j][k] + bias[j];
+      }
+    }
+    if (lane == 0) {
+      sums[to * 2] = state.highest[j] * M_LN2_F;  // delta_decode_reduce takes powers of e
+      sums[to * 2 + 1] = total[j];
+    }
+  }
+}
