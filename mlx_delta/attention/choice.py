@@ -40,6 +40,9 @@ def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
     """Whether the kernels choose and compute the tiles of queries [B, Hq, L, D]."""
     if not has_kernels():
         return False
+    if step.stored_values.differs:
+        _warn("tiles without the kernels: far values are not stored as near ones are")
+        return False
     reason = tiles_kernel.refusal(queries, step.stored_values.head_dim, scale)
     if reason is not None:
         _warn(f"tiles without the kernels: {reason}")

@@ -32,7 +32,7 @@ def attend_unpacked(
         return mx.fast.scaled_dot_product_attention(
             queries,
             step.held[:, :, : step.length],
-            step.values[:, :, : step.length],
+            step.held_values[:, :, : step.length],
             scale=scale,
             mask=plain_mask(step, mask),
             sinks=head_sinks,
@@ -91,7 +91,7 @@ def _attend_chunk(
     return mx.fast.scaled_dot_product_attention(
         queries,
         _join(step.held, step.full, held_end, full_start, length),
-        _join(step.values, step.values, held_end, full_start, length),
+        _join(step.held_values, step.values, held_end, full_start, length),
         scale=scale,
         mask=seen,
         sinks=head_sinks,

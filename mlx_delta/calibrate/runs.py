@@ -189,7 +189,7 @@ def calibrate_runs(
         progress()
     rows = [(level, found.zeros, found.divergence) for level, found in curve]
     curve_rows = [(0.0, 0.0, 0.0), *rows]
-    sensitivities = Sensitivities(sensitivities.layers, curve_rows, salience=sensitivities.salience)
+    sensitivities = sensitivities.with_curve(curve_rows)
     level = float(f"{sensitivities.level_for(sparsity, kl):.4g}")
     config = base.changed(sensitivities=sensitivities, level=level)
     chosen = text.compare(config)

@@ -16,14 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_delta.attention.probe import held_layers, watch_keys
+from mlx_delta.attention.probe import Seen, held_layers, watch_keys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.models.queries import QuerySquares, shared_by_pairs
 from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.sensitivities import Sensitivities
 
 from .divergence import DenseText
-from .gradients import key_gradients
+from .gradients import far_gradients
 
 Way = Literal["gradients", "queries"]
 
@@ -52,9 +52,9 @@ def watch(model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Watch
     keys: dict[int, mx.array] = {}
     squares = QuerySquares()
 
-    def see(layer: int, queries: mx.array, own: mx.array, scale: float) -> None:
-        squares.add(layer, queries, own, scale)
-        keys[layer] = own[0].astype(mx.float32)
+    def see(layer: int, seen: Seen) -> None:
+        squares.add(layer, seen)
+        keys[layer] = seen.keys[0].astype(mx.float32)
 
     watch_keys(model, window, config, layers, see)
     mx.eval(keys)
@@ -86,7 +86,8 @@ def measure_weights(
     if way == "queries":
         weights = [_floored(x) for x in watched.queries]
         return weights, [w[:, None] for w in weights]
-    squares = [np.array(x) for x in key_gradients(model, window, config, watched.layers, seed)]
+    of_keys, _ = far_gradients(model, window, config, watched.layers, seed)
+    squares = [np.array(x) for x in of_keys]
     # Keys that some query sees as far.
     end = ((len(window) - 1) // config.block_size - config.window_blocks) * config.block_size
     far = slice(min(config.sinks, end - 1), end)

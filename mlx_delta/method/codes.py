@@ -4,10 +4,11 @@ This file is the specification of two storage formats; ``ops/codes.py``, ``ops/t
 kernels must agree with it.
 
 **Keys.** Nothing is held: each key of a block is a code on a grid of its channel, as in
-:mod:`mlx_delta.method.storage`, and channels that the model minds more get wider codes. A layer has
+:mod:`mlx_delta.method.storage`, and channels that the model minds more get wider codes
+(:mod:`mlx_delta.widths`). A layer has
 
-- **classes**: pairs (width, count), widths descending and out of ``WIDTHS``; the same for all its
-  kv heads, so that arrays are rectangular. Counts sum up to D.
+- **classes**: pairs (width, count), widths descending; the same for all its kv heads, so that
+  arrays are rectangular. Counts sum up to D.
 - an **order**, int [Hkv, D]: each head's channels, those of the widest class first, ascending
   within a class. Both channels of a RoPE pair (d, d + D / 2) have one width.
 
@@ -27,10 +28,10 @@ alike has the same product with them.
 
 **Values.** A token's value [Dv] of one kv head is turned, rounded to the storage type, and stored
 as ``mx.quantize`` does in groups of ``value_group`` numbers: codes without gaps, lowest bits first,
-that stand for ``bias + scale * code``. Each kv head has a width of its own out of
-``VALUE_WIDTHS``. The words of a token's heads lie one after the other, ``width * Dv / 32`` of each,
-and so do their scales and biases, ``Dv / group`` of each. Attention may sum turned values up and
-turn the sum back: the matrix undoes itself.
+that stand for ``bias + scale * code``. Each kv head has a width of its own. The words of a token's
+heads lie one after the other, ``width * Dv / 32`` of each, and so do their scales and biases,
+``Dv / group`` of each. Attention may sum turned values up and turn the sum back: the matrix undoes
+itself.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .storage import block_grid, decode_values, encode_values, round_to
-
-WIDTHS = (8, 6, 4, 3, 2)  # of keys' codes; a word has 4, 5, 8, 10 or 16 of them
-VALUE_WIDTHS = (8, 6, 4, 3, 2)  # mx.quantize's
 
 # (width, count) of each class of channels.
 Classes = tuple[tuple[int, int], ...]

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_delta.attention.probe import held_layers, watch_keys
+from mlx_delta.attention.probe import Seen, held_layers, watch_keys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
 
@@ -57,10 +57,10 @@ class QuerySquares:
     def __init__(self) -> None:
         self._squares: dict[int, mx.array] = {}
 
-    def add(self, layer: int, queries: mx.array, keys: mx.array, scale: float) -> None:
-        """Take the queries [1, Hq, L, D] of a text; the keys [1, Hkv, L, D] say which share one."""
-        _, heads, length, head_dim = keys.shape
-        scaled = queries[0].astype(mx.float32) * scale
+    def add(self, layer: int, seen: Seen) -> None:
+        """Take the queries of a text; the keys say which share one."""
+        _, heads, length, head_dim = seen.keys.shape
+        scaled = seen.queries[0].astype(mx.float32) * seen.scale
         groups = mx.square(scaled).reshape(heads, -1, length, head_dim)
         self._squares[layer] = groups.mean(axis=(1, 2))
 

@@ -1,73 +1,153 @@
-"""Keys as codes of several widths, and turned values of a width for each head: how they are held.
+"""Coding blocks of keys in several widths, and reading them again, with MLX operations.
 
-:mod:`mlx_delta.method.codes` specifies the layout.
+They agree with :mod:`mlx_delta.method.codes` bit for bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_delta.method.codes import Classes
+from mlx_delta.config import DeltaConfig
+from mlx_delta.method.codes import Classes, channel_widths, class_runs, count_rows, order_of
+from mlx_delta.widths import even_key_widths
+
+from .pack import LARGEST, block_grid, encode_values, to_storage, with_sinks
+from .turned import turn
 
 
 @dataclass(frozen=True)
-class PackedCodes:
-    """All far blocks of a layer's keys, as the kernels read them.
+class Coding:
+    """How the keys of a layer are coded.
+
+    Attributes:
+        order: Each head's channels as they are stored, Hkv times D.
+        classes: (width, count) of the channels in this order.
+        turned: Whether keys are turned first.
+    """
+
+    order: tuple[tuple[int, ...], ...]
+    classes: Classes
+    turned: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of words of a block."""
+        return count_rows(self.classes)
+
+    @staticmethod
+    def of(config: DeltaConfig, n_heads: int, head_dim: int) -> Coding:
+        """Of a setting of one layer, for keys of this shape."""
+        widths = None if config.key_widths is None else config.key_widths[0]
+        assert config.key_bits is not None
+        return _coding(widths, config.key_bits, n_heads, head_dim)
+
+
+@lru_cache(maxsize=256)
+def _coding(widths: tuple[str, ...] | None, bits: float, n_heads: int, head_dim: int) -> Coding:
+    if widths is None:
+        numbers = even_key_widths(n_heads, head_dim, bits)
+    else:
+        numbers = np.array([list(map(int, head)) for head in widths])
+    order, classes = order_of(numbers)
+    return Coding(tuple(map(tuple, order.tolist())), classes, widths is None)
+
+
+@dataclass(frozen=True)
+class CodedBlocks:
+    """All far blocks of a layer, as the kernels read them.
 
     Attributes:
         words: uint32 [B, Hkv, blocks, rows, block_size].
-        grid: [B, Hkv, blocks, 2, D] of the storage type: low and step, in the order.
-        order: int32 [Hkv, D], each head's channels class by class.
-        sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens (not turned), which are read
-            instead of their codes; ``None`` without sinks.
-        classes: (width, count) of each class of channels.
-        dtype: The storage type, float16 or bfloat16.
+        grid: [B, Hkv, blocks, 2, D] of the storage type, channels in the order.
+        sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens, which are read instead of
+            their codes; ``None`` without sinks.
+        coding: What the words are.
         head_dim: D.
-        turned: Whether keys were turned before they were coded.
     """
 
     words: mx.array
     grid: mx.array
-    order: mx.array
     sinks: mx.array | None
-    classes: Classes
-    dtype: mx.Dtype
+    coding: Coding
     head_dim: int
-    turned: bool = False
 
     @property
-    def block_size(self) -> int:
-        """Tokens to a block."""
-        return self.words.shape[4]
+    def dtype(self) -> mx.Dtype:
+        """The storage type, float16 or bfloat16."""
+        return self.grid.dtype
 
-    def part(self, begin: int, end: int) -> PackedCodes:
+    def first(self, blocks: int) -> CodedBlocks:
+        """The first blocks only."""
+        return replace(self, words=self.words[:, :, :blocks], grid=self.grid[:, :, :blocks])
+
+    def part(self, begin: int, end: int) -> CodedBlocks:
         """Blocks ``begin`` to ``end`` only."""
-        words, grid = self.words[:, :, begin:end], self.grid[:, :, begin:end]
-        sinks, first = self.sinks, begin * self.block_size
+        sinks = self.sinks
         if sinks is not None:
+            first = begin * self.words.shape[4]
             sinks = sinks[:, :, first:] if first < sinks.shape[2] else None
+        words, grid = self.words[:, :, begin:end], self.grid[:, :, begin:end]
         return replace(self, words=words, grid=grid, sinks=sinks)
 
+    def after(self, other: mx.array) -> CodedBlocks:
+        """The same, to be read once another array is computed."""
+        words, grid = mx.depends([self.words, self.grid], [other])
+        return replace(self, words=words, grid=grid)
 
-@dataclass(frozen=True)
-class CodedValues:
-    """Turned values of a layer, as the kernels read them: codes, and those near in 16 bits.
 
-    Attributes:
-        words: uint32 [B, 1, capacity, sum of the heads' words], from token 0 on.
-        scales: [B, 1, capacity, Hkv * groups] of the storage type.
-        biases: As ``scales``.
-        near: [B, Hkv, room, Dv] of the storage type, turned too: the values of each row from
-            where its near keys begin.
-        widths: Bits of a code of each kv head.
-        head_dim: Dv.
+def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx.array]:
+    """Code the keys of whole blocks.
+
+    Args:
+        keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
+        coding: Of the layer.
+        size: Tokens in a block.
+
+    Returns:
+        Words and grid, as of :class:`CodedBlocks`.
     """
+    B, H, length, D = keys.shape
+    dtype = keys.dtype
+    if coding.turned:
+        keys = to_storage(turn(keys.astype(mx.float32)).astype(dtype))
+    blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
+    blocks = mx.take_along_axis(blocks, mx.array(coding.order)[None, :, None, None], axis=-1)
+    widths = channel_widths(coding.classes)
+    grid = block_grid(blocks, widths, dtype)
+    codes = encode_values(blocks, grid, widths)
+    rows = []
+    for width, channels, of_class in class_runs(coding.classes):
+        per_word = 32 // width
+        own = codes[..., channels]
+        room = (of_class.stop - of_class.start) * per_word - own.shape[-1]
+        own = mx.pad(own, [(0, 0)] * 4 + [(0, room)])
+        own = own.reshape(*own.shape[:-1], -1, per_word)
+        rows.append((own << (width * mx.arange(per_word, dtype=mx.uint32))).sum(axis=-1))
+    words = mx.concatenate(rows, axis=-1).swapaxes(3, 4).astype(mx.uint32)
+    return mx.contiguous(words), grid
 
-    words: mx.array
-    scales: mx.array
-    biases: mx.array
-    near: mx.array
-    widths: tuple[int, ...]
-    head_dim: int
+
+def decode_blocks(packed: CodedBlocks) -> mx.array:
+    """Keys of all blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
+    coding = packed.coding
+    B, H, blocks, _, size = packed.words.shape
+    codes = []
+    for width, channels, of_class in class_runs(coding.classes):
+        per_word = 32 // width
+        shifts = (width * mx.arange(per_word, dtype=mx.uint32))[:, None]
+        own = (packed.words[:, :, :, of_class, None] >> shifts) & (2**width - 1)
+        own = own.reshape(B, H, blocks, -1, size)
+        codes.append(own[:, :, :, : channels.stop - channels.start])
+    joined = codes[0] if len(codes) == 1 else mx.concatenate(codes, axis=3)
+    low, step = (packed.grid[:, :, :, i, :, None].astype(mx.float32) for i in (0, 1))
+    keys = mx.minimum(low + joined.astype(mx.float32) * step, LARGEST[packed.dtype])
+    back = mx.array(np.argsort(np.array(coding.order), axis=1))
+    keys = mx.take_along_axis(keys, back[None, :, None, :, None], axis=3).swapaxes(3, 4)
+    keys = keys.reshape(B, H, blocks * size, -1).astype(packed.dtype)
+    if coding.turned:
+        keys = turn(keys.astype(mx.float32)).astype(packed.dtype)
+    return with_sinks(keys, packed.sinks)

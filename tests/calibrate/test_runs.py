@@ -14,7 +14,7 @@ from mlx_delta import DeltaConfig, DeltaKVCache, load
 from mlx_delta.attention.probe import near_and_causal, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
-from mlx_delta.calibrate.gradients import key_gradients
+from mlx_delta.calibrate.gradients import far_gradients
 from mlx_delta.calibrate.salience import measure_salience
 from mlx_delta.calibrate.weights import Watched, correct_layers, measure_weights, watch
 from mlx_delta.generate.command import build_parser, choose_delta
@@ -68,7 +68,7 @@ def test_a_shift_has_the_gradient_of_far_keys_that_move():
 
 def test_only_keys_that_are_seen_as_far_have_gradients():
     model = llama_model(SMALL_RUNS)
-    squares = key_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
+    squares, _ = far_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
     assert [x.shape for x in squares] == [(2, 64, 16)] * 2
     for each in squares:
         each = np.array(each)
@@ -93,9 +93,9 @@ def test_a_layer_without_keys_has_no_cache():
 
     window = tokens(64)[0].tolist()
     model = llama_model(SMALL_RUNS)
-    wanted = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    wanted, _ = far_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
     model.__class__ = WithOneMore
-    found = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    found, _ = far_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-9)
 

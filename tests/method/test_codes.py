@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.method import codes as ref
+from mlx_delta.widths import VALUE_WIDTHS
 
 KEYS = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float16).astype(np.float32)
 # Of each width some pairs (d, d + 16), in no order; 6 and 3 bits leave a part of a word empty.
@@ -66,7 +67,7 @@ def test_the_matrix_is_mlx_s_and_undoes_itself(head_dim):
     np.testing.assert_allclose(np.array(turned), x.reshape(2, head_dim) @ matrix, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", ref.VALUE_WIDTHS)
+@pytest.mark.parametrize("width", VALUE_WIDTHS)
 @pytest.mark.parametrize("head_dim", [96, 128])
 def test_values_are_mlx_s_codes(width, head_dim):
     widths, group = (width, 4), ref.value_group(head_dim)
