@@ -21,8 +21,11 @@
 // from threadgroup memory, multiplied by the scales of the values already; their biases are summed up
 // with the weights in the lanes that have the tokens.
 //
-// Loads of an iteration are issued before the arithmetic of the one before. Writes Dv + 2 floats per
-// query and split; delta_decode_reduce puts the splits together.
+// Loads of an iteration come before its arithmetic. Writes Dv + 2 floats per query and split.
+//
+// Second launch, codes_combine: one threadgroup per query, thread d adds up element d of the splits'
+// outputs. Values of codes are turned, so that what came of them is turned back here, and added to
+// what came of near ones.
 
 constant constexpr int CODED_CLASSES = 5;  // widths that there may be
 constant constexpr int CODED_ROW_NUMBERS = 8;
@@ -173,6 +176,7 @@ inline void codes_decode(
   const int start = rows[row * CODED_ROW_NUMBERS];
   const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
+  const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
   const int window = sizes.window_blocks;
 
   // A position before the text is padding: it sees key 0, for want of any.
@@ -246,7 +250,7 @@ inline void codes_decode(
   const device S* exact_keys = kind == CODED_SINKS
       ? sinks + long(head) * sizes.sinks * D
       : near + (long(head) * sizes.room - near_first) * D;
-  near_values += (long(head) * sizes.value_room - near_first) * D;
+  near_values += (long(head) * sizes.value_room - value_first) * D;
   const int own = lane % Own;
   const int sub = min(lane / Own, Step - 1);
   const int width = Coded ? heads[2 * kv_head] : 16;
@@ -445,7 +449,7 @@ inline void codes_decode(
       }
     }
     if (lane == 0) {
-      sums[to * 2] = state.highest[j] * M_LN2_F;  // delta_decode_reduce takes powers of e
+      sums[to * 2] = state.highest[j];
       sums[to * 2 + 1] = total[j];
     }
   }

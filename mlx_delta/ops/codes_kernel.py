@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_delta.kernels import kernel_source
-from mlx_delta.method.codes import WIDTHS, Classes, count_rows
+from mlx_delta.method.codes import Classes, hadamard_size
+from mlx_delta.widths import WIDTHS
 
-from .codes import CodedValues, PackedCodes
-from .decode_kernel import combine_splits, mask_input, row_numbers
+from .codes import CodedBlocks, Coding
+from .decode_kernel import mask_input, row_numbers
 from .launching import (
     LEAST_ELEMENTS,
     SIMD,
@@ -23,6 +24,7 @@ from .launching import (
     gpu_simdgroups,
     padded,
 )
+from .turned import turn
 
 TOKENS = 64  # of a block
 SIMDGROUP_QUERIES = 4
@@ -59,9 +61,38 @@ BODY = """
 """
 
 
+COMBINE_BODY = """
+    threadgroup float row[D];
+    uint query = threadgroup_position_in_grid.y;
+    int splits = partial_shape[1];
+    codes_combine<T, D, Piece>(
+        partial + long(query) * splits * D, sums + long(query) * splits * 2, out + long(query) * D,
+        splits, coded, row, thread_position_in_threadgroup.x);
+"""
+
+
+@dataclass(frozen=True)
+class CodedValues:
+    """Values as codes far away, turned, and full near.
+
+    Attributes:
+        words: uint32 [B, 1, capacity, sum of the heads' words], from token 0 on.
+        scales: [B, 1, capacity, Hkv * groups] of the storage type.
+        biases: As ``scales``.
+        near: [B, Hkv, room, D] of the storage type.
+        widths: Bits of a code of each kv head.
+    """
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+    near: mx.array
+    widths: tuple[int, ...]
+
+
 @cache
 def codes_kernel() -> Any:
-    """codes_decode; its second launch is that of delta_decode."""
+    """codes_decode, the first launch."""
     files = ("codes.h", "codes_scores.h", "codes_values.h", "codes_decode.metal")
     return mx.fast.metal_kernel(
         name="codes_decode",
@@ -76,11 +107,23 @@ def codes_kernel() -> Any:
     )
 
 
-def refusal(queries: mx.array, blocks: PackedCodes, value_dim: int) -> str | None:
+@cache
+def combine_kernel() -> Any:
+    """codes_combine, the second launch."""
+    return mx.fast.metal_kernel(
+        name="codes_combine",
+        input_names=["partial", "sums", "coded"],
+        output_names=["out"],
+        source=COMBINE_BODY,
+        header=kernel_source("codes_combine.metal"),
+    )
+
+
+def refusal(queries: mx.array, blocks: CodedBlocks, value_dim: int) -> str | None:
     """Why the kernel does not take queries [B, Hq, L, D] over such blocks; ``None`` if it does."""
     D = queries.shape[3]
-    if blocks.block_size != TOKENS:
-        return f"coded blocks have {blocks.block_size} tokens, not {TOKENS}"
+    if blocks.words.shape[4] != TOKENS:
+        return f"coded blocks have {blocks.words.shape[4]} tokens, not {TOKENS}"
     if value_dim != D:
         return f"values have another dimension ({value_dim}) than keys ({D})"
     if D not in HEAD_DIMS:
@@ -90,9 +133,8 @@ def refusal(queries: mx.array, blocks: PackedCodes, value_dim: int) -> str | Non
 
 def decode(
     queries: mx.array,
-    far_queries: mx.array,
-    rows: Sequence[tuple[int, int, int]],
-    blocks: PackedCodes,
+    rows: Sequence[tuple[int, int, int, int]],
+    blocks: CodedBlocks,
     near: mx.array,
     values: CodedValues | mx.array,
     mask: mx.array | None,
@@ -103,13 +145,11 @@ def decode(
 
     Args:
         queries: 1 to 8 of each head, after RoPE.
-        far_queries: The same, turned if the coded keys are.
-        rows: For each row the position of its first query, its coded blocks, and the position of
-            its first near key, and of its first near value where values are coded.
+        rows: For each row the position of its first query, its coded blocks, and the positions of
+            its first near key and of its first near value.
         blocks: The coded blocks.
-        near: [B, Hkv, room, D], keys that are not turned.
-        values: Turned values, and the output is turned then too; or 16-bit values
-            [B, Hkv, capacity, D] as they are.
+        near: [B, Hkv, room, D], as they are, also where coded keys are turned.
+        values: Codes, or values [B, Hkv, capacity, D] as they are.
         mask: boolean [1 or B, L, S], or ``None``; besides causality.
         scale: Factor on the scores.
         window_blocks: Blocks before a query's own that it sees in full.
@@ -117,24 +157,27 @@ def decode(
     Raises:
         ValueError: A shape or count that would make the kernel read past an array's end.
     """
-    _check(queries, far_queries, rows, blocks, near, values, mask, window_blocks)
+    _check(queries, rows, blocks, near, values, mask, window_blocks)
     B, n_heads, steps, D = queries.shape
-    kv_heads = blocks.words.shape[1]
-    unused = filler(near.dtype)
+    kv_heads, classes = blocks.words.shape[1], blocks.coding.classes
+    far_queries = queries
+    if blocks.coding.turned:
+        far_queries = turn(queries.astype(mx.float32)).astype(queries.dtype)
     if isinstance(values, CodedValues):
-        near_values, firsts = values.near, [first for _, _, first in rows]
+        near_values, piece = values.near, hadamard_size(D)
         words, scales, biases = values.words, values.scales, values.biases
         group = D * kv_heads // scales.shape[3]
         per_head = [D * width // 32 for width in values.widths]
         heads = [(width, sum(per_head[:h])) for h, width in enumerate(values.widths)]
         value_widths = sum({1 << width for width in values.widths})
     else:
-        near_values, firsts, group, value_widths = values, [0] * B, D, 0
-        words, scales, biases = filler(mx.uint32).reshape(1, 1, 1, -1), values, unused
+        near_values, piece, group, value_widths = values, 1, D, 0
+        words, scales = filler(mx.uint32).reshape(1, 1, 1, -1), values
+        biases = filler(values.dtype)
         heads = [(16, 0)] * kv_heads
-    widths = dict(blocks.classes)
+    widths = dict(classes)
     counts = tuple(widths.get(width, 0) for width in WIDTHS)
-    parts = _Parts.of(n_heads // kv_heads * steps, D, group, blocks.classes)
+    parts = _Parts.of(n_heads // kv_heads * steps, D, group, classes)
     far, near_units = _units(rows, steps, window_blocks)
     has_sinks = blocks.sinks is not None and far > 0
     share = max(1, gpu_simdgroups() // (B * kv_heads * parts.simdgroups * parts.number))
@@ -144,9 +187,9 @@ def decode(
     partial, sums = codes_kernel()(
         inputs=[
             *(queries, far_queries),
-            row_numbers(tuple((*row, first) for row, first in zip(rows, firsts, strict=True))),
+            row_numbers(tuple(rows)),
             constant((*counts, 0, 0, 0), mx.int32),
-            *(padded(blocks.order), blocks.words, blocks.grid, sinks, near, near_values),
+            *(_order(blocks.coding), blocks.words, blocks.grid, sinks, near, near_values),
             *(words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
             constant(blocks.sinks.shape[2] if has_sinks else 0, mx.int32),
@@ -167,7 +210,22 @@ def decode(
         ],
         output_dtypes=[mx.float32, mx.float32],
     )
-    return combine_splits(partial, sums, queries)
+    threads = -(-D // SIMD) * SIMD
+    (out,) = combine_kernel()(
+        inputs=[partial, sums, constant(far_splits + has_sinks, mx.int32)],
+        template=[("T", queries.dtype), ("D", D), ("Piece", piece)],
+        grid=(threads, B * n_heads * steps, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[queries.shape],
+        output_dtypes=[queries.dtype],
+    )
+    return out
+
+
+@lru_cache(maxsize=256)
+def _order(coding: Coding) -> mx.array:
+    """The order of a layer's channels, as the kernel takes it."""
+    return padded(mx.array(coding.order, mx.int32))
 
 
 @dataclass(frozen=True)
@@ -198,11 +256,11 @@ class _Parts:
 
 
 def _units(
-    rows: Sequence[tuple[int, int, int]], steps: int, window_blocks: int
+    rows: Sequence[tuple[int, int, int, int]], steps: int, window_blocks: int
 ) -> tuple[int, int]:
     """The most far blocks and the most near ones that any row's queries look at."""
     far = near = 0
-    for start, packed, _ in rows:
+    for start, packed, _, _ in rows:
         first, last = (max(start + step, 0) // TOKENS for step in (0, steps - 1))
         far = max(far, min(packed, max(last - window_blocks, 0)))
         near = max(near, last + 1 - max(first - window_blocks, 0))
@@ -211,85 +269,83 @@ def _units(
 
 def _check(
     queries: mx.array,
-    far_queries: mx.array,
-    rows: Sequence[tuple[int, int, int]],
-    blocks: PackedCodes,
+    rows: Sequence[tuple[int, int, int, int]],
+    blocks: CodedBlocks,
     near: mx.array,
     values: CodedValues | mx.array,
     mask: mx.array | None,
     window_blocks: int,
 ) -> None:
     """Refuse what would make the kernel read past an array's end."""
-    name, D = "codes_decode", blocks.head_dim
+    name, D, coding = "codes_decode", blocks.head_dim, blocks.coding
     check_shapes(name, {"words": (blocks.words, (None,) * 5)}, {"words": mx.uint32})
     B, kv_heads, capacity, _, _ = blocks.words.shape
-    if sum(count for _, count in blocks.classes) != D or any(
-        width not in WIDTHS or count < 1 for width, count in blocks.classes
-    ):
-        raise ValueError(f"[{name}] classes {blocks.classes} do not fit {D} channels.")
-    _, n_heads, steps, _ = queries.shape if queries.ndim == 4 else (0, 0, 0, 0)
-    word_rows = count_rows(blocks.classes)
-    sinks = None if blocks.sinks is None else (B, kv_heads, None, D)
-    coded = isinstance(values, CodedValues)
-    exact: mx.array = values.near if isinstance(values, CodedValues) else values
+    orders = len(coding.order) == kv_heads and all(len(order) == D for order in coding.order)
+    if not orders or sum(count for _, count in coding.classes) != D:
+        raise ValueError(f"[{name}] classes {coding.classes} do not fit {kv_heads} heads of {D}.")
+    exact = values.near if isinstance(values, CodedValues) else values
     shapes: dict[str, Any] = {
         "queries": (queries, (B, None, None, D)),
-        "far_queries": (far_queries, (B, n_heads, steps, D)),
-        "words": (blocks.words, (B, kv_heads, capacity, word_rows, TOKENS)),
+        "words": (blocks.words, (B, kv_heads, capacity, coding.rows, None)),
         "grid": (blocks.grid, (B, kv_heads, capacity, 2, D)),
-        "order": (blocks.order, (kv_heads, D)),
-        "sinks": (blocks.sinks, sinks),
+        "sinks": (blocks.sinks, None if blocks.sinks is None else (B, kv_heads, None, D)),
         "near": (near, (B, kv_heads, None, D)),
         "values": (exact, (B, kv_heads, None, D)),
     }
-    types = {
-        **{"far_queries": queries.dtype, "order": mx.int32, "grid": blocks.dtype},
-        **{"sinks": blocks.dtype, "near": blocks.dtype},
-    }
-    if isinstance(values, CodedValues):
-        tokens = values.words.shape[2] if values.words.ndim == 4 else None
-        groups = values.scales.shape[-1]
-        if len(values.widths) != kv_heads or any(width not in WIDTHS for width in values.widths):
-            raise ValueError(f"[{name}] widths {values.widths} do not fit {kv_heads} kv heads.")
-        if groups % kv_heads or not groups or D % (groups // kv_heads) or D * kv_heads // groups % 8:
-            raise ValueError(f"[{name}] {groups} scales do not fit {kv_heads} values of {D}.")
-        per_token = sum(D * width // 32 for width in values.widths)
-        shapes |= {
-            "value words": (values.words, (B, 1, tokens, per_token)),
-            "scales": (values.scales, (B, 1, tokens, groups)),
-            "biases": (values.biases, (B, 1, tokens, groups)),
-        }
-        types |= {"value words": mx.uint32, "scales": exact.dtype, "biases": exact.dtype}
-    if mask is not None:
-        shapes["mask"] = (mask, (mask.shape[0], steps, None))
-        types["mask"] = mx.bool_
+    types = {"sinks": blocks.dtype, "near": blocks.dtype}
     check_shapes(name, shapes, types)
+    if isinstance(values, CodedValues):
+        _check_values(name, values, B, kv_heads, D)
     if (reason := refusal(queries, blocks, D)) is not None:
         raise ValueError(f"[{name}] {reason}.")
+    _, n_heads, steps, _ = queries.shape
     if not steps or not n_heads or n_heads % kv_heads:
         raise ValueError(f"[{name}] queries {tuple(queries.shape)} do not fit {kv_heads} kv heads.")
-    length = max(start for start, _, _ in rows) + steps if rows else 0
-    if mask is not None and (mask.shape[0] not in (1, B) or mask.shape[2] < length):
-        raise ValueError(
-            f"[{name}] mask must be [1 or {B}, {steps}, {length}] but has shape "
-            f"{tuple(mask.shape)}."
-        )
+    length = max(start for start, *_ in rows) + steps if rows else 0
+    if mask is not None:
+        columns = mask.shape[2] if mask.ndim == 3 else None
+        check_shapes(name, {"mask": (mask, (None, steps, columns))}, {"mask": mx.bool_})
+        if mask.shape[0] not in (1, B) or mask.shape[2] < length:
+            raise ValueError(
+                f"[{name}] mask must be [1 or {B}, {steps}, {length}] but has shape "
+                f"{tuple(mask.shape)}."
+            )
     if len(rows) != B:
         raise ValueError(f"[{name}] got numbers of {len(rows)} rows for {B} rows of queries.")
-    coded_tokens = values.words.shape[2] if isinstance(values, CodedValues) else exact.shape[2]
-    for start, packed, first in rows:
+    coded_tokens = (values.words if isinstance(values, CodedValues) else exact).shape[2]
+    for start, packed, first, value_first in rows:
         near_from = max(max(start, 0) // TOKENS - window_blocks, 0) * TOKENS
-        end, value_first = max(start + steps, 1), first if coded else 0
+        end = max(start + steps, 1)
         if (
             not 0 <= packed <= capacity
-            or not 0 <= first <= near_from
-            or end - first > near.shape[2]
-            or end - value_first > exact.shape[2]
             or packed * TOKENS > coded_tokens
             or max(end - 1, 0) // TOKENS - window_blocks > packed
+            or not 0 <= first <= near_from
+            or not 0 <= value_first <= near_from
+            or end - first > near.shape[2]
+            or end - value_first > exact.shape[2]
         ):
             raise ValueError(
-                f"[{name}] a row at position {start} with {packed} coded blocks and near keys "
-                f"from {first} on does not fit {capacity} blocks, {near.shape[2]} near keys and "
-                f"{exact.shape[2]} values."
+                f"[{name}] a row at position {start} with {packed} coded blocks, near keys from "
+                f"{first} on and near values from {value_first} on does not fit {capacity} blocks, "
+                f"{coded_tokens} coded tokens, {near.shape[2]} near keys and {exact.shape[2]} "
+                "near values."
             )
+
+
+def _check_values(name: str, values: CodedValues, B: int, kv_heads: int, D: int) -> None:
+    if len(values.widths) != kv_heads or any(width not in WIDTHS for width in values.widths):
+        raise ValueError(f"[{name}] widths {values.widths} do not fit {kv_heads} kv heads.")
+    tokens = values.words.shape[2] if values.words.ndim == 4 else None
+    groups = values.scales.shape[-1]
+    if groups % kv_heads or not groups or D % (8 * groups // kv_heads):
+        raise ValueError(f"[{name}] {groups} scales do not fit {kv_heads} values of {D}.")
+    check_shapes(
+        name,
+        {
+            "words": (values.words, (B, 1, tokens, sum(D * w // 32 for w in values.widths))),
+            "scales": (values.scales, (B, 1, tokens, groups)),
+            "biases": (values.biases, (B, 1, tokens, groups)),
+        },
+        {"words": mx.uint32, "scales": values.near.dtype, "biases": values.near.dtype},
+    )

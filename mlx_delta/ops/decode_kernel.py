@@ -156,18 +156,6 @@ def decode(
         ],
         output_dtypes=[mx.float32, mx.float32],
     )
-    return combine_splits(partial, sums, queries)
-
-
-def combine_splits(partial: mx.array, sums: mx.array, queries: mx.array) -> mx.array:
-    """The second launch: the output [B, Hq, L, D] of queries, from those of their splits.
-
-    Args:
-        partial: float32 [B * Hq * L, splits, D], outputs times their weights' sums.
-        sums: float32 [B * Hq * L, splits, 2], the highest score and the weights' sum.
-        queries: [B, Hq, L, D], whose shape and type the output has.
-    """
-    B, n_heads, steps, D = queries.shape
     threads = -(-D // SIMD) * SIMD
     (out,) = reduce_kernel()(
         inputs=[partial, sums],

@@ -65,7 +65,13 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
         file.write_text(source, encoding="utf-8")
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
         # Constants of headers that this kernel does not use; a header that is the file itself.
-        command += [*os.environ.get("XF","").split(), "-diag-suppress", "177,20", "--expt-relaxed-constexpr", "--resource-usage"]
+        command += [
+            *os.environ.get("XF", "").split(),
+            "-diag-suppress",
+            "177,20",
+            "--expt-relaxed-constexpr",
+            "--resource-usage",
+        ]
         result = subprocess.run(
             [*command, "-o", str(cubin), str(file)], capture_output=True, text=True
         )
