@@ -145,7 +145,7 @@ template <int Width>
 inline Pieces align_codes(Pieces read, int own) {
   const uint shift = uint(8 * Width * own) % 32;
   if (Width == 2) {
-    const uint codes = read.word[0] >> shift;
+    const uint codes = (read.word[0] >> shift) & 0xffffu;
     read.word[0] = codes | (codes << 8);  // codes 4 to 7 to where a word has 8 to 11
   }
   if (Width == 6 || Width == 3) {

@@ -27,7 +27,6 @@
 // outputs. Values of codes are turned, so that what came of them is turned back here, and added to
 // what came of near ones.
 
-constant constexpr int CODED_CLASSES = 5;  // widths that there may be
 constant constexpr int CODED_ROW_NUMBERS = 8;
 
 // Sizes that are the same for all rows.
@@ -51,46 +50,6 @@ struct CodedSizes {
 
 // Where tokens are from.
 enum CodedKind { CODED_FAR, CODED_SINKS, CODED_NEAR };
-
-constexpr int class_width(int c) {
-  return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
-}
-
-// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what their
-// factor is, one over the unit of their field. Returns how much room all take.
-template <int KeyWidths, int Chunks, bool Bytes>
-inline int place_channels(
-    const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
-  int slots = 0;
-  int channels = 0;
-  UNROLL_ALL
-  for (int c = 0; c < CODED_CLASSES; ++c) {
-    const int width = class_width(c);
-    if (!(KeyWidths >> width & 1)) {
-      continue;
-    }
-    const int count = counts[c];
-    const int per_word = 32 / width;
-    UNROLL_ALL
-    for (int i = 0; i < Chunks; ++i) {
-      const int index = 32 * i + lane - channels;
-      if (index >= 0 && index < count) {
-        const int k = index % per_word;
-        const int exponent = width == 8 ? code_unit<8, Bytes>(k)
-            : width == 6                ? code_unit<6, Bytes>(k)
-            : width == 4                ? code_unit<4, Bytes>(k)
-            : width == 3                ? code_unit<3, Bytes>(k)
-                                        : code_unit<2, Bytes>(k);
-        slot[i] = slots + index;
-        unit[i] = power_of_two(-exponent);
-      }
-    }
-    channels += count;
-    const int word_rows = (count + per_word - 1) / per_word;
-    slots += (word_rows + 1) / 2 * 2 * per_word;
-  }
-  return slots;
-}
 
 // Gives two tokens of a step, from `place` on, the score -inf for each query that does not see them as
 // what they are here.
@@ -267,93 +226,14 @@ inline void codes_decode(
   const int first = 4 * (lane % 16) + 2 * part;  // this lane's tokens of a step: this one and the next
 
   CodedState<Queries, Groups> state;
-  UNROLL_ALL
-  for (int j = 0; j < Queries; ++j) {
-    state.highest[j] = CODED_LOWEST;
-    state.sum[j] = 0.0f;
-    UNROLL_ALL
-    for (int k = 0; k < 8; ++k) {
-      state.output[j][k] = 0.0f;
-    }
-    UNROLL_ALL
-    for (int g = 0; g < Groups; ++g) {
-      state.bias[g][j] = 0.0f;
-      state.scaled[g][j] = 0.0f;
-    }
-  }
-
+  clear(state);
   for (int block = begin; block < end; ++block) {
     const int token = block * CODED_TOKENS;
     float score[2][Queries];
     if (is_far) {
-      float low[Queries];
-      UNROLL_ALL
-      for (int j = 0; j < Queries; ++j) {
-        low[j] = 0.0f;
-      }
-      const device S* own_grid = grid + long(block) * 2 * D;
-      UNROLL_ALL
-      for (int i = 0; i < Chunks; ++i) {
-        const int d = 32 * i + lane;
-        if (d < D) {
-          const float step = float(own_grid[D + d]) * unit[i];
-          const float base = float(own_grid[d]) - CODE_ZERO * step;
-          float query[Queries];
-          float product[Queries];
-          fetch<Queries>(plain, d, query);
-          UNROLL_ALL
-          for (int j = 0; j < Queries; ++j) {
-            product[j] = query[j] * step;
-            low[j] += query[j] * base;
-          }
-          put<Queries>(scaled, slot[i], product);
-        }
-      }
-      float four[4][Queries];
-      UNROLL_ALL
-      for (int j = 0; j < Queries; ++j) {
-        low[j] = simd_sum(low[j]);
-        UNROLL_ALL
-        for (int t = 0; t < 4; ++t) {
-          four[t][j] = part == 0 ? low[j] : 0.0f;
-        }
-      }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      const device uint* from =
-          words + long(block) * sizes.word_rows * CODED_TOKENS + 4 * (lane % 16);
-      int class_slot = 0;
-      UNROLL_ALL
-      for (int c = 0; c < CODED_CLASSES; ++c) {
-        const int per_word = 32 / class_width(c);
-        if (!(KeyWidths >> class_width(c) & 1)) {
-          continue;
-        }
-        const int word_rows = (counts[c] + per_word - 1) / per_word;
-        if (c == 0) {
-          class_scores<8, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
-        } else if (c == 1) {
-          class_scores<6, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
-        } else if (c == 2) {
-          class_scores<4, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
-        } else if (c == 3) {
-          class_scores<3, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
-        } else {
-          class_scores<2, Queries, Bytes>(from, word_rows, part, scaled, class_slot, four);
-        }
-        from += word_rows * CODED_TOKENS;
-        class_slot += (word_rows + 1) / 2 * 2 * per_word;
-      }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
-      UNROLL_ALL
-      for (int i = 0; i < 2; ++i) {
-        UNROLL_ALL
-        for (int j = 0; j < Queries; ++j) {
-          const float mine = part ? four[2 + i][j] : four[i][j];
-          const float other = part ? four[i][j] : four[2 + i][j];
-          score[i][j] = mine + simd_shuffle_xor(other, 16);
-        }
-      }
+      const device uint* own_words = words + long(block) * sizes.word_rows * CODED_TOKENS;
+      coded_scores<S, KeyWidths, D, Queries, Bytes>(
+          counts, own_words, grid + long(block) * 2 * D, plain, slot, unit, scaled, lane, score);
     } else {
       const int last = kind == CODED_SINKS ? sizes.sinks - 1 : last_position;
       exact_scores<S, D, Queries>(exact_keys, token + first, last, scaled, score);
@@ -371,7 +251,6 @@ inline void codes_decode(
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (coded_values) {
       const device uint* from = value_words + long(token + sub) * sizes.value_words;
-      const int value_words_apart = sizes.value_words;
       threadgroup float4* mine = weights;
       const int group = own * 8 / Group * CODED_TOKENS;
       if (Queries >= 3) {
@@ -379,17 +258,16 @@ inline void codes_decode(
       } else {
         mine = (threadgroup float4*)((threadgroup float*)weights + group * Queries);
       }
-#define ADD_CODED(Width)                                                           \
-  if ((ValueWidths >> Width & 1) && width == Width) {                              \
-    add_coded<Width, Queries, Groups, Step, Bytes>(                                \
-        state, from, value_words_apart, mine, own, sub);                           \
-  }
-      ADD_CODED(8)
-      ADD_CODED(6)
-      ADD_CODED(4)
-      ADD_CODED(3)
-      ADD_CODED(2)
-#undef ADD_CODED
+      add_if_coded<8, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
+      add_if_coded<6, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
+      add_if_coded<4, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
+      add_if_coded<3, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
+      add_if_coded<2, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
     } else {
       const int tokens = min(CODED_TOKENS, last_position + 1 - token);
       const device V* from = (kind == CODED_NEAR ? near_values : scales) + long(token) * D + own * 8;
@@ -398,42 +276,15 @@ inline void codes_decode(
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // Sums over the lanes; of the outputs, over those with the same channels.
-  float total[Queries];
   float bias[Queries];
   float fields[Queries];
-  UNROLL_ALL
-  for (int j = 0; j < Queries; ++j) {
-    total[j] = simd_sum(state.sum[j]);
-    bias[j] = 0.0f;
-    fields[j] = 0.0f;
-    UNROLL_ALL
-    for (int g = 0; g < Groups; ++g) {
-      const float group_bias = simd_sum(state.bias[g][j]);
-      const float group_scaled = simd_sum(state.scaled[g][j]);
-      bias[j] = own * 8 / Group == g ? group_bias : bias[j];
-      fields[j] = own * 8 / Group == g ? group_scaled : fields[j];
-    }
-    UNROLL_ALL
-    for (int k = 0; k < 8; ++k) {
-      UNROLL_ALL
-      for (int apart_steps = Step / 2; apart_steps > 0; apart_steps /= 2) {
-        const ushort other = ushort((lane + apart_steps * Own) & 31);
-        state.output[j][k] += simd_shuffle(state.output[j][k], other);
-      }
-    }
-  }
+  gather<D, Queries, Groups>(state, own * 8 / Group, lane, bias, fields);
   if (coded_values) {
-#define FROM_FIELDS(Width)                                                         \
-  if ((ValueWidths >> Width & 1) && width == Width) {                              \
-    from_fields<Width, Queries, Groups, Bytes>(state, fields);                     \
-  }
-    FROM_FIELDS(8)
-    FROM_FIELDS(6)
-    FROM_FIELDS(4)
-    FROM_FIELDS(3)
-    FROM_FIELDS(2)
-#undef FROM_FIELDS
+    from_fields<8, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<6, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<4, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<3, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<2, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
   }
   UNROLL_ALL
   for (int j = 0; j < Queries; ++j) {
@@ -450,7 +301,7 @@ inline void codes_decode(
     }
     if (lane == 0) {
       sums[to * 2] = state.highest[j];
-      sums[to * 2 + 1] = total[j];
+      sums[to * 2 + 1] = state.sum[j];
     }
   }
 }

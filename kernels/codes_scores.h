@@ -1,6 +1,11 @@
 // codes_decode: scores of a simdgroup's queries with 64 tokens, coded or exact. Lanes own tokens.
 
 constant constexpr int CODED_TOKENS = 64;  // to a block, and to a step of the other kinds
+constant constexpr int CODED_CLASSES = 5;  // widths that there may be
+
+constexpr int class_width(int c) {
+  return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
+}
 
 // Room for the queries of a simdgroup in the order of the words: rows are filled up, and come in pairs.
 template <int KeyWidths, int D>
@@ -48,6 +53,42 @@ inline void put(threadgroup float4* rows, int index, const thread float* x) {
   }
 }
 
+// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what their
+// factor is, one over the unit of their field. Returns how much room all take.
+template <int KeyWidths, int Chunks, bool Bytes>
+inline int place_channels(
+    const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
+  int slots = 0;
+  int channels = 0;
+  UNROLL_ALL
+  for (int c = 0; c < CODED_CLASSES; ++c) {
+    const int width = class_width(c);
+    if (!(KeyWidths >> width & 1)) {
+      continue;
+    }
+    const int count = counts[c];
+    const int per_word = 32 / width;
+    UNROLL_ALL
+    for (int i = 0; i < Chunks; ++i) {
+      const int index = 32 * i + lane - channels;
+      if (index >= 0 && index < count) {
+        const int k = index % per_word;
+        const int exponent = width == 8 ? code_unit<8, Bytes>(k)
+            : width == 6                ? code_unit<6, Bytes>(k)
+            : width == 4                ? code_unit<4, Bytes>(k)
+            : width == 3                ? code_unit<3, Bytes>(k)
+                                        : code_unit<2, Bytes>(k);
+        slot[i] = slots + index;
+        unit[i] = power_of_two(-exponent);
+      }
+    }
+    channels += count;
+    const int word_rows = (count + per_word - 1) / per_word;
+    slots += (word_rows + 1) / 2 * 2 * per_word;
+  }
+  return slots;
+}
+
 // Adds to the scores of four tokens what the channels of one class give. words: of the class's first
 // row, this lane's tokens. slot: where the class begins among the scaled queries.
 template <int Width, int Queries, bool Bytes>
@@ -89,6 +130,90 @@ inline void class_scores(
           }
         }
       }
+    }
+  }
+}
+
+// The same for a class that there may not be; then words and slot go on to the next one.
+template <int Width, int KeyWidths, int Queries, bool Bytes>
+inline void add_class(
+    int count,
+    thread const device uint*& words,
+    int part,
+    const threadgroup float4* scaled,
+    thread int& slot,
+    thread float (&score)[4][Queries]) {
+  if (KeyWidths >> Width & 1) {
+    constexpr int per_word = codes_per_word<Width>();
+    const int rows = (count + per_word - 1) / per_word;
+    class_scores<Width, Queries, Bytes>(words, rows, part, scaled, slot, score);
+    words += rows * CODED_TOKENS;
+    slot += (rows + 1) / 2 * 2 * per_word;
+  }
+}
+
+// Scores of this lane's two tokens of a coded block, whose words and grid these are. plain: the
+// queries in the order, from which those in `scaled` come, times steps.
+template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+inline void coded_scores(
+    const device int* counts,
+    const device uint* words,
+    const device S* grid,
+    const threadgroup float4* plain,
+    const thread int (&slot)[(D + 31) / 32],
+    const thread float (&unit)[(D + 31) / 32],
+    threadgroup float4* scaled,
+    int lane,
+    thread float (&score)[2][Queries]) {
+  const int part = lane / 16;
+  float low[Queries];
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    low[j] = 0.0f;
+  }
+  UNROLL_ALL
+  for (int i = 0; i < (D + 31) / 32; ++i) {
+    const int d = 32 * i + lane;
+    if (d < D) {
+      const float step = float(grid[D + d]) * unit[i];
+      const float base = float(grid[d]) - CODE_ZERO * step;
+      float query[Queries];
+      float product[Queries];
+      fetch<Queries>(plain, d, query);
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        product[j] = query[j] * step;
+        low[j] += query[j] * base;
+      }
+      put<Queries>(scaled, slot[i], product);
+    }
+  }
+  float four[4][Queries];
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    low[j] = simd_sum(low[j]);
+    UNROLL_ALL
+    for (int t = 0; t < 4; ++t) {
+      four[t][j] = part == 0 ? low[j] : 0.0f;
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  words += 4 * (lane % 16);
+  int place = 0;
+  add_class<8, KeyWidths, Queries, Bytes>(counts[0], words, part, scaled, place, four);
+  add_class<6, KeyWidths, Queries, Bytes>(counts[1], words, part, scaled, place, four);
+  add_class<4, KeyWidths, Queries, Bytes>(counts[2], words, part, scaled, place, four);
+  add_class<3, KeyWidths, Queries, Bytes>(counts[3], words, part, scaled, place, four);
+  add_class<2, KeyWidths, Queries, Bytes>(counts[4], words, part, scaled, place, four);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
+  UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    UNROLL_ALL
+    for (int j = 0; j < Queries; ++j) {
+      const float mine = part ? four[2 + i][j] : four[i][j];
+      const float other = part ? four[i][j] : four[2 + i][j];
+      score[i][j] = mine + simd_shuffle_xor(other, 16);
     }
   }
 }

@@ -23,6 +23,24 @@ struct CodedState {
 };
 
 template <int Queries, int Groups>
+inline void clear(thread CodedState<Queries, Groups>& state) {
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    state.highest[j] = CODED_LOWEST;
+    state.sum[j] = 0.0f;
+    UNROLL_ALL
+    for (int k = 0; k < 8; ++k) {
+      state.output[j][k] = 0.0f;
+    }
+    UNROLL_ALL
+    for (int g = 0; g < Groups; ++g) {
+      state.bias[g][j] = 0.0f;
+      state.scaled[g][j] = 0.0f;
+    }
+  }
+}
+
+template <int Queries, int Groups>
 inline void raise(
     thread CodedState<Queries, Groups>& state, const thread float (&score)[2][Queries]) {
   UNROLL_ALL
@@ -150,6 +168,23 @@ inline void add_coded(
   }
 }
 
+// The same if values of this kv head have this width.
+template <int Width, int ValueWidths, int Queries, int Groups, int Step, bool Bytes>
+inline void add_if_coded(
+    int width,
+    thread CodedState<Queries, Groups>& state,
+    const device uint* row,
+    int apart,
+    const threadgroup float4* weights,
+    int own,
+    int sub) {
+  if (ValueWidths >> Width & 1) {
+    if (width == Width) {
+      add_coded<Width, Queries, Groups, Step, Bytes>(state, row, apart, weights, own, sub);
+    }
+  }
+}
+
 // The same with values of 16 bits, rows of D; there are `tokens` of them. values: this lane's eight
 // channels of the first one.
 template <typename V, int D, int Queries, int Groups>
@@ -174,15 +209,52 @@ inline void add_exact(
   }
 }
 
-// What this lane's channels of a value are, from what was added up in fields: unit and zero.
-template <int Width, int Queries, int Groups, bool Bytes>
-inline void from_fields(thread CodedState<Queries, Groups>& state, const thread float* scaled) {
+// Sums everything up over the lanes; outputs over those with the same channels, and left in the first
+// of them. bias and fields: of this lane's group, what the biases and the scales add up to.
+template <int D, int Queries, int Groups>
+inline void gather(
+    thread CodedState<Queries, Groups>& state,
+    int group,
+    int lane,
+    thread float (&bias)[Queries],
+    thread float (&fields)[Queries]) {
   UNROLL_ALL
   for (int j = 0; j < Queries; ++j) {
+    state.sum[j] = simd_sum(state.sum[j]);
+    bias[j] = 0.0f;
+    fields[j] = 0.0f;
+    UNROLL_ALL
+    for (int g = 0; g < Groups; ++g) {
+      const float group_bias = simd_sum(state.bias[g][j]);
+      const float group_scaled = simd_sum(state.scaled[g][j]);
+      bias[j] = group == g ? group_bias : bias[j];
+      fields[j] = group == g ? group_scaled : fields[j];
+    }
     UNROLL_ALL
     for (int k = 0; k < 8; ++k) {
-      const float codes = state.output[j][k] - CODE_ZERO * scaled[j];
-      state.output[j][k] = codes * power_of_two(-value_unit<Width, Bytes>(k));
+      UNROLL_ALL
+      for (int half_way = coded_step<D>() / 2; half_way > 0; half_way /= 2) {
+        const ushort other = ushort((lane + half_way * coded_own<D>()) & 31);
+        state.output[j][k] += simd_shuffle(state.output[j][k], other);
+      }
+    }
+  }
+}
+
+// What this lane's channels of a value are, from what was added up in fields: unit and zero.
+template <int Width, int ValueWidths, int Queries, int Groups, bool Bytes>
+inline void from_fields(
+    int width, thread CodedState<Queries, Groups>& state, const thread float (&fields)[Queries]) {
+  if (ValueWidths >> Width & 1) {
+    if (width == Width) {
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        UNROLL_ALL
+        for (int k = 0; k < 8; ++k) {
+          const float codes = state.output[j][k] - CODE_ZERO * fields[j];
+          state.output[j][k] = codes * power_of_two(-value_unit<Width, Bytes>(k));
+        }
+      }
     }
   }
 }
