@@ -73,6 +73,10 @@ struct uint3 {
     return {a.x op b, a.y op b};                                                       \
   }                                                                                    \
   template <typename T>                                                                \
+  METAL_INLINE vec<T, 2> operator op(T a, vec<T, 2> b) {                               \
+    return {a op b.x, a op b.y};                                                       \
+  }                                                                                    \
+  template <typename T>                                                                \
   METAL_INLINE vec<T, 2>& operator op##=(vec<T, 2>& a, vec<T, 2> b) {                  \
     return a = a op b;                                                                 \
   }                                                                                    \
@@ -111,6 +115,18 @@ METAL_INLINE uint min(uint a, uint b) { return a < b ? a : b; }
 METAL_INLINE float2 max(float2 a, float2 b) {
   return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)};
 }
+template <typename T>
+METAL_INLINE T clamp(T x, T least, T most) {
+  return x < least ? least : x > most ? most : x;
+}
+METAL_INLINE float abs(float x) { return fabsf(x); }
+METAL_INLINE float rsqrt(float x) { return rsqrtf(x); }
+METAL_INLINE float sqrt(float x) { return sqrtf(x); }
+METAL_INLINE float rint(float x) { return rintf(x); }
+METAL_INLINE float round(float x) { return roundf(x); }
+METAL_INLINE float ceil(float x) { return ceilf(x); }
+METAL_INLINE float floor(float x) { return floorf(x); }
+METAL_INLINE bool isnan(float x) { return x != x; }
 METAL_INLINE uint popcount(uint x) { return __popc(x); }
 METAL_INLINE float exp(float x) { return __expf(x); }
 
@@ -120,11 +136,13 @@ METAL_INLINE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+METAL_INLINE float log2(float x) { return __log2f(x); }
 }  // namespace fast
 
 // --- simdgroups ---
 
-enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+METAL_INLINE mem_flags operator|(mem_flags a, mem_flags) { return a; }
 METAL_INLINE void threadgroup_barrier(mem_flags) { __syncthreads(); }
 METAL_INLINE void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
@@ -177,6 +195,46 @@ struct simd_vote {
 };
 METAL_INLINE simd_vote simd_ballot(bool x) { return {__ballot_sync(all_lanes, x)}; }
 
+
+// An 8x8 matrix as tiles.h has it: two elements a lane. Products go through exchanges between lanes and
+// are slow: this is for checking that sources compile, and what they compute.
+template <typename T, int Rows, int Columns>
+struct simdgroup_matrix {
+  vec<T, 2> elements;
+  METAL_INLINE vec<T, 2>& thread_elements() { return elements; }
+};
+METAL_INLINE int matrix_place(int row, int column) {
+  return ((row & 3) << 1) | ((row & 4) << 2) | ((column & 2) >> 1) | ((column & 4) << 1);
+}
+METAL_INLINE int own_row() { return ((lane() >> 1) & 3) | ((lane() >> 2) & 4); }
+METAL_INLINE int own_column() { return ((lane() << 1) & 2) | ((lane() >> 1) & 4); }
+template <typename T, int Rows, int Columns>
+METAL_INLINE simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value) {
+  return {vec<T, 2>(value, value)};
+}
+template <typename T>
+METAL_INLINE void simdgroup_load(simdgroup_matrix<T, 8, 8>& to, const T* from, int row) {
+  const T* own = from + own_row() * row + own_column();
+  to.elements = vec<T, 2>(own[0], own[1]);
+}
+template <typename A, typename B>
+METAL_INLINE void simdgroup_multiply_accumulate(
+    simdgroup_matrix<float, 8, 8>& to,
+    simdgroup_matrix<A, 8, 8> a,
+    simdgroup_matrix<B, 8, 8> b,
+    simdgroup_matrix<float, 8, 8> add) {
+  float2 sum = add.elements;
+  UNROLL_ALL for (int k = 0; k < 8; ++k) {
+    const int left = matrix_place(own_row(), k);
+    const int right = matrix_place(k, own_column());
+    const float even = simd_shuffle(float(a.elements.x), left);
+    const float odd = simd_shuffle(float(a.elements.y), left);
+    const float factor = k & 1 ? odd : even;
+    sum.x += factor * simd_shuffle(float(b.elements.x), right);
+    sum.y += factor * simd_shuffle(float(b.elements.y), right);
+  }
+  to.elements = sum;
+}
 
 #define SELECT_BYTES
 METAL_INLINE uint select_bytes(uint x, uint y, uint digits) { return __byte_perm(x, y, digits); }

@@ -54,9 +54,7 @@ def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
     return reason is None
 
 
-def _refusal(
-    queries: mx.array, step: Step, blocks: PackedBlocks | CodedBlocks
-) -> str | None:
+def _refusal(queries: mx.array, step: Step, blocks: PackedBlocks | CodedBlocks) -> str | None:
     """Why the kernel does not take these queries, keys and values; ``None`` if it does."""
     values, turned = step.stored_values, isinstance(step.stored_values, TurnedView)
     _, n_heads, steps, head_dim = queries.shape

@@ -29,8 +29,8 @@ from .turned import turn
 TOKENS = 64  # of a block
 SIMDGROUP_QUERIES = 4
 HEAD_DIMS = range(16, 257, 8)
-# Simdgroups of a threadgroup. They have nothing to say to each other; side by side they read the same
-# keys and values at the same time.
+# Simdgroups of a threadgroup. They have nothing to say to each other; side by side they read the
+# same keys and values at the same time.
 MOST_SIMDGROUPS = 4
 THREADGROUP_BYTES = 32768
 # Blocks that are worth a split of their own: it writes as much as a quarter of what it reads.

@@ -1,9 +1,9 @@
 """Instructions of a kernel's steady state, counted from its machine code.
 
-A kernel walks over blocks of tokens in one loop. Of each instruction in that loop the compiler says
-which source lines it comes from, from the innermost function outwards. An instruction counts as often
-as the loops inside the block's that it stands in are run, and not at all if it comes from code that a
-block in the middle of a long text does not reach. Both are told by words of the source.
+A kernel walks over blocks of tokens in one loop. Of each instruction in that loop the compiler
+says which source lines it comes from, from the innermost function outwards. An instruction counts
+as often as the loops inside the block's that it stands in are run, and not at all if it comes from
+code that a block in the middle of a long text does not reach. Both are told by words of the source.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def count(disassembly: str, source: str, walk: Walk) -> Counter[str]:
     """Instructions for a token, by kind, ``all`` among them.
 
     Raises:
-        ValueError: A loop that the walk expects is not there, or one is there that it does not tell.
+        ValueError: A loop of the walk is not there, or one is there that it does not tell.
     """
     instructions, loops = read(disassembly, source)
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])

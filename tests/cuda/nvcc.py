@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -42,8 +41,8 @@ class Compiled:
     Attributes:
         registers: Of a thread.
         spilled: Bytes of registers that are kept in memory.
-        disassembly: The code as text with the lines that instructions come from; empty if it was not
-            asked for.
+        disassembly: The code as text with the lines that instructions come from; empty if it was
+            not asked for.
     """
 
     registers: int
@@ -64,14 +63,8 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
         file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
         file.write_text(source, encoding="utf-8")
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
-        # Constants of headers that this kernel does not use; a header that is the file itself.
-        command += [
-            *os.environ.get("XF", "").split(),
-            "-diag-suppress",
-            "177,20",
-            "--expt-relaxed-constexpr",
-            "--resource-usage",
-        ]
+        # 177: constants of shared headers that this kernel does not use.
+        command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "--resource-usage"]
         result = subprocess.run(
             [*command, "-o", str(cubin), str(file)], capture_output=True, text=True
         )

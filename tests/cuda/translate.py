@@ -13,11 +13,12 @@ from ..metal_cpu.rewrite import is_code, rewrite_threadgroup, tokens
 from ..metal_cpu.signature import GeneratedKernel
 
 _WORDS = {"device": "", "constant": "", "thread": "", "inline": "METAL_INLINE"}
+_GRID = "metal::uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y, blockIdx.z}"
 _ATTRIBUTES = {
     "thread_index_in_threadgroup": "threadIdx.x",
     "thread_index_in_simdgroup": "threadIdx.x % 32",
     "simdgroup_index_in_threadgroup": "threadIdx.x / 32",
-    "thread_position_in_grid": "metal::uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y, blockIdx.z}",
+    "thread_position_in_grid": _GRID,
     "thread_position_in_threadgroup": "metal::uint3{threadIdx.x, 0, 0}",
     "threadgroup_position_in_grid": "metal::uint3{blockIdx.x, blockIdx.y, blockIdx.z}",
     "threadgroups_per_grid": "metal::uint3{gridDim.x, gridDim.y, gridDim.z}",
