@@ -102,9 +102,14 @@ class CacheFigures(_BaseCache):
         return self._model
 
     @property
+    def kept_tokens(self) -> int:
+        """Tokens of the first row that were not dropped."""
+        return self._lengths[0] - self._dropped[0] * self.config.block_size
+
+    @property
     def seen_tokens(self) -> int:
         """Tokens of the first row that its last query sees."""
-        return self._lengths[0] - self._dropped[0] * self.config.block_size
+        return self.kept_tokens
 
     def read_bytes(self, float_bytes: int | None = None) -> int:
         """Bytes of keys and values that the first row's last query reads.

@@ -47,7 +47,7 @@ class DeltaKVCache(HeldKeys):
             return self
         cache = copy.copy(self)
         cache._written = WrittenOut()
-        length = max(1, self.seen_tokens)
+        length = max(1, self.kept_tokens)
         cache._keys, cache._values = self._keys.row(0, length), self._values.row(0, length)
         return cache
 

@@ -8,6 +8,7 @@ held at a time, its weights are multiplied by what the divergence is over what t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -24,10 +25,15 @@ from mlx_delta.sensitivities import Sensitivities
 
 from .divergence import DenseText
 from .gradients import far_gradients
+from .recall import Recall
 
 Way = Literal["gradients", "queries"]
 
 MOST_CORRECTION = 8.0  # of a layer, either way
+# Of the weights, that comes from what has to be recalled. SmolLM2-135M, .70 of deltas zero: without
+# any .0098 nats are lost where facts are asked for, with .7 .0055, and with salience of both .0028;
+# in prose .00077, .00084 and .00083.
+RECALLED = 0.7
 LEAST_SHARE = 1e-6  # of a layer's mean weight, for channels that nothing depends on
 
 
@@ -114,6 +120,55 @@ def measure_weights(
     weights = [_floored(shared_by_pairs(x[:, far].mean(axis=1))) for x in squares]
     values = [np.array(x[:, far].mean(axis=(1, 2))) for x in of_values]
     return Felt(weights, squares, values)
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What matters where something has to be recalled, in units of what matters in prose.
+
+    Attributes:
+        watched: The text's keys, of those that are far from all that is asked.
+        weights: Of each held layer, float32 [Hkv, D].
+        squares: Of each held layer, [Hkv, L, D].
+    """
+
+    watched: Watched
+    weights: list[np.ndarray]
+    squares: list[np.ndarray]
+
+    def mixed(self, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Weights of prose and these, in fixed shares."""
+        pairs = zip(weights, self.weights, strict=True)
+        return [_floored((1 - RECALLED) * own + RECALLED * other) for own, other in pairs]
+
+
+def measure_recall(
+    model: nn.Module,
+    recall: Recall,
+    config: DeltaConfig,
+    weights: Sequence[np.ndarray],
+    seed: int = 0,
+) -> Recalled:
+    """What matters to a model that is asked for what it was told.
+
+    Args:
+        model: From :func:`mlx_delta.load`, with the delta.
+        recall: What is told and asked.
+        config: Which keys are far.
+        weights: Of each held layer, [Hkv, D], from prose.
+        seed: Of the labels.
+    """
+    watched = watch(model, recall.ids, config)
+    found, _ = far_gradients(model, recall.ids, config, watched.layers, seed, recall.asked)
+    end = (recall.told // config.block_size - config.window_blocks) * config.block_size
+    far = slice(min(config.sinks, end - 1), end)
+    means = [shared_by_pairs(np.array(x[:, far].mean(axis=1))) for x in found]
+    unit = sum(float(x.sum()) for x in weights) / sum(float(x.sum()) for x in means)
+    seen = end + config.window_blocks * config.block_size + 1
+    keys = [x[:, :seen] for x in watched.keys]
+    squares = [np.array(x[:, :seen]) * unit for x in found]
+    own = [_floored(x * unit) for x in means]
+    return Recalled(dataclasses.replace(watched, keys=keys), own, squares)
 
 
 def _floored(weights: np.ndarray) -> np.ndarray:
