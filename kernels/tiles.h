@@ -8,7 +8,9 @@
 // memory, and only weights, a D / 8th of all that is read, have to change sides. So a lane has
 // scores of two queries, in its two columns, and a query's are in the eight lanes that share one.
 
+#ifndef TILES_UNROLL
 #define TILES_UNROLL _Pragma("clang loop unroll(full)")
+#endif
 
 // What a hidden score is: finite, so that differences of two of them are no NaN.
 constant constexpr float TILES_HIDDEN = -1e30f;

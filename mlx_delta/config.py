@@ -1,4 +1,7 @@
-"""The settings of hybrid delta attention: one documented, validated dataclass."""
+"""The settings of hybrid delta attention: one documented, validated dataclass.
+
+Over 400 lines: its fields belong together, and half of it says what they mean.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,38 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .config_checks import KEY_BITS, MODES, VALUE_BITS, check_setting, shown
+from .config_checks import (
+    KEY_BITS,
+    KEY_FORMATS,
+    MODES,
+    VALUE_BITS,
+    VALUE_FORMATS,
+    check_setting,
+    shown,
+)
 from .notation import read_fields, write_fields
 from .sensitivities import Sensitivities
+from .widths import KeyWidths, ValueWidths, choose_widths
 
 __all__ = [
     "KEY_BITS",
+    "KEY_FORMATS",
     "MODES",
     "RUN_MODES",
     "VALUE_BITS",
+    "VALUE_FORMATS",
     "DeltaConfig",
+    "KeyFormat",
     "RunValue",
     "ThresholdMode",
+    "ValueFormat",
 ]
 
 ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
 Prefill = Literal["exact", "tiles"]
+KeyFormat = Literal["held", "codes"]
+ValueFormat = Literal["plain", "rotated"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
 
@@ -86,6 +104,16 @@ class DeltaConfig:
             faster on long prompts, and not exact.
         tiles: For ``prefill="tiles"``: the share of the expected attention that is computed; one
             number, or one for each layer (``python -m mlx_delta.calibrate --tiles``).
+        key_format: ``"held"``: as above. ``"codes"``: nothing is held; every far key is a code,
+            with more bits in channels that the sensitivities say matter
+            (:mod:`mlx_delta.method.codes`), ``key_bits`` (2 to 8, such as 3.5) of them on average
+            over the model. Without calibrated ones keys are rotated, and get equal codes.
+        value_format: ``"plain"``: as above. ``"rotated"``: values far from the query are rotated
+            and stored as codes, with more bits in kv heads that matter, ``value_bits`` (2 to 8) of
+            them on average; near ones are stored in 16 bits. Needs ``key_bits``.
+        key_widths: The width of each channel's codes, chosen by :meth:`with_widths`: for each layer
+            a string of digits for each kv head, or ``None`` where keys are rotated instead.
+        value_widths: The width of each kv head's values: for each layer a tuple, or ``None``.
         max_size: Tokens that a cache keeps at most. ``None``: all. Beyond it the oldest blocks go,
             but for the first, which holds the sinks; an eighth of what is kept at a time.
 
@@ -101,13 +129,17 @@ class DeltaConfig:
     keyframes: bool = True
     run_value: RunValue = "mean"
     block_fraction: float | None = None
-    key_bits: int | None = None
-    value_bits: int | None = None
+    key_bits: float | None = None
+    value_bits: float | None = None
     level: float | None = None
     sensitivities: Sensitivities | str | None = None
     prefill: Prefill = "exact"
     tiles: float | tuple[float, ...] = 0.85
     max_size: int | None = None
+    key_format: KeyFormat = "held"
+    value_format: ValueFormat = "plain"
+    key_widths: KeyWidths | None = None
+    value_widths: ValueWidths | None = None
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and validate every field once."""
@@ -120,7 +152,8 @@ class DeltaConfig:
             object.__setattr__(self, "threshold", 1.0)
         # JSON gives lists; tuples keep the configuration hashable.
         object.__setattr__(self, "threshold", _nested(self.threshold, tuple))
-        object.__setattr__(self, "tiles", _nested(self.tiles, tuple))
+        for name in ("tiles", "key_widths", "value_widths"):
+            object.__setattr__(self, name, _nested(getattr(self, name), tuple))
         given_weights: Any = self.sensitivities
         if isinstance(given_weights, Mapping):
             read = Sensitivities.from_dict(given_weights)
@@ -223,7 +256,7 @@ class DeltaConfig:
         """The setting of one layer, with that layer's own threshold and share of tiles.
 
         Thresholds of its heads stay in a tuple of one layer, ``((0.9, 1.1),)``, so that they are
-        never taken for thresholds of layers.
+        never taken for thresholds of layers; and so do widths of its codes.
 
         Raises:
             ValueError: There are thresholds or shares for another number of layers.
@@ -231,8 +264,11 @@ class DeltaConfig:
         own: dict[str, Any] = {}
         if self.sensitivities is not None:
             own["sensitivities"] = self.loaded_sensitivities.for_layer(layer, n_layers)
-        for name in ("threshold", "tiles"):
-            values = getattr(self, name)
+        if self.key_format == "codes":
+            own["sensitivities"] = None  # the widths say all
+        config = self.with_widths()
+        for name in ("threshold", "tiles", "key_widths", "value_widths"):
+            values = getattr(config, name)
             if isinstance(values, tuple):
                 if len(values) != n_layers:
                     raise ValueError(
@@ -242,6 +278,24 @@ class DeltaConfig:
                 found = values[layer]
                 own[name] = (found,) if isinstance(found, tuple) else found
         return dataclasses.replace(self, **own) if own else self
+
+    def with_widths(self) -> DeltaConfig:
+        """The setting with the widths of codes of all layers, by its sensitivities if they say any.
+
+        Over the whole model: so this is to be asked before it is cut into layers or heads.
+        """
+        found = self.sensitivities
+        keys = self.key_format == "codes" and self.key_widths is None
+        values = self.value_format == "rotated" and self.value_widths is None
+        if not (keys or values) or not isinstance(found, Sensitivities):
+            return self
+        return dataclasses.replace(
+            self,
+            key_widths=choose_widths(found, self.key_bits, False) if keys else self.key_widths,
+            value_widths=(
+                choose_widths(found, self.value_bits, True) if values else self.value_widths
+            ),
+        )
 
     @property
     def tile_share(self) -> float:
@@ -314,15 +368,19 @@ class DeltaConfig:
                 the file's name.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["threshold"] = _nested(self.threshold, list)
-        values["tiles"] = _nested(self.tiles, list)
+        for name in ("threshold", "tiles", "key_widths", "value_widths"):
+            values[name] = _nested(getattr(self, name), list)
         if isinstance(self.sensitivities, Sensitivities):
             named = None if whole else self.sensitivities.file
             values["sensitivities"] = named or self.sensitivities.to_dict()
         optional = ["block_fraction", "key_bits", "value_bits", "threshold", "level"]
-        optional += ["sensitivities", "max_size"]
-        if self.prefill == "exact":  # as written by versions that knew no other
+        optional += ["sensitivities", "max_size", "key_widths", "value_widths"]
+        # As written by versions that knew no other.
+        if self.prefill == "exact":
             del values["prefill"], values["tiles"]
+        for name, only in (("key_format", "held"), ("value_format", "plain")):
+            if values[name] == only:
+                del values[name]
         return {k: v for k, v in values.items() if k not in optional or v is not None}
 
     @classmethod

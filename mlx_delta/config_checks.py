@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .sensitivities import Sensitivities
+from .widths import VALUE_WIDTHS, WIDTHS
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
@@ -14,6 +15,9 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
+KEY_FORMATS = ("held", "codes")
+VALUE_FORMATS = ("plain", "rotated")
+MEAN_BITS = (2, 8)  # of codes, from the least to the most
 TILE_SIZES = (32, 64, 128)  # blocks whose tiles can be chosen
 # Tokens that a window, a block or the sinks may span: buffers of their size are made.
 MAX_TOKENS = 1 << 24
@@ -148,12 +152,33 @@ def _check_runs(config: DeltaConfig) -> None:
 
 def _check_storage(config: DeltaConfig) -> None:
     """Validate how keys and values are stored."""
+    for name, known in (("key_format", KEY_FORMATS), ("value_format", VALUE_FORMATS)):
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(
+                f"[DeltaConfig] {name} must be one of {', '.join(map(repr, known))} but got "
+                f"{shown(value)}."
+            )
+    means = {"key_bits": config.key_format == "codes", "value_bits": config.value_format != "plain"}
     for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
         value = getattr(config, name)
-        if value is not None and (type(value) is not int or value not in widths):
-            known = ", ".join(map(str, widths))
-            raise ValueError(f"[DeltaConfig] {name} must be one of {known} but got {shown(value)}.")
+        if means[name]:
+            _check_mean(name, value)
+        elif value is not None and (type(value) is not int or value not in widths):
+            text = ", ".join(map(str, widths))
+            raise ValueError(f"[DeltaConfig] {name} must be one of {text} but got {shown(value)}.")
+    for name, is_mean in (("key_widths", means["key_bits"]), ("value_widths", means["value_bits"])):
+        value = getattr(config, name)
+        if value is not None:
+            fits = is_mean and isinstance(value, tuple)
+            if not fits or not all(x is None or _fits_layer(name, x) for x in value):
+                raise ValueError(
+                    f"[DeltaConfig] {name} must be widths of codes, for each layer those of its kv "
+                    f"heads, but got {shown(value)}."
+                )
     if config.key_bits is None:
+        if config.value_format != "plain":
+            raise ValueError("[DeltaConfig] value_format='rotated' needs key_bits but got None.")
         return
     if not config.keyframes or config.block_fraction is not None:
         raise ValueError(
@@ -165,6 +190,28 @@ def _check_storage(config: DeltaConfig) -> None:
             f"[DeltaConfig] key_bits={config.key_bits} needs a block_size that is a multiple "
             f"of 8, up to 64, but got {config.block_size}."
         )
+
+
+def _check_mean(name: str, value: Any) -> None:
+    least, most = MEAN_BITS
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        which = "key_format='codes'" if name == "key_bits" else "value_format='rotated'"
+        raise ValueError(
+            f"[DeltaConfig] {name} must be between {least} and {most}, with {which}, but got "
+            f"{shown(value)}."
+        )
+
+
+def _fits_layer(name: str, widths: Any) -> bool:
+    """Whether these are widths of the codes of a layer."""
+    if not isinstance(widths, tuple) or not widths:
+        return False
+    if name == "value_widths":
+        return all(type(width) is int and width in VALUE_WIDTHS for width in widths)
+    if not all(isinstance(head, str) and set(head) <= set(map(str, WIDTHS)) for head in widths):
+        return False
+    return bool(widths[0]) and len({"".join(sorted(head)) for head in widths}) == 1
 
 
 def _check_prefill(config: DeltaConfig) -> None:

@@ -1,7 +1,8 @@
 """How much a model's output minds errors of its keys, and which keys it looks at.
 
 A weight for each layer, kv head and channel says the first, ``salience`` the second: keys along
-it are looked at more (see :mod:`mlx_delta.method.runs`).
+it are looked at more (see :mod:`mlx_delta.method.runs`). How far keys lie apart, and what errors of
+values cost, decides how many bits each gets as codes (:mod:`mlx_delta.widths`).
 
 :mod:`mlx_delta.calibrate` measures them and writes them beside the model; ``config.json`` names
 the file under ``delta``, and :func:`mlx_delta.load` reads it.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import numpy as np
 
 FILE_NAME = "delta_sensitivities.safetensors"
 MOST_LAYERS = 1 << 14
-FORMAT = "mlx_delta sensitivities 2"
-FORMATS = ("mlx_delta sensitivities 1", FORMAT)  # the first had no salience
+FORMAT = "mlx_delta sensitivities 3"
+# The first had no salience, the second neither spread nor costs of values.
+FORMATS = ("mlx_delta sensitivities 1", "mlx_delta sensitivities 2", FORMAT)
+PARTS = ("layers", "salience", "spread", "value_costs")
 # Of models that are known by name; a file beside a model comes first.
 BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
 
@@ -36,9 +39,12 @@ class Sensitivities:
         file: Name of the file they come from, beside the model.
         salience: For each layer float32 [Hkv, D], or ``None``, which is all zeros; of no layer if
             not given.
+        spread: For each layer float32 [Hkv, D], the root of the mean square by which a key's
+            channel deviates from its mean over a block; or ``None`` where that is not known.
+        value_costs: For each layer float32 [Hkv], ``u`` of :mod:`mlx_delta.widths`; or ``None``.
 
     Raises:
-        ValueError: A weight is negative or not finite, salience is not finite or of another
+        ValueError: A weight is negative or not finite, another number is not finite or of another
             shape, or the curve's levels do not ascend.
     """
 
@@ -48,9 +54,14 @@ class Sensitivities:
         curve: Sequence[Sequence[float]] = (),
         file: str | None = None,
         salience: Sequence[np.ndarray | None] = (),
+        spread: Sequence[np.ndarray | None] = (),
+        value_costs: Sequence[np.ndarray | None] = (),
     ):
         self.layers = _float_arrays(layers)
-        self.salience = _float_arrays(salience or [None] * len(self.layers))
+        nothing = [None] * len(self.layers)
+        self.salience = _float_arrays(salience or nothing)
+        self.spread = _float_arrays(spread or nothing)
+        self.value_costs = _float_arrays(value_costs or nothing)
         self.curve = tuple((float(level), float(zeros), float(kl)) for level, zeros, kl in curve)
         self.file = file
         for i, weights in enumerate(self.layers):
@@ -61,7 +72,8 @@ class Sensitivities:
                     f"[Sensitivities] weights of layer {i} must be finite numbers >= 0, one for "
                     f"each kv head and channel, but have shape {weights.shape} or other values."
                 )
-        self._check_salience()
+        for name in PARTS[1:]:
+            self._check_part(name)
         levels = [row[0] for row in self.curve]
         if any(b <= a for a, b in zip(levels, levels[1:], strict=False)) or min(levels, default=0):
             raise ValueError("[Sensitivities] the curve's levels must ascend from 0.")
@@ -69,24 +81,31 @@ class Sensitivities:
         for weights in self.layers:
             digest.update(b"-" if weights is None else repr(weights.shape).encode())
             digest.update(b"" if weights is None else weights.tobytes())
-        if any(x is not None for x in self.salience):
-            for along in self.salience:
-                digest.update(b"-" if along is None else along.tobytes())
+        for name in PARTS[1:]:
+            arrays = getattr(self, name)
+            if any(x is not None for x in arrays):
+                for array in arrays:
+                    digest.update(b"-" if array is None else array.tobytes())
         self._digest = digest.digest()
 
-    def _check_salience(self) -> None:
-        if len(self.salience) != len(self.layers):
+    def _check_part(self, name: str) -> None:
+        arrays = getattr(self, name)
+        if len(arrays) != len(self.layers):
             raise ValueError(
-                f"[Sensitivities] salience is of {len(self.salience)} layers but the weights are "
-                f"of {len(self.layers)}."
+                f"[Sensitivities] {name} is of {len(arrays)} layers but the weights are of "
+                f"{len(self.layers)}."
             )
-        for i, (weights, along) in enumerate(zip(self.layers, self.salience, strict=True)):
-            if along is None:
+        for i, (weights, found) in enumerate(zip(self.layers, arrays, strict=True)):
+            if found is None:
                 continue
-            if weights is None or along.shape != weights.shape or not np.isfinite(along).all():
+            shape = None if weights is None else weights.shape
+            if name == "value_costs" and shape is not None:
+                shape = shape[:1]
+            fits = found.shape == shape and np.isfinite(found).all()
+            if not fits or (name != "salience" and (found < 0).any()):
                 raise ValueError(
-                    f"[Sensitivities] salience of layer {i} must be finite numbers, as many as "
-                    f"the layer's weights, but has shape {along.shape} or other values."
+                    f"[Sensitivities] {name} of layer {i} must be finite numbers that fit the "
+                    f"layer's weights, but has shape {found.shape} or other values."
                 )
 
     def __hash__(self) -> int:
@@ -102,7 +121,7 @@ class Sensitivities:
         return f"Sensitivities({len(self.layers)} layers, {self._digest.hex()[:8]})"
 
     def for_layer(self, layer: int, n_layers: int) -> Sensitivities:
-        """Those of one layer.
+        """Weights and salience of one layer: the rest is for all layers together.
 
         Raises:
             ValueError: They are of a model with another number of layers.
@@ -120,23 +139,49 @@ class Sensitivities:
 
     def for_part(self, layers: slice) -> Sensitivities:
         """Those of some of the layers."""
-        return Sensitivities(self.layers[layers], self.curve, salience=self.salience[layers])
+        return self._with(lambda arrays: arrays[layers], self.curve)
 
     def share_of_heads(self, rank: int, size: int) -> Sensitivities:
         """Those of the ``rank``-th of ``size`` equal shares of each layer's kv heads."""
-        layers, salience = (
-            [None if x is None else np.split(x, size)[rank] for x in arrays]
-            for arrays in (self.layers, self.salience)
+        return self._with(
+            lambda arrays: [None if x is None else np.split(x, size)[rank] for x in arrays],
+            self.curve,
         )
-        return Sensitivities(layers, self.curve, salience=salience)
 
     def for_heads(self, heads: slice) -> Sensitivities:
         """Those of some heads of each layer."""
-        parts = [
-            [None if x is None else x[heads] for x in arrays]
-            for arrays in (self.layers, self.salience)
+        return self._with(
+            lambda arrays: [None if x is None else x[heads] for x in arrays], self.curve, self.file
+        )
+
+    def with_curve(
+        self, curve: Sequence[Sequence[float]], file: str | None = None
+    ) -> Sensitivities:
+        """The same with another curve, of a file of this name."""
+        return self._with(lambda arrays: arrays, curve, file)
+
+    def with_spread(
+        self, spread: Sequence[np.ndarray | None], value_costs: Sequence[np.ndarray | None]
+    ) -> Sensitivities:
+        """The same weights, salience and curve, and what decides how many bits codes get."""
+        return Sensitivities(self.layers, self.curve, self.file, self.salience, spread, value_costs)
+
+    def _with(
+        self,
+        change: Callable[[Any], Sequence[np.ndarray | None]],
+        curve: Sequence[Sequence[float]] = (),
+        file: str | None = None,
+    ) -> Sensitivities:
+        """Those whose arrays are what ``change`` makes of the arrays of all layers."""
+        layers, *others = (change(getattr(self, name)) for name in PARTS)
+        return Sensitivities(layers, curve, file, *others)
+
+    def key_costs(self) -> list[np.ndarray | None]:
+        """``u`` of :mod:`mlx_delta.widths` of each layer's channels, [Hkv, D], where known."""
+        return [
+            None if weights is None or spread is None else np.sqrt(weights) * np.square(spread)
+            for weights, spread in zip(self.layers, self.spread, strict=True)
         ]
-        return Sensitivities(parts[0], self.curve, self.file, parts[1])
 
     def of_layer(self, n_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
         """The weights of a single layer and its salience, each float32 [Hkv, D].
@@ -207,10 +252,12 @@ class Sensitivities:
 
     def to_dict(self) -> dict[str, Any]:
         """The weights as plain JSON values."""
-        written = {"layers": _to_json(self.layers)}
-        if any(x is not None for x in self.salience):
-            written["salience"] = _to_json(self.salience)
-        return written
+        found = {name: getattr(self, name) for name in PARTS}
+        return {
+            name: _to_json(arrays)
+            for name, arrays in found.items()
+            if name == "layers" or any(x is not None for x in arrays)
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sensitivities:
@@ -221,10 +268,10 @@ class Sensitivities:
         """
         try:
             layers = _from_json(values["layers"])
-            salience = _from_json(values.get("salience", ()))
+            others = {name: _from_json(values.get(name, ())) for name in PARTS[1:]}
         except (TypeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"[DeltaConfig] sensitivities can't be read: {error}.") from error
-        return cls(layers, salience=salience)
+        return cls(layers, **others)
 
     # As a file.
 
@@ -234,8 +281,8 @@ class Sensitivities:
 
         arrays = {
             f"{name}.{i}": mx.array(x)
-            for name, parts in (("layers", self.layers), ("salience", self.salience))
-            for i, x in enumerate(parts)
+            for name in PARTS
+            for i, x in enumerate(getattr(self, name))
             if x is not None
         }
         metadata = {
@@ -281,16 +328,14 @@ class Sensitivities:
             if metadata.get("format") not in FORMATS:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
             count = int(metadata["layers"])
-            if not len(arrays) <= 2 * count <= 2 * MOST_LAYERS:
+            if not len(arrays) <= len(PARTS) * count <= len(PARTS) * MOST_LAYERS:
                 raise ValueError(f"it has {len(arrays)} arrays of {str(count)[:20]} layers")
-            parts = [
-                [arrays.get(f"{name}.{i}") for i in range(count)] for name in ("layers", "salience")
-            ]
-            layers, salience = (
+            parts = [[arrays.get(f"{name}.{i}") for i in range(count)] for name in PARTS]
+            layers, *others = (
                 [None if x is None else np.array(x.astype(mx.float32)) for x in part]
                 for part in parts
             )
-            return cls(layers, json.loads(metadata["curve"]), file.name, salience)
+            return cls(layers, json.loads(metadata["curve"]), file.name, *others)
         except (RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"[load] {file} can't be read as sensitivities: {error}.") from error
 
@@ -315,6 +360,6 @@ def _from_json(entries: Sequence[Any]) -> list[np.ndarray | None]:
     return [
         None
         if entry is None
-        else np.frombuffer(base64.b64decode(entry[2]), np.float32).reshape(entry[:2])
+        else np.frombuffer(base64.b64decode(entry[-1]), np.float32).reshape(entry[:-1])
         for entry in entries
     ]

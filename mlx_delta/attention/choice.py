@@ -13,8 +13,10 @@ from functools import cache
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
-from mlx_delta.ops import decode_kernel, tiles_kernel
+from mlx_delta.cache.turned_values import TurnedView
+from mlx_delta.ops import codes_kernel, decode_kernel, tiles_kernel
 from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.codes import CodedBlocks
 from mlx_delta.ops.pack import PackedBlocks
 
 DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys is faster
@@ -22,14 +24,17 @@ DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys i
 
 def decode_blocks(
     queries: mx.array, step: Step, mask: mx.array | str | None
-) -> PackedBlocks | None:
-    """The packed blocks that the decode kernel is to read for queries [B, Hq, L, D], if it runs."""
+) -> PackedBlocks | CodedBlocks | None:
+    """The packed or coded blocks that a decode kernel is to read for queries [B, Hq, L, D].
+
+    ``None``: none runs.
+    """
     blocks = step.far
-    if not isinstance(blocks, PackedBlocks) or not has_kernels():
+    if not isinstance(blocks, (PackedBlocks, CodedBlocks)) or not has_kernels():
         return None
     if step.steps > DECODE_QUERIES:
         return None
-    reason = _refusal(queries, blocks, step.stored_values.head_dim, mask)
+    reason = _refusal(queries, step, blocks) or _mask_refusal(queries, mask)
     if reason is not None:
         _warn(f"decoding without the kernel, over unpacked keys: {reason}")
         return None
@@ -40,22 +45,36 @@ def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
     """Whether the kernels choose and compute the tiles of queries [B, Hq, L, D]."""
     if not has_kernels():
         return False
+    if step.stored_values.differs:
+        _warn("tiles without the kernels: far values are not stored as near ones are")
+        return False
     reason = tiles_kernel.refusal(queries, step.stored_values.head_dim, scale)
     if reason is not None:
         _warn(f"tiles without the kernels: {reason}")
     return reason is None
 
 
-def _refusal(
-    queries: mx.array, blocks: PackedBlocks, value_dim: int, mask: mx.array | str | None
-) -> str | None:
-    """Why the kernel does not take these queries; ``None`` if it does."""
-    B, n_heads, steps, head_dim = queries.shape
+def _refusal(queries: mx.array, step: Step, blocks: PackedBlocks | CodedBlocks) -> str | None:
+    """Why the kernel does not take these queries, keys and values; ``None`` if it does."""
+    values, turned = step.stored_values, isinstance(step.stored_values, TurnedView)
+    _, n_heads, steps, head_dim = queries.shape
+    if isinstance(blocks, CodedBlocks):
+        if not isinstance(values, TurnedView) and values.quantized:
+            return f"keys are codes of several widths, and values {values.bits}-bit codes"
+        return codes_kernel.refusal(queries, blocks, values.head_dim)
+    if turned:
+        return "values are turned, and keys held"
     most = decode_kernel.MAX_SIMDGROUPS * decode_kernel.max_queries(head_dim)
     if n_heads // blocks.masks.shape[1] * steps > most:
         return f"more than {most} queries share a kv head"
-    if value_dim != head_dim:
-        return f"values have another dimension ({value_dim}) than keys ({head_dim})"
+    if values.head_dim != head_dim:
+        return f"values have another dimension ({values.head_dim}) than keys ({head_dim})"
+    return None
+
+
+def _mask_refusal(queries: mx.array, mask: mx.array | str | None) -> str | None:
+    """Why the kernels do not take this mask; ``None`` if they do."""
+    B, _, steps, _ = queries.shape
     if isinstance(mask, mx.array):
         if mask.dtype != mx.bool_:
             return f"the mask is of type {mask.dtype}, not boolean"

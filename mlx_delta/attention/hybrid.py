@@ -8,7 +8,9 @@ import mlx.core as mx
 
 from mlx_delta.cache.held import HeldKeys
 from mlx_delta.cache.step import Part, Step
-from mlx_delta.ops import decode_kernel
+from mlx_delta.cache.turned_values import TurnedView
+from mlx_delta.ops import codes_kernel, decode_kernel
+from mlx_delta.ops.codes import CodedBlocks
 from mlx_delta.ops.pack import PackedBlocks
 
 from .choice import decode_blocks, kernel_mask
@@ -138,20 +140,32 @@ def _check_shapes(
 def _decode(
     queries: mx.array,
     step: Step,
-    blocks: PackedBlocks,
+    blocks: PackedBlocks | CodedBlocks,
     scale: float,
     mask: mx.array | str | None,
 ) -> mx.array:
-    """Attention of a few queries by the kernel, straight from packed blocks."""
-    values = step.stored_values
+    """Attention of a few queries by a kernel, straight from packed or coded blocks."""
+    values, window = step.stored_values, step.window_blocks
+    rows = zip(step.starts, step.encoded, step.firsts, strict=True)
+    if isinstance(blocks, CodedBlocks):
+        if isinstance(values, TurnedView):
+            firsts = values.firsts
+            stored = codes_kernel.CodedValues(*values.codes, values.near, values.widths)
+        else:
+            firsts, stored = (0,) * len(step.starts), values.buffers[0]
+        numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
+        return codes_kernel.decode(
+            queries, numbers, blocks, step.near, stored, kernel_mask(mask), scale, window
+        )
+    assert not isinstance(values, TurnedView)
     return decode_kernel.decode(
         queries,
-        list(zip(step.starts, step.encoded, step.firsts, strict=True)),
+        list(rows),
         blocks,
         step.near,
         values.buffers,
         values.width,
         kernel_mask(mask),
         scale,
-        step.window_blocks,
+        window,
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
-from mlx_delta.cache.values import ValueStore
 from mlx_delta.method.tiles import EXACT_END
 from mlx_delta.ops import tiles_kernel
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
-from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.strip_attention import strip_attention
 from mlx_delta.ops.tiles import tile_attention
 
@@ -44,7 +40,7 @@ def attend_in_blocks(
         scale,
         step.starts[0],
         mask if isinstance(mask, mx.array) else None,
-        Far(step.held, step.block_size, step.window_blocks),
+        _far(step),
         causal=False,
     )
 
@@ -55,7 +51,8 @@ def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None
     Where there is no kernel, and neither a mask nor rows at different positions; few queries only
     to a long text, of which unpacking all keys would take more memory than they are stored in.
     """
-    if not isinstance(step.far, PackedBlocks) or isinstance(mask, mx.array) or has_kernels():
+    far = step.far
+    if far is None or isinstance(far, mx.array) or isinstance(mask, mx.array) or has_kernels():
         return False
     size = step.block_size
     if size is None:
@@ -69,23 +66,16 @@ def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None
 def attend_in_strips(queries: mx.array, step: Step, scale: float) -> mx.array:
     """Attention of queries [B, Hq, L, D] to full keys near and packed keys far; [B, Hq, L, Dv]."""
     blocks, size, first = step.far, step.block_size, step.firsts[0]
-    assert isinstance(blocks, PackedBlocks) and size is not None
+    assert blocks is not None and not isinstance(blocks, mx.array) and size is not None
     stored = step.stored_values
 
     def unpack_strip(left: int, right: int, latest: mx.array) -> tuple[mx.array, mx.array]:
-        part = blocks.part(left // size, right // size)
-        masks, offsets, *buffers = mx.depends(
-            [part.masks, part.offsets, *stored.part(left, right)], [latest]
-        )
-        part = replace(part, masks=masks, offsets=offsets)
-        keys = unpack(part, (right - left) // size)
-        values = ValueStore(stored.bits, tuple(buffers)).dense(right - left, mx.float32)
-        return keys, values
+        part = blocks.part(left // size, right // size).after(latest)
+        return unpack(part, (right - left) // size), stored.far(left, right, mx.float32, latest)
 
-    values = ValueStore(stored.bits, tuple(stored.part(first, step.length)))
     return strip_attention(
         queries,
-        (step.near, values.dense(step.length - first, mx.float32)),
+        (step.near, stored.near_part(first, step.length, mx.float32)),
         first,
         unpack_strip,
         scale,
@@ -119,7 +109,7 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
     """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
     assert step.tiles is not None and step.block_size is not None
     (first, end), start = tiles, step.starts[0]
-    far = Far(step.held, step.block_size, step.window_blocks)
+    far = _far(step)
     text = step.full, step.values, scale
     mass, count = step.tiles.mass, step.tiles.count
     if tiles_by_kernel(queries, step, scale):
@@ -132,6 +122,13 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
     if end < step.steps:
         outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
     return mx.concatenate(outputs, axis=2)
+
+
+def _far(step: Step) -> Far:
+    """What queries read far from them."""
+    assert step.block_size is not None
+    values = step.held_values if step.stored_values.differs else None
+    return Far(step.held, step.block_size, step.window_blocks, values)
 
 
 def _same_start(step: Step) -> bool:

@@ -101,6 +101,7 @@ class BatchDeltaKVCache(HeldKeys):
     def filter(self, batch_indices: list[int] | mx.array) -> None:
         """Keep these rows only, in this order."""
         kept = [int(index) for index in batch_indices]
+        self._written.clear()
         if self._keys is not None and self._values is not None:
             self._keys.take(kept)
             self._values.take(kept)
@@ -139,6 +140,7 @@ class BatchDeltaKVCache(HeldKeys):
 
     def _append_rows(self, caches: list[Any]) -> None:
         """Become the rows of all these caches, padded at the end to one length."""
+        self._written.clear()
         filled = [cache for cache in caches if not cache.empty()]
         for cache in filled:
             _check_same_model(cache, filled[0])

@@ -7,10 +7,9 @@ from mlx_lm.models.cache import _BaseCache
 
 from mlx_delta.config import DeltaConfig
 
-from .dense_keys import DenseKeys
-from .packed_keys import PackedKeys
+from .kinds import Keys, Values
 from .store import KeyStore
-from .values import ValueStore
+from .written_out import WrittenOut
 
 
 class CacheFigures(_BaseCache):
@@ -25,8 +24,9 @@ class CacheFigures(_BaseCache):
     _encoded: list[int]
     _dropped: list[int]
     _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
-    _keys: DenseKeys | PackedKeys | None
-    _values: ValueStore | None
+    _keys: Keys | None
+    _values: Values | None
+    _written: WrittenOut
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
 
@@ -118,7 +118,10 @@ class CacheFigures(_BaseCache):
             float_bytes: Count floats at this size at most, whatever they are stored in.
         """
         tokens, far = self.seen_tokens, self._encoded[0] - self._dropped[0]
-        values = 0 if self._values is None else self._values.read_bytes(tokens, float_bytes)
+        values = 0
+        if self._values is not None:
+            coded = far * self.config.block_size
+            values = self._values.read_bytes(tokens, coded, float_bytes)
         return self._stored.read_bytes(tokens, far, float_bytes) + values
 
     @property

@@ -18,14 +18,11 @@ from mlx_delta.ops.tiles import TileCount, TilePlan
 
 from .dense_keys import DenseKeys
 from .dropping import Dropping, stored
-from .packed_keys import PackedKeys
+from .kinds import key_kind, value_kind
 from .state import CacheState
 from .step import Part, Step
 from .store import spread
-from .values import ValueStore
-
-# Tokens of one update, up to which they are taken for generated ones and not for a prompt's.
-FEW_TOKENS = 8
+from .written_out import FEW_TOKENS, WrittenOut
 
 # Set while something asks whether any number of tokens could be taken back, not only the last ones.
 ANY_LENGTH = contextvars.ContextVar("any_length", default=False)
@@ -59,6 +56,7 @@ class HeldKeys(CacheState):
         self._sizes = None
         self._keys = None
         self._values = None
+        self._written = WrittenOut()
 
     # Reading and writing.
 
@@ -115,10 +113,10 @@ class HeldKeys(CacheState):
         new = [max(0, n - gone) for n, gone in zip(wanted, self._dropped, strict=True)]
         if not any(new):
             return
+        self._written.clear()
         assert self._keys is not None and self._values is not None
         self._keys.drop(dropping.first, new)
-        tokens = [n * dropping.size for n in new]
-        self._values.drop(dropping.first * dropping.size, tokens)
+        self._values.drop(dropping.first, new, dropping.size)
         self._dropped = [n + gone for n, gone in zip(new, self._dropped, strict=True)]
 
     def _append(self, keys: mx.array, values: mx.array, text_ends: list[int] | None = None) -> Step:
@@ -128,7 +126,6 @@ class HeldKeys(CacheState):
         starts = tuple(stored(self._lengths, self._dropped, size))
         length = max(starts) + steps
         capacity = -(-length // self.step) * self.step
-        self._values.write(values, starts, capacity)
         if self.config.block_fraction is None:
             ends = [n + steps for n in self._lengths]
             pairs = zip(ends, self._ends(steps) if text_ends is None else text_ends, strict=True)
@@ -137,12 +134,13 @@ class HeldKeys(CacheState):
         else:
             targets = list(self._encoded)
         encoded = stored(targets, self._dropped)
+        read = self._values.write(values, starts, capacity, encoded)
         far, near, firsts = self._keys.append(keys, starts, encoded, capacity)
         self._lengths = [n + steps for n in self._lengths]
         self._encoded = targets
-        return Step(
+        step = Step(
             starts=starts,
-            steps=steps,
+            steps=keys.shape[2],
             block_sizes=tuple(
                 self.block_sizes if self.config.block_fraction is None else [length] * len(starts)
             ),
@@ -151,10 +149,11 @@ class HeldKeys(CacheState):
             near=near,
             firsts=tuple(firsts),
             encoded=tuple(encoded),
-            stored_values=self._values,
+            stored_values=read,
             dtype=values.dtype,
             tiles=self._tile_plan(),
         )
+        return self._written.follow(step, keys, values)
 
     def _tile_plan(self) -> TilePlan | None:
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
@@ -167,10 +166,10 @@ class HeldKeys(CacheState):
 
     def _make_stores(self, keys: mx.array, values: mx.array) -> None:
         """Stores for this shape and type, as the setting asks for."""
-        kind = DenseKeys if self.config.key_bits is None else PackedKeys
+        kind, of_values = key_kind(self.config), value_kind(self.config)
         self.config.check_heads(keys.shape[1])
         kind.check_new(self.config, keys)
-        ValueStore.check_new(self.config.value_bits, values)
+        of_values.check_new(self.config, values)
         self._lengths, self._encoded, self._dropped = (
             spread(counts, keys.shape[0])
             for counts in (self._lengths, self._encoded, self._dropped)
@@ -178,7 +177,7 @@ class HeldKeys(CacheState):
         self._keys = kind.make(self.config, keys)
         if self._sizes is not None:
             self._keys = DenseKeys.make(self.config, keys, sizes=self._sizes)
-        self._values = ValueStore.make(self.config.value_bits, values)
+        self._values = of_values.make(self.config, values)
         self._model = (keys.shape[1], keys.shape[3], values.shape[3])
         self._item_size = keys.itemsize
 
@@ -239,24 +238,28 @@ class HeldKeys(CacheState):
             for start, size in zip(step.starts, step.block_sizes, strict=True)
         )
         if step.steps == 1 or near == 0:
-            fetched = step.held if step.steps == 1 else step.full
-            return fetched[..., :length, :], step.values[..., :length, :]
-        fetched = mx.concatenate([step.held[..., :near, :], step.full[..., near:length, :]], axis=2)
-        return fetched, step.values[..., :length, :]
+            one = step.steps == 1
+            fetched = (step.held, step.held_values) if one else (step.full, step.values)
+            return fetched[0][..., :length, :], fetched[1][..., :length, :]
+        keys, values = (
+            mx.concatenate([far[..., :near, :], full[..., near:length, :]], axis=2)
+            for far, full in ((step.held, step.full), (step.held_values, step.values))
+        )
+        return keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Keys (held far away, full near) and values of all tokens so far that were not dropped."""
         if self._keys is None or self._values is None:
             raise ValueError(f"[{type(self).__name__}.keys_and_values] the cache is empty.")
         size = max(0, *stored(self._lengths, self._dropped, self.config.block_size))
-        keys = self._keys.fetch(size, stored(self._encoded, self._dropped))
-        return keys, self._values.dense(size, keys.dtype)
+        encoded = stored(self._encoded, self._dropped)
+        keys = self._keys.fetch(size, encoded)
+        return keys, self._values.fetch(size, encoded, keys.dtype)
 
     def wait_for(self, other: mx.array) -> None:
         """Let the state be evaluated only together with another array."""
         if self._values is not None:
-            buffers: Any = mx.depends(list(self._values.buffers), other)
-            self._values.buffers = tuple(buffers)
+            self._values.wait_for(other)
 
     # Rewinding.
 
@@ -334,7 +337,7 @@ class HeldKeys(CacheState):
             ValueError: The text could not go on exactly from there.
         """
         n = max(0, min(self.size(), n))
-        if n == 0 or self._keys is None:
+        if n == 0 or self._keys is None or self._values is None:
             return n
         if not self._cuts_exactly(n):
             raise ValueError(
@@ -342,29 +345,38 @@ class HeldKeys(CacheState):
                 f"{self.exact_trim()} can be taken back exactly but not {n}: full keys are gone. "
                 "mlx_delta.cache.rewind goes back further and says which tokens to feed again."
             )
+        self._written.clear()
         self._lengths = [length - n for length in self._lengths]
         targets = [
             min(pair) for pair in zip(self._far_blocks(self._lengths), self._encoded, strict=True)
         ]
         gone = [0 if n <= 0 else d for n, d in zip(self._lengths, self._dropped, strict=True)]
         self._keys.rewind(stored(self._encoded, self._dropped), stored(targets, gone))
+        self._values.rewind(stored(targets, gone))
         self._encoded, self._dropped = targets, gone
         self._held_from = min(self._held_from, self.size())
         return n
 
-    def near_keys(self) -> mx.array | None:
-        """Full keys [1, Hkv, n, D] that the next token of a single text needs, for a mark."""
-        if self._keys is None:
+    def near_arrays(self) -> list[mx.array] | None:
+        """What the next token of a single text needs, for a mark.
+
+        Full keys [1, Hkv, n, D], and full values [1, Hkv, n, Dv] where far ones are others.
+        """
+        if self._keys is None or self._values is None:
             return None
         first = self._encoded[0] * self.config.block_size
-        return self._keys.full_keys(first, self._lengths[0])
+        keys = self._keys.full_keys(first, self._lengths[0])
+        values = self._values.full_values(first, self._lengths[0])
+        return [keys] if values is None else [keys, values]
 
-    def return_to(self, length: int, near: mx.array | None) -> None:
-        """Take a single text back to a length at which :meth:`near_keys` gave ``near``."""
-        if self._keys is None or near is None:
+    def return_to(self, length: int, near: list[mx.array] | None) -> None:
+        """Take a single text back to a length at which :meth:`near_arrays` gave ``near``."""
+        if self._keys is None or self._values is None or near is None:
             return
         size = self.config.block_size
-        self._encoded = [(length - near.shape[2]) // size]
+        self._written.clear()
+        self._encoded = [(length - near[0].shape[2]) // size]
         self._lengths = [length]
-        self._keys.refill(self._encoded[0], near)
+        self._keys.refill(self._encoded[0], near[0])
+        self._values.refill(self._encoded[0], near[-1])
         self._held_from = min(self._held_from, length)

@@ -22,17 +22,17 @@ class Mark:
 
     Attributes:
         length: Tokens before it.
-        near: For each cache the full keys [1, Hkv, n, D] that end there; ``None`` for one that
-            needs none.
+        near: For each cache the full keys, and values, that end there; ``None`` for one that needs
+            none.
     """
 
     length: int
-    near: list[mx.array | None]
+    near: list[list[mx.array] | None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys."""
-        return sum(0 if keys is None else keys.nbytes for keys in self.near)
+        """Bytes of its keys and values."""
+        return sum(x.nbytes for arrays in self.near for x in arrays or ())
 
 
 def mark(caches: Sequence[object]) -> Mark | None:
@@ -41,7 +41,7 @@ def mark(caches: Sequence[object]) -> Mark | None:
     Args:
         caches: Of a single text.
     """
-    found: list[mx.array | None] = []
+    found: list[list[mx.array] | None] = []
     length = None
     for cache in leaves(caches):
         if isinstance(cache, HeldKeys):
@@ -49,15 +49,14 @@ def mark(caches: Sequence[object]) -> Mark | None:
                 return None
             if cache.config.max_size is not None:
                 return None  # what is dropped later does not come back
-            found.append(cache.near_keys())
+            found.append(cache.near_arrays())
             length = cache.lengths[0]
         elif not cache.is_trimmable():
             return None
         else:
             found.append(None)
             length = cache.size() if length is None else length
-    arrays = [keys for keys in found if keys is not None]
-    mx.eval(arrays)
+    mx.eval([x for arrays in found for x in arrays or ()])
     return None if length is None else Mark(length, found)
 
 

@@ -1,10 +1,15 @@
-"""Full keys of the last tokens: of the block being filled, the window, and one block of slack."""
+"""Full keys of the last tokens: of the block being filled, the window, and one block of slack.
+
+Or full values, where those further back are codes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import mlx.core as mx
+
+from mlx_delta.config import DeltaConfig
 
 from .buffers import grow, pad_to, write_tokens
 
@@ -20,6 +25,13 @@ class NearKeys:
     def __init__(self, keys: mx.array, firsts: list[int]):
         self.keys = keys
         self.firsts = firsts
+
+    @classmethod
+    def make(cls, config: DeltaConfig, keys: mx.array, dtype: mx.Dtype) -> NearKeys:
+        """Empty, for keys of this shape: the window, the block being filled, and slack."""
+        B, H, _, D = keys.shape
+        room = (config.window_blocks + 2) * config.block_size
+        return cls(mx.zeros((B, H, room, D), dtype), [0] * B)
 
     @property
     def room(self) -> int:

@@ -8,13 +8,13 @@ block is exact; they and everything else are in 16 bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.blocks import encode_blocks, unpack
+from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
 
@@ -33,7 +33,7 @@ class PackedKeys:
     Args:
         config: The setting of this layer, with ``key_bits``.
         near: The last keys.
-        log: The packed blocks.
+        log: The packed blocks, a ``PackedLog``.
         sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens; ``None`` at 16 bits, or
             without sinks.
         lost: Blocks of each row whose full keys are gone. In files of version 0.1.0 these may be
@@ -48,7 +48,7 @@ class PackedKeys:
         self,
         config: DeltaConfig,
         near: NearKeys,
-        log: PackedLog,
+        log: Any,
         sinks: mx.array | None,
         lost: list[int],
         type_name: str,
@@ -61,23 +61,27 @@ class PackedKeys:
         self._type = type_name
 
     @classmethod
-    def make(cls, config: DeltaConfig, keys: mx.array) -> PackedKeys:
+    def make(cls, config: DeltaConfig, keys: mx.array) -> Self:
         """An empty store for keys of this shape and type."""
         assert config.key_bits is not None
         B, H, _, D = keys.shape
-        dtype, bits, size = storage_type(keys.dtype), config.key_bits, config.block_size
-        room = (config.window_blocks + 2) * size  # the window, the block being filled, and slack
+        dtype = storage_type(keys.dtype)
         sinks = None
-        if bits < 16 and config.sinks:
+        if config.key_bits < 16 and config.sinks:
             sinks = mx.zeros((B, H, config.sinks, D), dtype)
         return cls(
             config,
-            NearKeys(mx.zeros((B, H, room, D), dtype), [0] * B),
-            PackedLog.make((B, H, D), size, bits, dtype),
+            NearKeys.make(config, keys, dtype),
+            cls.make_log(config, (B, H, D), dtype),
             sinks,
             [0] * B,
             str(keys.dtype).removeprefix("mlx.core."),
         )
+
+    @staticmethod
+    def make_log(config: DeltaConfig, shape: tuple[int, int, int], dtype: mx.Dtype) -> Any:
+        """An empty log for [B, Hkv, D] keys."""
+        return PackedLog.make(shape, config.block_size, _whole_bits(config), dtype)
 
     @staticmethod
     def check_new(config: DeltaConfig, keys: mx.array) -> None:
@@ -145,7 +149,7 @@ class PackedKeys:
         for (first, done, target), rows in equal_rows(self.near.firsts, packed, targets).items():
             if target > done:
                 keys = near[rows, :, done * size - first : target * size - first]
-                self.log.append(rows, encode_blocks(keys, self.config, done), done)
+                self.log.encode(rows, keys, self.config, done)
 
     def drop(self, first: int, blocks: Sequence[int]) -> None:
         """Take so many blocks of each row out, behind the first ones; see ``KeyStore``."""
@@ -196,10 +200,10 @@ class PackedKeys:
 
     # Rows.
 
-    def blank(self, rows: int, sizes: list[int] | None = None) -> PackedKeys:
+    def blank(self, rows: int, sizes: list[int] | None = None) -> Self:
         """A store of this shape and type for so many rows without tokens."""
         _, H, _, D = self.near.keys.shape
-        return PackedKeys.make(self.config, mx.zeros((rows, H, 0, D), DTYPES[self._type]))
+        return self.make(self.config, mx.zeros((rows, H, 0, D), DTYPES[self._type]))
 
     def take(self, rows: list[int]) -> None:
         """Keep these rows only, in this order."""
@@ -209,21 +213,21 @@ class PackedKeys:
         if self.sinks is not None:
             self.sinks = self.sinks[mx.array(rows, mx.int32)]
 
-    def row(self, index: int, length: int) -> PackedKeys:
+    def row(self, index: int, length: int) -> Self:
         """One row as a store of its own."""
         one = slice(index, index + 1)
         sinks = None if self.sinks is None else mx.contiguous(self.sinks[one])
         near, log = self.near.row(index), self.log.row(index)
-        return PackedKeys(self.config, near, log, sinks, self.lost[one], self._type)
+        return type(self)(self.config, near, log, sinks, self.lost[one], self._type)
 
     @classmethod
-    def join(cls, stores: Sequence[PackedKeys]) -> PackedKeys:
+    def join(cls, stores: Sequence[Self]) -> Self:
         """The rows of all stores, padded to one size."""
         sinks = [store.sinks for store in stores if store.sinks is not None]
         return cls(
             stores[0].config,
             NearKeys.join([store.near for store in stores]),
-            PackedLog.join([store.log for store in stores]),
+            type(stores[0].log).join([store.log for store in stores]),
             mx.concatenate(sinks) if sinks else None,
             [lost for store in stores for lost in store.lost],
             stores[0]._type,
@@ -248,7 +252,7 @@ class PackedKeys:
         return {**counts, "type": self._type}
 
     @classmethod
-    def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> PackedKeys:
+    def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> Self:
         """The store of a state, each buffer of which is as it should be."""
         assert config.key_bits is not None
         near, masks, payload, offsets, grid, sinks, zeros = arrays
@@ -259,7 +263,7 @@ class PackedKeys:
         lost = spread(header.get("lost", [first // size for first in firsts]), near.shape[0])
         rows = {"ends": len(header["ends"]), "firsts": len(firsts), "near": near.shape[0]}
         check_shapes(config, dict(zip(BUFFERS, arrays, strict=True)), rows)
-        bits, ends = config.key_bits, [list(map(int, row)) for row in header["ends"]]
+        bits, ends = _whole_bits(config), [list(map(int, row)) for row in header["ends"]]
         log = PackedLog(bits, near.shape[3], masks, payload, np.array(offsets), grid, zeros, ends)
         return cls(config, NearKeys(near, firsts), log, sinks, lost, header["type"])
 
@@ -273,3 +277,9 @@ class PackedKeys:
         firsts = self.near.firsts
         check_near(name, self.config, lengths, encoded, firsts)
         check_lost(name, self.config, lengths, self.log.blocks, firsts, self.lost)
+
+
+def _whole_bits(config: DeltaConfig) -> int:
+    """The width of packed values, which is no mean."""
+    assert config.key_bits is not None
+    return int(config.key_bits)

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_delta.config import DeltaConfig
+from mlx_delta.ops.blocks import encode_blocks
 from mlx_delta.ops.pack import EncodedBlocks, PackedBlocks, run_together, worst_words
 
 from .buffers import Rows, grow, pad_to, take_out
@@ -102,6 +104,10 @@ class PackedLog:
         )
 
     # Appending.
+
+    def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
+        """Hold and pack blocks of keys, behind the ``done`` ones that each of these rows has."""
+        self.append(rows, encode_blocks(keys, config, done), done)
 
     def append(self, rows: Rows, new: EncodedBlocks, done: int) -> None:
         """Put blocks behind the ``done`` ones that each of these rows has."""

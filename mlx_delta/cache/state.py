@@ -12,9 +12,8 @@ from mlx_delta.config import DeltaConfig
 from .dense_keys import DenseKeys
 from .dropping import Dropping, stored
 from .figures import CacheFigures
-from .packed_keys import PackedKeys
+from .kinds import key_kind, value_kind
 from .store import spread
-from .values import ValueStore, count_arrays
 
 STATE_VERSION = 1
 
@@ -42,11 +41,11 @@ class CacheState(CacheFigures):
         if self._held_from:
             header["held_from"] = self._held_from
         if self._keys is None or self._values is None:
-            kind = DenseKeys if self.config.key_bits is None else PackedKeys
-            nothing = [None] * (kind.n_arrays + count_arrays(self.config.value_bits))
+            of_values = value_kind(self.config).count_arrays(self.config)
+            nothing = [None] * (key_kind(self.config).n_arrays + of_values)
             return [json.dumps(header), *nothing]
         keys, *others = self._keys.arrays()
-        header |= self._keys.header()
+        header |= self._keys.header() | self._values.header()
         return [json.dumps(header), keys, *self._values.buffers, *others]
 
     @state.setter
@@ -70,8 +69,8 @@ class CacheState(CacheFigures):
 
     def _restore(self, header: dict[str, Any], buffers: list[Any]) -> None:
         """Take over a header and buffers, each of which is looked at by itself."""
-        kind = DenseKeys if self.config.key_bits is None else PackedKeys
-        end = 1 + count_arrays(self.config.value_bits)
+        kind, of_values = key_kind(self.config), value_kind(self.config)
+        end = 1 + of_values.count_arrays(self.config)
         if len(buffers) != end + kind.n_arrays - 1:
             raise ValueError(f"it has {len(buffers) + 1} parts")
         self._lengths, self._encoded = (spread(header[x], 1) for x in ("lengths", "encoded"))
@@ -92,7 +91,7 @@ class CacheState(CacheFigures):
         self._keys = kind.restore(self.config, header, keys)
         if isinstance(self._keys, DenseKeys) and "sizes" in header:
             self._sizes = self._keys.sizes
-        self._values = ValueStore(self.config.value_bits, tuple(values))
+        self._values = of_values.restore(self.config, header, values)
 
     def _check_state(self, name: str) -> None:
         """Refuse a state whose counts and buffers do not fit together."""
@@ -114,8 +113,7 @@ class CacheState(CacheFigures):
         lengths = stored(self._lengths, self._dropped, self.config.block_size)
         blocks = stored(self._encoded, self._dropped)
         room = self._keys.check(name, lengths, blocks)
-        capacity = room or self._values.capacity
-        self._values.check(name, (B, H, capacity))
+        capacity = self._values.check(name, (B, H), room, lengths, blocks)
         for length, encoded, size in zip(lengths, blocks, self.block_sizes, strict=True):
             if length > capacity or not 0 <= encoded * size <= max(0, length):
                 raise ValueError(

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_delta.ops.blocks import unpack
+from mlx_delta.ops.blocks import FarBlocks, unpack
 from mlx_delta.ops.join import join_near
-from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.tiles import TilePlan
 
+from .turned_values import TurnedView
 from .values import ValueStore
 
 
@@ -35,10 +35,9 @@ class Part:
 
     def kept(self) -> Part:
         """The same, with handles of its own on all buffers."""
-        step, values = self.step, self.step.stored_values
+        step = self.step
         far = step.far[...] if isinstance(step.far, mx.array) else step.far
-        values = ValueStore(values.bits, tuple(x[...] for x in values.buffers))
-        return replace(self, step=replace(step, far=far, stored_values=values))
+        return replace(self, step=replace(step, far=far, stored_values=step.stored_values.kept()))
 
     def mask(self, mask: mx.array | str | None) -> mx.array | str | None:
         """Their part of a mask, that broadcasts to [B, Hq, L, S], of all queries and tokens."""
@@ -82,11 +81,11 @@ class Step:
     steps: int
     block_sizes: tuple[int, ...]
     window_blocks: int
-    far: mx.array | PackedBlocks | None
+    far: mx.array | FarBlocks | None
     near: mx.array
     firsts: tuple[int, ...]
     encoded: tuple[int, ...]
-    stored_values: ValueStore
+    stored_values: ValueStore | TurnedView
     dtype: mx.Dtype
     tiles: TilePlan | None = None
 
@@ -99,6 +98,15 @@ class Step:
     def block_size(self) -> int | None:
         """Tokens in a block; ``None`` where rows differ."""
         return self.block_sizes[0] if len(set(self.block_sizes)) == 1 else None
+
+    @property
+    def one_border(self) -> bool:
+        """Whether the border between held and full keys is the same for all queries of a row."""
+        window = self.window_blocks
+        return all(
+            max(0, start // size - window) == max(0, (start + self.steps - 1) // size - window)
+            for start, size in zip(self.starts, self.block_sizes, strict=True)
+        )
 
     @cached_property
     def held(self) -> mx.array:
@@ -117,12 +125,19 @@ class Step:
 
     @cached_property
     def values(self) -> mx.array:
-        """[B, Hkv, length, Dv], of the model's type."""
-        return self.stored_values.dense(self.length, self.dtype)
+        """[B, Hkv, length, Dv], of the model's type; full ones wherever ``full`` has full keys."""
+        return self.stored_values.full(self.length, self.dtype)
+
+    @cached_property
+    def held_values(self) -> mx.array:
+        """[B, Hkv, length, Dv]; what stands for values in every block far from the last query."""
+        if not self.stored_values.differs:
+            return self.values
+        return self.stored_values.held(self.length, self.dtype)
 
     @cached_property
     def _unpacked(self) -> mx.array | None:
-        if not isinstance(self.far, PackedBlocks) or not max(self.encoded):
+        if self.far is None or isinstance(self.far, mx.array) or not max(self.encoded):
             return None
         return unpack(self.far, max(self.encoded))
 

@@ -12,13 +12,13 @@ from typing import Any, Protocol, Self
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.pack import PackedBlocks
+from mlx_delta.ops.blocks import FarBlocks
 
 LARGEST = 1 << 31  # of a count
 
 # What an append leaves for attention: held keys of far blocks (in place in a buffer as long as the
 # text, or packed), near keys, and the position of each row's first near key.
-KeyParts = tuple[mx.array | PackedBlocks | None, mx.array, list[int]]
+KeyParts = tuple[mx.array | FarBlocks | None, mx.array, list[int]]
 
 
 class KeyStore(Protocol):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.pack import storage_type, to_storage
 
 from .buffers import grow, pad_to, take_out, write_tokens
@@ -21,31 +23,40 @@ class ValueStore:
         buffers: One array, or words, scales and biases.
     """
 
+    differs = False  # far and near values are stored alike
+
     def __init__(self, bits: int | None, buffers: tuple[mx.array, ...]):
         self.bits = bits
         self.buffers = buffers
 
     @classmethod
-    def make(cls, bits: int | None, values: mx.array) -> ValueStore:
+    def make(cls, config: DeltaConfig, values: mx.array) -> ValueStore:
         """An empty store for values of this shape and type."""
+        bits = _bits(config)
         parts = _encode(values[:, :, :1], bits)
         empty = [mx.zeros((*x.shape[:2], 0, x.shape[3]), x.dtype) for x in parts]
         return cls(bits, tuple(empty))
 
     @staticmethod
-    def check_new(bits: int | None, values: mx.array) -> None:
+    def check_new(config: DeltaConfig, values: mx.array) -> None:
         """Refuse values that can't be stored in this form.
 
         Raises:
             ValueError: Their type has no 16-bit form, or their dimension no groups.
         """
+        bits = config.value_bits
         if bits is not None:
             storage_type(values.dtype)
-        if _is_quantized(bits) and values.shape[3] % 32:
+        if _is_quantized(_bits(config)) and values.shape[3] % 32:
             raise ValueError(
                 f"[DeltaKVCache] value_bits={bits} needs a head_dim that is a multiple of 32 "
                 f"but got {values.shape[3]}; use value_bits=16."
             )
+
+    @staticmethod
+    def count_arrays(config: DeltaConfig) -> int:
+        """How many buffers a store of values has."""
+        return 3 if _is_quantized(_bits(config)) else 1
 
     @property
     def quantized(self) -> bool:
@@ -73,22 +84,74 @@ class ValueStore:
         """Tokens that there is room for."""
         return self.buffers[0].shape[2]
 
-    def write(self, values: mx.array, starts: Sequence[int], capacity: int) -> None:
-        """Put values [B, Hkv, L, Dv] at each row's own index, making room for ``capacity``."""
+    def write(
+        self, values: mx.array, starts: Sequence[int], capacity: int, targets: Sequence[int]
+    ) -> ValueStore:
+        """Put values [B, Hkv, L, Dv] at each row's own index, making room for ``capacity``.
+
+        Returns:
+            What the step's queries read: the store itself.
+        """
         self.buffers = tuple(
             write_tokens(
                 grow(buffer, (*part.shape[:2], capacity, part.shape[3]), part.dtype), part, starts
             )
             for buffer, part in zip(self.buffers, _encode(values, self.bits), strict=True)
         )
+        return self
 
-    def drop(self, start: int, tokens: Sequence[int]) -> None:
-        """Take so many tokens of each row out, from ``start`` on; what follows them moves up."""
-        self.buffers = tuple(take_out(buffer, start, tokens) for buffer in self.buffers)
+    def drop(self, first: int, blocks: Sequence[int], size: int) -> None:
+        """Take so many blocks of each row out, behind the first ones; what follows moves up."""
+        tokens = [n * size for n in blocks]
+        self.buffers = tuple(take_out(buffer, first * size, tokens) for buffer in self.buffers)
 
-    def dense(self, length: int, dtype: mx.Dtype) -> mx.array:
-        """The first values of each row, [B, Hkv, length, Dv] of a type."""
-        parts = [x[:, :, :length] for x in self.buffers]
+    def rewind(self, targets: Sequence[int]) -> None:
+        """Forget that blocks from ``targets`` on are far: here they are stored as near ones."""
+
+    def full_values(self, first: int, length: int) -> mx.array | None:
+        """Full values of a single text, where those further back are others: nowhere."""
+        return None
+
+    def refill(self, held: int, near: mx.array | None) -> None:
+        """Of a single text, have so many far blocks, after which ``near`` is full."""
+
+    def wait_for(self, other: mx.array) -> None:
+        """Let the buffers be evaluated only together with another array."""
+        waiting: Any = mx.depends(list(self.buffers), [other])
+        self.buffers = tuple(waiting)
+
+    # What a step's queries read.
+
+    def fetch(self, length: int, encoded: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """The first values of each row, [B, Hkv, length, Dv]."""
+        return self._dense([x[:, :, :length] for x in self.buffers], dtype)
+
+    def held(self, length: int, dtype: mx.Dtype) -> mx.array:
+        """[B, Hkv, length, Dv], what stands for values far from the last query."""
+        return self.fetch(length, (), dtype)
+
+    def full(self, length: int, dtype: mx.Dtype) -> mx.array:
+        """[B, Hkv, length, Dv], full values wherever they are at hand."""
+        return self.fetch(length, (), dtype)
+
+    def near_part(self, first: int, length: int, dtype: mx.Dtype) -> mx.array:
+        """Full values [B, Hkv, length - first, Dv] of rows that are at one position."""
+        return self._dense([x[:, :, first:length] for x in self.buffers], dtype)
+
+    def far(
+        self, left: int, right: int, dtype: mx.Dtype, after: mx.array | None = None
+    ) -> mx.array:
+        """Far values [B, Hkv, right - left, Dv], once ``after`` is computed."""
+        parts: Any = [x[:, :, left:right] for x in self.buffers]
+        return self._dense(parts if after is None else mx.depends(parts, [after]), dtype)
+
+    def rounded(self, values: mx.array) -> mx.array:
+        """New values [B, Hkv, L, Dv] as near queries read them."""
+        if self.bits is None:
+            return values
+        return self._dense(_encode(values, self.bits), values.dtype)
+
+    def _dense(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         if not self.quantized:
             return parts[0].astype(dtype)
         # Scales in the wanted type: without a GPU, float16 arithmetic is several times slower.
@@ -97,11 +160,11 @@ class ValueStore:
             words, scales.astype(dtype), biases.astype(dtype), self.group_size, self.bits
         )
 
-    def part(self, first: int, end: int) -> list[mx.array]:
-        """The buffers of tokens ``first`` to ``end``."""
-        return [x[:, :, first:end] for x in self.buffers]
+    def kept(self) -> ValueStore:
+        """The same, with handles of its own on all buffers."""
+        return ValueStore(self.bits, tuple(x[...] for x in self.buffers))
 
-    def read_bytes(self, tokens: int, float_bytes: int | None = None) -> int:
+    def read_bytes(self, tokens: int, far: int, float_bytes: int | None = None) -> int:
         """Bytes of the first row's values that a query of so many tokens reads."""
         return tokens * sum(token_bytes(x, float_bytes) for x in self.buffers)
 
@@ -132,8 +195,35 @@ class ValueStore:
         parts = [[pad_to(x, capacity) for x in store.buffers] for store in stores]
         return cls(stores[0].bits, tuple(mx.concatenate(list(x)) for x in zip(*parts, strict=True)))
 
-    def check(self, name: str, leading: tuple[int, int, int]) -> None:
-        """Refuse buffers that do not fit [B, Hkv, capacity, ..] or each other."""
+    # State.
+
+    def header(self) -> dict[str, Any]:
+        """What belongs to the state besides the buffers, as JSON values."""
+        return {}
+
+    @classmethod
+    def restore(
+        cls, config: DeltaConfig, header: dict[str, Any], arrays: Sequence[Any]
+    ) -> ValueStore:
+        """The store of a state."""
+        return cls(_bits(config), tuple(arrays))
+
+    def check(
+        self, name: str, shape: tuple[int, int], room: int | None, lengths: Any, far: Any
+    ) -> int:
+        """Refuse buffers that do not fit [B, Hkv, capacity, ..] or each other.
+
+        Args:
+            name: Of the class, for the message.
+            shape: B and Hkv.
+            room: Tokens that there is room for; ``None``: as many as for the first buffer.
+            lengths: Tokens of each row.
+            far: Encoded blocks of each row.
+
+        Returns:
+            Tokens that there is room for.
+        """
+        leading = (*shape, room or self.capacity)
         for buffer in self.buffers:
             if buffer.ndim != 4 or tuple(buffer.shape[:3]) != leading:
                 raise ValueError(
@@ -149,11 +239,11 @@ class ValueStore:
                     f"[{name}] saved values are not {self.bits}-bit codes: words have shape "
                     f"{tuple(words.shape)}, scales {tuple(scales.shape)}."
                 )
+        return leading[2]
 
 
-def count_arrays(bits: int | None) -> int:
-    """How many buffers a store of values has."""
-    return 3 if _is_quantized(bits) else 1
+def _bits(config: DeltaConfig) -> int | None:
+    return None if config.value_bits is None else int(config.value_bits)
 
 
 def _is_quantized(bits: int | None) -> bool:

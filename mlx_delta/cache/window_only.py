@@ -55,7 +55,7 @@ class WindowOnlyCache(DeltaKVCache):
         """Bytes of keys and values of the tokens that are seen."""
         assert self._values is not None
         keys = self._stored.read_bytes(self.seen_tokens, 0, float_bytes)
-        return keys + self._values.read_bytes(self.seen_tokens, float_bytes)
+        return keys + self._values.read_bytes(self.seen_tokens, 0, float_bytes)
 
     def kept_nbytes(self, stored: int) -> int:
         """The share of ``stored`` bytes that a cache without the far tokens would keep."""

@@ -20,6 +20,7 @@ from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.ternary.model import TernaryModel
 
+from .codes import with_codes
 from .divergence import Comparison, DenseText
 from .recall import Recall, make_recall
 from .salience import measure_salience
@@ -70,6 +71,7 @@ def calibrate_text(
     kl: float | None = None,
     way: Way | None = None,
     corrected: bool = True,
+    recalled: bool = True,
     length: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -84,6 +86,7 @@ def calibrate_text(
         kl: Instead of it: the highest KL divergence from dense attention, in nats per token.
         way: What sensitivities are made from; gradients, if the model passes any on.
         corrected: Whether they are corrected by holding one layer at a time.
+        recalled: Whether gradients are measured where something has to be recalled, too.
         length: Tokens of a window; 1,024 or the model's context if not given.
         seed: Of the labels drawn for gradients.
         progress: Show progress on stderr.
@@ -112,7 +115,7 @@ def calibrate_text(
     if way is None:
         way = "queries" if isinstance(model, TernaryModel) else "gradients"
     recall = None
-    if way == "gradients":
+    if way == "gradients" and recalled:
         recall = make_recall(tokenizer, windows[0], length, seed)
         # A short text may have no room for anything to be far when it is asked for.
         if not recall.asked or recall.told < (base.window_blocks + 2) * base.block_size:
@@ -172,7 +175,7 @@ def calibrate_runs(
     first, second = windows
     watched = watch(model, first, base)
     progress()
-    weights, predicting = measure_weights(model, first, base, watched, way, seed)
+    weights, predicting, of_values = measure_weights(model, first, base, watched, way, seed)
     salience: Sequence[np.ndarray | None] = [None] * len(weights)
     recalled = None
     progress()
@@ -209,7 +212,7 @@ def calibrate_runs(
         progress()
     rows = [(level, found.zeros, found.divergence) for level, found in curve]
     curve_rows = [(0.0, 0.0, 0.0), *rows]
-    sensitivities = Sensitivities(sensitivities.layers, curve_rows, salience=sensitivities.salience)
+    sensitivities = with_codes(sensitivities.with_curve(curve_rows), watched, of_values, base)
     level = float(f"{sensitivities.level_for(sparsity, kl):.4g}")
     config = base.changed(sensitivities=sensitivities, level=level)
     chosen = text.compare(config)

@@ -90,9 +90,7 @@ def write_sensitivities(file: Path, sensitivities: Sensitivities) -> Sensitiviti
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return Sensitivities(
-        sensitivities.layers, sensitivities.curve, FILE_NAME, sensitivities.salience
-    )
+    return sensitivities.with_curve(sensitivities.curve, FILE_NAME)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,7 +5,8 @@
 
 A text holds a needle at each depth, is read once, and each question goes on from there. The answer
 is begun for the model ("The special magic number for Oslo is:"), as RULER does, and found when each
-of its tokens is ranked first. Settings other than dense are asked for what dense attention finds.
+of its tokens is ranked first. Settings other than dense are asked for what dense attention finds;
+how much less likely they make those answers says more than how few of them are lost.
 """
 
 from __future__ import annotations
@@ -245,7 +246,9 @@ class NeedleTask:
         group: list[int],
         dense: Records,
     ) -> list[dict[str, Any]]:
-        """A record for each text: by depth, whether the needle was found; and caches' figures.
+        """A record for each text: what became of each needle, and caches' figures.
+
+        Of each depth: whether it was found, and how surprising its answer was, in nats.
 
         Args:
             model: The model.
@@ -259,7 +262,7 @@ class NeedleTask:
         self, model: nn.Module, setting: Setting, index: int, dense: dict[str, Any] | None
     ) -> dict[str, Any]:
         haystack, length = self.haystack(index), self.tokens(index)
-        record: dict[str, Any] = {"index": index, "length": length, "right": {}}
+        record: dict[str, Any] = {"index": index, "length": length, "right": {}, "nats": {}}
         asked = [q for q in haystack.questions if dense is None or dense["right"][str(q[0])]]
         if not asked:
             return record
@@ -267,9 +270,11 @@ class NeedleTask:
         setting.prefill(model, haystack.ids, caches)
         for depth, question, answer in asked:
             own = copy.deepcopy(caches)
-            logits = setting.forward(model, question + answer[:-1], own)
-            best = np.array(mx.argmax(logits[len(question) - 1 :], axis=-1)).tolist()
-            record["right"][str(depth)] = best == answer
+            logits = setting.forward(model, question + answer[:-1], own)[len(question) - 1 :]
+            logs = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+            told = mx.take_along_axis(logs, mx.array(answer)[:, None], axis=-1).sum()
+            record["right"][str(depth)] = np.array(mx.argmax(logs, axis=-1)).tolist() == answer
+            record["nats"][str(depth)] = round(-float(told), 5)
         return record | cache_figures(caches, len(haystack.ids))
 
 

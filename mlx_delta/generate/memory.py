@@ -57,7 +57,7 @@ def estimate(model: nn.Module, tokens: int) -> int:
     key, value = item_size * head_dim, item_size * head_dim
     window = 0
     if delta is not None and delta.value_bits is not None:
-        value = head_dim * delta.value_bits // 8
+        value = int(head_dim * delta.value_bits) // 8
     if delta is not None and delta.key_bits is not None:
         # What packed blocks take depends on the text; their near keys have a room of their own.
         window, key = 2 * head_dim * (delta.window + 2 * delta.block_size), 0

@@ -71,7 +71,7 @@ def round_up(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(nearest < values, above, nearest)
 
 
-def block_grid(keys: np.ndarray, bits: int, dtype: str) -> np.ndarray:
+def block_grid(keys: np.ndarray, bits: int | np.ndarray, dtype: str) -> np.ndarray:
     """``low`` and ``step`` of each channel, float32 [2, D], for keys [n, D].
 
     A channel with a NaN or infinity has no grid: NaN, which is what all its codes then give.
@@ -84,7 +84,7 @@ def block_grid(keys: np.ndarray, bits: int, dtype: str) -> np.ndarray:
     return np.where(finite, np.stack([low, step]), np.float32(np.nan))
 
 
-def encode_values(keys: np.ndarray, grid: np.ndarray, bits: int) -> np.ndarray:
+def encode_values(keys: np.ndarray, grid: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
     """Codes of keys [n, D], uint32: the nearest grid point, halves upwards."""
     low, step = grid
     with np.errstate(divide="ignore", invalid="ignore"):

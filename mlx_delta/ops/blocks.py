@@ -12,8 +12,12 @@ from mlx_delta.config import DeltaConfig
 
 from . import pack_kernel
 from .backend import has_kernels
+from .codes import CodedBlocks, decode_blocks
 from .hold import hold_blocks
 from .pack import EncodedBlocks, PackedBlocks, pack_blocks, unpack_blocks, with_sinks
+
+# Far keys that are not stored in full.
+FarBlocks = PackedBlocks | CodedBlocks
 
 
 def hold(
@@ -32,8 +36,10 @@ def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Enco
     return pack_kernel.encode(keys, config, first_block)
 
 
-def unpack(packed: PackedBlocks, blocks: int) -> mx.array:
+def unpack(packed: FarBlocks, blocks: int) -> mx.array:
     """Held keys of the first blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
+    if isinstance(packed, CodedBlocks):
+        return decode_blocks(packed.first(blocks))
     if not has_kernels():
         return unpack_blocks(packed.first(blocks))
-    return with_sinks(pack_kernel.unpack(packed, blocks), packed)
+    return with_sinks(pack_kernel.unpack(packed, blocks), packed.sinks)

@@ -123,9 +123,7 @@ def decode(
     quantized = value_bits < 16
     unused = filler(values[-1].dtype)
     words, scales, biases = values if quantized else (values[0], unused, unused)
-    masks = filler(mx.bool_).reshape(1, 1, -1) if mask is None else mask
-    if masks.shape[2] < LEAST_ELEMENTS:
-        masks = mx.pad(masks, [(0, 0), (0, 0), (0, LEAST_ELEMENTS - masks.shape[2])])
+    masks = mask_input(mask)
     grid = filler(blocks.dtype) if blocks.grid is None else blocks.grid
     sinks = filler(blocks.dtype) if blocks.sinks is None else blocks.sinks
     # Blocks to read: the packed ones, the window, the query's own and perhaps the next.
@@ -133,7 +131,7 @@ def decode(
     splits = max(1, min(units, THREADGROUPS // (B * kv_heads)))
     partial, sums = decode_kernel()(
         inputs=[
-            *(queries, _row_numbers(tuple(rows))),
+            *(queries, row_numbers(tuple(rows))),
             *(blocks.masks, blocks.payload, blocks.offsets, grid, sinks, near),
             *(words, scales, biases, masks, constant(float(scale), mx.float32)),
             *(constant(n_sinks(blocks), mx.int32), constant(window_blocks, mx.int32)),
@@ -171,9 +169,18 @@ def decode(
 
 
 @lru_cache(maxsize=4)
-def _row_numbers(rows: tuple[tuple[int, int, int], ...]) -> mx.array:
-    """What the kernel needs to know of each row; once for all layers of a step."""
-    return mx.array([[*row, 0, 0, 0, 0, 0] for row in rows], mx.int32)
+def row_numbers(rows: tuple[tuple[int, ...], ...]) -> mx.array:
+    """What the kernel needs to know of each row, int32 [rows, 8]; once for all layers of a step."""
+    return mx.array([[*row, *[0] * (8 - len(row))] for row in rows], mx.int32)
+
+
+def mask_input(mask: mx.array | None) -> mx.array:
+    """A boolean mask [1 or B, L, S], or none, as the kernel takes it."""
+    if mask is None:
+        return filler(mx.bool_).reshape(1, 1, -1)
+    if mask.shape[2] >= LEAST_ELEMENTS:
+        return mask
+    return mx.pad(mask, [(0, 0), (0, 0), (0, LEAST_ELEMENTS - mask.shape[2])])
 
 
 def _check(

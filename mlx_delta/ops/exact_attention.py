@@ -34,10 +34,12 @@ _LOG2_E = 1.4426950408889634
 # What hidden scores are set to: finite, so that a row that sees nothing has no NaN.
 HIDDEN = -1e30
 
+Text = tuple[mx.array, mx.array]  # keys and values
+
 
 @dataclass(frozen=True)
 class Far:
-    """Keys that stand in for those far from a query.
+    """Keys, and values, that stand in for those far from a query.
 
     A query at position ``p`` reads them before ``(p // block_size - window_blocks) * block_size``.
 
@@ -45,11 +47,13 @@ class Far:
         keys: [B, Hkv, S or more, D]; read up to the last query's border only.
         block_size: Tokens in a block.
         window_blocks: Blocks before a query's own that are near.
+        values: [B, Hkv, S or more, Dv]; ``None``: those of near keys.
     """
 
     keys: mx.array
     block_size: int
     window_blocks: int
+    values: mx.array | None = None
 
     def border(self, position: int) -> int:
         """The first position that a query sees with its own key."""
@@ -89,8 +93,10 @@ def exact_attention(
     dtype = queries.dtype
     queries = (queries.astype(mx.float32) * (scale * _LOG2_E)).reshape(B, n_kv, group, steps, D)
     keys, values = keys.astype(mx.float32), with_ones(values[:, :, : start + steps])
+    near, distant = (keys, values), (keys, values)
     if far is not None:
-        far = Far(far.keys.astype(mx.float32), far.block_size, far.window_blocks)
+        own = values if far.values is None else with_ones(far.values)
+        distant = far.keys.astype(mx.float32), own
     if mask is not None:
         mask = _grouped(mask, n_kv)
     last = None if mask is None or causal else start + steps
@@ -101,15 +107,15 @@ def exact_attention(
             (part,) = mx.depends([part], [outputs[-1]])
         part = part.reshape(B, n_kv, group * (end - first), D)
         found: Weighted | None = None
-        for source, left, right in _strips(first, last or end, part, far, keys):
-            scores = part @ source[:, :, left:right].swapaxes(-1, -2)
+        for source, left, right in _strips(first, last or end, part, far, near, distant):
+            scores = part @ source[0][:, :, left:right].swapaxes(-1, -2)
             if mask is not None:
                 rows = slice(first - start, end - start) if mask.shape[-2] > 1 else slice(None)
                 seen = mask[..., rows, left:right] if mask.shape[-1] > 1 else mask[..., rows, :]
                 scores = hide(scores, seen, group)
             elif right > first:
                 scores = hide(scores, _causal(first, end, left, right), group)
-            strip = Weighted.of(scores, values[:, :, left:right])
+            strip = Weighted.of(scores, source[1][:, :, left:right])
             found = strip if found is None else found.merged(strip)
         assert found is not None
         output = found.mean().reshape(B, n_kv, group, end - first, -1)
@@ -185,9 +191,9 @@ def query_blocks(start: int, steps: int, far: Far | None) -> list[tuple[int, int
 
 
 def _strips(
-    first: int, end: int, queries: mx.array, far: Far | None, keys: mx.array
-) -> Iterator[tuple[mx.array, int, int]]:
-    """Keys before ``end`` for queries from ``first`` on, as arrays and where to slice them.
+    first: int, end: int, queries: mx.array, far: Far | None, near: Text, distant: Text
+) -> Iterator[tuple[Text, int, int]]:
+    """Keys and values before ``end`` for queries from ``first`` on, and where to slice them.
 
     Near keys come first: every query sees its own, so that the maximum is finite from then on.
     Strips are cut by absolute position, so that the sums do not depend on how a text is cut.
@@ -195,10 +201,9 @@ def _strips(
     rows = queries.shape[0] * queries.shape[1] * queries.shape[2]
     width = max(1, STRIP_SCORES // (rows * _STRIP_MULTIPLE)) * _STRIP_MULTIPLE
     border = first if far is None else far.border(first)
-    yield keys, border, end
-    source = keys if far is None else far.keys
+    yield near, border, end
     for left in range(0, border, width):
-        yield source, left, min(left + width, border)
+        yield distant, left, min(left + width, border)
 
 
 def _causal(first: int, end: int, left: int, right: int) -> mx.array:

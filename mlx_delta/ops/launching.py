@@ -7,16 +7,33 @@ so. So every launcher looks at the shapes of all its arrays first, which costs m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_delta.system.chips import gpu_cores
+
 LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
 SIMD = 32  # lanes of a simdgroup
+# Simdgroups that a core of an Apple GPU can have at a time, of a kernel that uses many registers.
+SIMDGROUPS_OF_A_CORE = 16
+# Cores of a GPU whose number is not known, by the last letter of its architecture: of a phone, a
+# plain chip, a Pro or Max, an Ultra. Too many only make shorter splits.
+CORES = {"p": 6, "g": 10, "s": 40, "c": 40, "d": 80}
 # For kernels that compare values with a threshold: MLX's default today, and asked for by name, so
 # that what they decide is the specification's whatever the default becomes.
 SAFE_MATH = {"math_mode": "safe"}
+
+
+@cache
+def gpu_simdgroups() -> int:
+    """Simdgroups that keep this GPU busy."""
+    cores = gpu_cores()
+    if cores is None:
+        architecture = str(mx.device_info().get("architecture", ""))
+        cores = CORES.get(architecture[-1:], CORES["g"])
+    return cores * SIMDGROUPS_OF_A_CORE
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ These are the kernels' twins, and what runs without Metal; they agree with
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -77,6 +78,11 @@ class PackedBlocks:
             sinks = sinks[:, :, first:] if first < sinks.shape[2] else None
         return replace(self, masks=masks, offsets=offsets, grid=grid, sinks=sinks)
 
+    def after(self, other: mx.array) -> PackedBlocks:
+        """The same, to be read once another array is computed."""
+        masks, offsets = mx.depends([self.masks, self.offsets], [other])
+        return replace(self, masks=masks, offsets=offsets)
+
 
 def storage_type(dtype: mx.Dtype) -> mx.Dtype:
     """The 16-bit type that keys of a type are stored in.
@@ -116,7 +122,7 @@ def pack_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Encode
     """
     B, H, length, D = keys.shape
     assert config.key_bits is not None
-    bits, size = config.key_bits, config.block_size
+    bits, size = int(config.key_bits), config.block_size
     shape = (B, H, length // size, size, D)
     blocks = keys.reshape(shape).astype(mx.float32)
     grid = block_grid(blocks, bits, keys.dtype) if bits < 16 else None
@@ -155,7 +161,8 @@ def _runs(
     stored = None
     if grid is not None:
         assert config.key_bits is not None
-        stored = decode_values(encode_values(blocks, grid, config.key_bits), grid, keys.dtype)
+        codes = encode_values(blocks, grid, int(config.key_bits))
+        stored = decode_values(codes, grid, keys.dtype)
     held, zeros = hold_blocks(keys, config, first_block, stored=stored)
     held = held.reshape(blocks.shape)
     changed = held[:, :, :, 1:] != held[:, :, :, :-1]  # a code may repeat: not stored again
@@ -206,7 +213,7 @@ def unpack_blocks(packed: PackedBlocks) -> mx.array:
         words = mx.take_along_axis(packed.payload, index, axis=1).reshape(shape)
         codes = (words >> (bits * place).astype(mx.uint32)) & (2**bits - 1)
         held = decode_values(codes, packed.grid, packed.dtype)
-    return with_sinks(held.reshape(B, H, -1, D), packed)
+    return with_sinks(held.reshape(B, H, -1, D), packed.sinks)
 
 
 def _divide(number: mx.array, by: int) -> tuple[mx.array, mx.array]:
@@ -217,19 +224,22 @@ def _divide(number: mx.array, by: int) -> tuple[mx.array, mx.array]:
     return quotient, number - quotient * by
 
 
-def with_sinks(held: mx.array, packed: PackedBlocks) -> mx.array:
+def with_sinks(held: mx.array, sinks: mx.array | None) -> mx.array:
     """Exact keys in place of what the first tokens' codes stand for."""
-    if packed.sinks is None:
+    if sinks is None:
         return held
-    n_sinks = min(packed.sinks.shape[2], held.shape[2])
-    return mx.concatenate([packed.sinks[:, :, :n_sinks], held[:, :, n_sinks:]], axis=2)
+    n_sinks = min(sinks.shape[2], held.shape[2])
+    return mx.concatenate([sinks[:, :, :n_sinks], held[:, :, n_sinks:]], axis=2)
 
 
-def block_grid(blocks: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
-    """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D]."""
+def block_grid(blocks: mx.array, bits: int | np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D].
+
+    ``bits`` of all channels, or of each, [D].
+    """
     low, high = blocks.min(axis=3), blocks.max(axis=3)
     span = high - low
-    exact = span / (2**bits - 1)
+    exact = span / _largest_code(bits)
     nearest = exact.astype(dtype)
     above = (nearest.view(mx.uint16) + 1).view(dtype)
     step = mx.where(nearest.astype(mx.float32) < exact, above, nearest)
@@ -239,12 +249,16 @@ def block_grid(blocks: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
     return mx.where(usable[:, :, :, None], grid, mx.array(mx.nan, dtype))
 
 
-def encode_values(blocks: mx.array, grid: mx.array, bits: int) -> mx.array:
+def encode_values(blocks: mx.array, grid: mx.array, bits: int | np.ndarray) -> mx.array:
     """Codes, uint32 [B, Hkv, blocks, block_size, D], of float32 keys of that shape."""
     low, step = (grid[:, :, :, i : i + 1].astype(mx.float32) for i in (0, 1))
     usable = step > 0
     codes = mx.floor((blocks - low) / mx.where(usable, step, 1) + 0.5)
-    return mx.where(usable, mx.clip(codes, 0, 2**bits - 1), 0).astype(mx.uint32)
+    return mx.where(usable, mx.clip(codes, 0, _largest_code(bits)), 0).astype(mx.uint32)
+
+
+def _largest_code(bits: int | np.ndarray) -> Any:
+    return 2**bits - 1 if isinstance(bits, int) else mx.array((2**bits - 1).astype(np.float32))
 
 
 def decode_values(codes: mx.array, grid: mx.array, dtype: mx.Dtype) -> mx.array:

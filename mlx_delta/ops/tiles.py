@@ -190,7 +190,8 @@ def tile_attention(
     borders = [far.border(start + i * T) for i in range(blocks)]
     last = borders[-1]
     tiles = far.keys[:, :, :last].astype(mx.float32).reshape(B, n_kv, last // T, T, D)
-    tile_values = values[:, :, :last].reshape(B, n_kv, last // T, T, -1)
+    distant = values if far.values is None else with_ones(far.values[:, :, :last])
+    tile_values = distant[:, :, :last].reshape(B, n_kv, last // T, T, -1)
     parts = [queries[:, :, :, i * T : (i + 1) * T] for i in range(blocks)]
     lists = _choose(parts, tiles, keys, borders, start, mass)
     near_parts: list[Weighted] = []

@@ -23,6 +23,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 # What decoding reaches of a chip's bandwidth in practice, as shares of it.
 REACHED = (0.70, 0.85)
@@ -126,7 +127,7 @@ def this_chip() -> Chip | None:
         return None
     name = _plain(chip_name())
     chips = [chip for chip in CHIPS if _plain(chip.name) == name]
-    cores = _gpu_cores()
+    cores = gpu_cores()
     chips = [chip for chip in chips if chip.gpu_cores == cores] or chips
     return max(chips, key=lambda chip: chip.gb_per_s, default=None)
 
@@ -140,7 +141,11 @@ def chip_name() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 
 
-def _gpu_cores() -> int | None:
+@cache
+def gpu_cores() -> int | None:
+    """Cores of this machine's GPU, as macOS counts them; ``None`` where it does not tell."""
+    if platform.system() != "Darwin":
+        return None
     match = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rc", "AGXAccelerator"))
     return int(match[1]) if match else None
 

@@ -60,7 +60,7 @@ def test_recall_adds_its_share_to_the_weights(tokenizer, prose):
     """In units of prose: all that is recalled weighs as much as all that prose needs."""
     model, window = llama_model(SMALL_RUNS), tokens(120)[0].tolist()
     watched = watch(model, window, SMALL_RUNS)
-    weights, _ = measure_weights(model, window, SMALL_RUNS, watched, "gradients")
+    weights = measure_weights(model, window, SMALL_RUNS, watched, "gradients").weights
     ids = tokens(110, seed=3)[0].tolist()
     found = measure_recall(model, Recall(ids, [90, 91, 105], told=80), SMALL_RUNS, weights)
     total = [sum(float(x.sum()) for x in each) for each in (weights, found.weights)]

@@ -14,7 +14,7 @@ from mlx_delta import DeltaConfig, DeltaKVCache, load
 from mlx_delta.attention.probe import near_and_causal, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
-from mlx_delta.calibrate.gradients import key_gradients
+from mlx_delta.calibrate.gradients import far_gradients
 from mlx_delta.calibrate.salience import measure_salience
 from mlx_delta.calibrate.weights import Watched, correct_layers, measure_weights, watch
 from mlx_delta.generate.command import build_parser, choose_delta
@@ -68,7 +68,7 @@ def test_a_shift_has_the_gradient_of_far_keys_that_move():
 
 def test_only_keys_that_are_seen_as_far_have_gradients():
     model = llama_model(SMALL_RUNS)
-    squares = key_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
+    squares, _ = far_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
     assert [x.shape for x in squares] == [(2, 64, 16)] * 2
     for each in squares:
         each = np.array(each)
@@ -93,9 +93,9 @@ def test_a_layer_without_keys_has_no_cache():
 
     window = tokens(64)[0].tolist()
     model = llama_model(SMALL_RUNS)
-    wanted = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    wanted, _ = far_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
     model.__class__ = WithOneMore
-    found = key_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
+    found, _ = far_gradients(model, window, SMALL_RUNS, [0, 2], seed=0)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-9)
 
@@ -105,7 +105,7 @@ def test_squared_gradients_predict_the_divergence_of_a_layer():
     model = llama_model(SMALL_RUNS)
     window = tokens(200)[0].tolist()
     watched = watch(model, window, SMALL_RUNS)
-    weights, squares = measure_weights(model, window, SMALL_RUNS, watched, "gradients")
+    weights, squares, _ = measure_weights(model, window, SMALL_RUNS, watched, "gradients")
     text = DenseText(model, window, 24)
     for i in range(3):
         layers = [weights[j] if j == i else None for j in range(3)]
@@ -130,7 +130,7 @@ def test_salience_finds_the_direction_that_queries_look_along():
     keys = rng.normal(size=(2, 200, 16)).astype(np.float32)
     noise = rng.lognormal(0, 0.3, (2, 200, 16))
     squares = np.exp(0.8 * keys[np.arange(2), :, [3, 9]])[..., None] * noise
-    watched = Watched((0,), [mx.array(keys)], [])
+    watched = Watched((0,), [mx.array(keys)], [], [])
     weights = [squares.mean(axis=1).astype(np.float32)]
     (found,) = measure_salience([watched], [[squares]], weights, SMALL_RUNS)
     for head, channel in enumerate((3, 9)):
@@ -146,7 +146,9 @@ def _held(keys: mx.array, config: DeltaConfig) -> mx.array:
     return hold_blocks(keys[None, :, :far], config)[0][0]
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "queries"], ["--mode", "greedy"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--weights", "queries"], ["--mode", "greedy", "--prose-only"]], ids=str
+)
 def test_load_picks_up_what_was_written(path, capsys, flags):
     before = json.loads((path / "config.json").read_text())
     assert run("--model", path, "--sparsity", "0.5", *flags) == 0

@@ -8,6 +8,7 @@ C++ does not have, so that declaration becomes a reference to memory that the ru
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 TOKEN = re.compile(
     r"""//[^\n]* | /\*.*?\*/              # comments
@@ -57,8 +58,15 @@ def rewrite(source: str) -> str:
     return rewrite_threadgroup(source)
 
 
-def rewrite_threadgroup(source: str) -> str:
-    """Replaces declarations of threadgroup variables; line numbers stay as they are."""
+def rewrite_threadgroup(source: str, write: Callable[[str], str] | None = None) -> str:
+    """Replaces declarations of threadgroup variables; line numbers stay as they are.
+
+    Args:
+        source: Metal.
+        write: Gives what to write for a declaration such as `float a[4], b`; by default
+            references to memory of the runtime.
+    """
+    write = write or _reference
     result: list[str] = []
     depth = 0  # of parentheses: within them `threadgroup` qualifies a parameter or a cast
     stream = tokens(source)
@@ -72,7 +80,7 @@ def rewrite_threadgroup(source: str) -> str:
             end = _end_of_declarators(stream, position)
             declaration = "".join(stream[position + 1 : end])
             if stream[end : end + 1] == [";"] and _declares_storage(declaration):
-                result.append(_reference(declaration))
+                result.append(write(declaration))
                 position = end + 1
                 continue
         result.append(token)

@@ -1,0 +1,250 @@
+// codes_decode: scores of a simdgroup's queries with 64 tokens, coded or exact. Lanes own tokens.
+
+constant constexpr int CODED_TOKENS = 64;  // to a block, and to a step of the other kinds
+constant constexpr int CODED_CLASSES = 5;  // widths that there may be
+
+constexpr int class_width(int c) {
+  return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
+}
+
+// Room for the queries of a simdgroup in the order of the words: rows are filled up, and come in pairs.
+template <int KeyWidths, int D>
+constexpr int coded_slots() {
+  return D + (KeyWidths & 256 ? 7 : 0) + (KeyWidths & 64 ? 9 : 0) + (KeyWidths & 16 ? 15 : 0) +
+      (KeyWidths & 8 ? 19 : 0) + (KeyWidths & 4 ? 31 : 0);
+}
+
+// What `n` places of so many queries take, in float4.
+template <int Queries>
+constexpr int coded_room(int n) {
+  return Queries >= 3 ? n : (n * Queries + 3) / 4;
+}
+
+// Numbers of up to four queries at one place in threadgroup memory, three and four side by side.
+template <int Queries>
+inline void fetch(const threadgroup float4* rows, int index, thread float* x) {
+  if (Queries >= 3) {
+    const float4 four = rows[index];
+    x[0] = four.x;
+    x[1] = four.y;
+    x[2] = four.z;
+    if (Queries == 4) {
+      x[Queries - 1] = four.w;
+    }
+  } else {
+    const threadgroup float* from = (const threadgroup float*)rows + index * Queries;
+    UNROLL_ALL
+    for (int j = 0; j < Queries; ++j) {
+      x[j] = from[j];
+    }
+  }
+}
+
+template <int Queries>
+inline void put(threadgroup float4* rows, int index, const thread float* x) {
+  if (Queries >= 3) {
+    rows[index] = float4(x[0], x[1], x[2], Queries == 4 ? x[Queries - 1] : 0.0f);
+  } else {
+    threadgroup float* to = (threadgroup float*)rows + index * Queries;
+    UNROLL_ALL
+    for (int j = 0; j < Queries; ++j) {
+      to[j] = x[j];
+    }
+  }
+}
+
+// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what their
+// factor is, one over the unit of their field. Returns how much room all take.
+template <int KeyWidths, int Chunks, bool Bytes>
+inline int place_channels(
+    const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
+  int slots = 0;
+  int channels = 0;
+  UNROLL_ALL
+  for (int c = 0; c < CODED_CLASSES; ++c) {
+    const int width = class_width(c);
+    if (!(KeyWidths >> width & 1)) {
+      continue;
+    }
+    const int count = counts[c];
+    const int per_word = 32 / width;
+    UNROLL_ALL
+    for (int i = 0; i < Chunks; ++i) {
+      const int index = 32 * i + lane - channels;
+      if (index >= 0 && index < count) {
+        const int k = index % per_word;
+        const int exponent = width == 8 ? code_unit<8, Bytes>(k)
+            : width == 6                ? code_unit<6, Bytes>(k)
+            : width == 4                ? code_unit<4, Bytes>(k)
+            : width == 3                ? code_unit<3, Bytes>(k)
+                                        : code_unit<2, Bytes>(k);
+        slot[i] = slots + index;
+        unit[i] = power_of_two(-exponent);
+      }
+    }
+    channels += count;
+    const int word_rows = (count + per_word - 1) / per_word;
+    slots += (word_rows + 1) / 2 * 2 * per_word;
+  }
+  return slots;
+}
+
+// Adds to the scores of four tokens what the channels of one class give. words: of the class's first
+// row, this lane's tokens. slot: where the class begins among the scaled queries.
+template <int Width, int Queries, bool Bytes>
+inline void class_scores(
+    const device uint* words,
+    int rows,
+    int part,
+    const threadgroup float4* scaled,
+    int slot,
+    thread float (&score)[4][Queries]) {
+  constexpr int per_word = codes_per_word<Width>();
+  constexpr int pairs = code_pairs<Width>();
+  const int last = (rows - 1) * CODED_TOKENS;
+  int at = min(part * CODED_TOKENS, last);
+  Run<uint, 4> next = *(const device Run<uint, 4>*)(words + at);
+  const int end = slot + (rows + 1) / 2 * (2 * per_word);
+  slot += part * per_word;
+  UNROLL_NONE
+  for (; slot < end; slot += 2 * per_word) {
+    const Run<uint, 4> own = next;
+    at = min(at + 2 * CODED_TOKENS, last);
+    next = *(const device Run<uint, 4>*)(words + at);
+    UNROLL_ALL
+    for (int p = 0; p < pairs; ++p) {
+      float first[Queries];
+      float second[Queries];
+      fetch<Queries>(scaled, slot + p, first);
+      if (has_high<Width>(p)) {
+        fetch<Queries>(scaled, slot + p + pairs, second);
+      }
+      UNROLL_ALL
+      for (int t = 0; t < 4; ++t) {
+        const float2 field = code_pair<Width, Bytes>(own.e[t], p);
+        UNROLL_ALL
+        for (int j = 0; j < Queries; ++j) {
+          score[t][j] += first[j] * field.x;
+          if (has_high<Width>(p)) {
+            score[t][j] += second[j] * field.y;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same for a class that there may not be; then words and slot go on to the next one.
+template <int Width, int KeyWidths, int Queries, bool Bytes>
+inline void add_class(
+    int count,
+    thread const device uint*& words,
+    int part,
+    const threadgroup float4* scaled,
+    thread int& slot,
+    thread float (&score)[4][Queries]) {
+  if (KeyWidths >> Width & 1) {
+    constexpr int per_word = codes_per_word<Width>();
+    const int rows = (count + per_word - 1) / per_word;
+    class_scores<Width, Queries, Bytes>(words, rows, part, scaled, slot, score);
+    words += rows * CODED_TOKENS;
+    slot += (rows + 1) / 2 * 2 * per_word;
+  }
+}
+
+// Scores of this lane's two tokens of a coded block, whose words and grid these are. plain: the
+// queries in the order, from which those in `scaled` come, times steps.
+template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+inline void coded_scores(
+    const device int* counts,
+    const device uint* words,
+    const device S* grid,
+    const threadgroup float4* plain,
+    const thread int (&slot)[(D + 31) / 32],
+    const thread float (&unit)[(D + 31) / 32],
+    threadgroup float4* scaled,
+    int lane,
+    thread float (&score)[2][Queries]) {
+  const int part = lane / 16;
+  float low[Queries];
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    low[j] = 0.0f;
+  }
+  UNROLL_ALL
+  for (int i = 0; i < (D + 31) / 32; ++i) {
+    const int d = 32 * i + lane;
+    if (d < D) {
+      const float step = float(grid[D + d]) * unit[i];
+      const float base = float(grid[d]) - CODE_ZERO * step;
+      float query[Queries];
+      float product[Queries];
+      fetch<Queries>(plain, d, query);
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        product[j] = query[j] * step;
+        low[j] += query[j] * base;
+      }
+      put<Queries>(scaled, slot[i], product);
+    }
+  }
+  float four[4][Queries];
+  UNROLL_ALL
+  for (int j = 0; j < Queries; ++j) {
+    low[j] = simd_sum(low[j]);
+    UNROLL_ALL
+    for (int t = 0; t < 4; ++t) {
+      four[t][j] = part == 0 ? low[j] : 0.0f;
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  words += 4 * (lane % 16);
+  int place = 0;
+  add_class<8, KeyWidths, Queries, Bytes>(counts[0], words, part, scaled, place, four);
+  add_class<6, KeyWidths, Queries, Bytes>(counts[1], words, part, scaled, place, four);
+  add_class<4, KeyWidths, Queries, Bytes>(counts[2], words, part, scaled, place, four);
+  add_class<3, KeyWidths, Queries, Bytes>(counts[3], words, part, scaled, place, four);
+  add_class<2, KeyWidths, Queries, Bytes>(counts[4], words, part, scaled, place, four);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
+  UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    UNROLL_ALL
+    for (int j = 0; j < Queries; ++j) {
+      const float mine = part ? four[2 + i][j] : four[i][j];
+      const float other = part ? four[i][j] : four[2 + i][j];
+      score[i][j] = mine + simd_shuffle_xor(other, 16);
+    }
+  }
+}
+
+// Scores of two tokens with exact keys, rows of D; tokens behind `last` get that one's.
+template <typename S, int D, int Queries>
+inline void exact_scores(
+    const device S* keys,
+    int first,
+    int last,
+    const threadgroup float4* plain,
+    thread float (&score)[2][Queries]) {
+  const device Run<S, 8>* a = (const device Run<S, 8>*)(keys + long(min(first, last)) * D);
+  const device Run<S, 8>* b = (const device Run<S, 8>*)(keys + long(min(first + 1, last)) * D);
+  for (int j = 0; j < Queries; ++j) {
+    score[0][j] = 0.0f;
+    score[1][j] = 0.0f;
+  }
+  UNROLL_NONE
+  for (int c = 0; c < D / 8; ++c) {
+    const Run<S, 8> x = a[c];
+    const Run<S, 8> y = b[c];
+    UNROLL_ALL
+    for (int k = 0; k < 8; ++k) {
+      float query[Queries];
+      fetch<Queries>(plain, c * 8 + k, query);
+      UNROLL_ALL
+      for (int j = 0; j < Queries; ++j) {
+        score[0][j] += query[j] * float(x.e[k]);
+        score[1][j] += query[j] * float(y.e[k]);
+      }
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""The kernels as CUDA: compiled with nvcc, and the instructions that come of it counted."""

@@ -1,0 +1,126 @@
+"""Prints what decode kernels take for a token and kv head: ``python -m tests.cuda``.
+
+Instructions, of code compiled with nvcc for a Hopper GPU, and counted from it; nothing runs. Far
+blocks of 64 tokens, D = 128, four queries to a kv head, float16, values of codes, no mask.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_delta.method.codes import Classes
+from mlx_delta.ops import codes_kernel, decode_kernel
+from mlx_delta.ops.codes import CodedBlocks, Coding
+from mlx_delta.ops.pack import PackedBlocks
+
+from ..kernels.code_case import coded
+from .count import Trips, Walk, count
+from .launches import captured
+from .nvcc import compile_cuda
+from .translate import cuda_source
+
+D, QUERIES, TOKENS = 128, 4, 64
+HALF = mx.float16
+PER_TOKEN = D * QUERIES / 32  # multiply-adds of a lane, for keys or for values
+# Of a held key's numbers, so many change from one token to the next: what `delta_decode` reads.
+CHANGED = 0.37
+ROWS: tuple[tuple[Classes, int], ...] = (
+    (((4, 128),), 4),
+    (((6, 16), (4, 64), (2, 48)), 4),
+    (((4, 64), (3, 64)), 3),
+    (((3, 64), (2, 64)), 2),
+)
+
+
+def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Walk]:
+    """The kernel as CUDA for keys of these classes and values of one width, and its walk."""
+    heads = 2
+    coding = Coding.of(coded(classes, (width,) * heads), heads, D)
+    blocks = CodedBlocks(
+        words=mx.zeros((1, heads, 4, coding.rows, TOKENS), mx.uint32),
+        grid=mx.zeros((1, heads, 4, 2, D), HALF),
+        sinks=mx.zeros((1, heads, 4, D), HALF),
+        coding=coding,
+        head_dim=D,
+    )
+    near = mx.zeros((1, heads, 128, D), HALF)
+    scales = mx.zeros((1, 1, 256, heads * D // 64), HALF)
+    words = mx.zeros((1, 1, 256, heads * D * width // 32), mx.uint32)
+    values = codes_kernel.CodedValues(words, scales, scales, near, (width,) * heads)
+    queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
+    with captured(Bytes=by_bytes) as found:
+        rows = [(320, 4, 256, 256)]
+        codes_kernel.decode(queries, rows, blocks, near, values, None, 1.0, 1)
+    trips = []
+    for own, channels in classes:
+        per_word = 32 // own
+        word_rows = -(-channels // per_word)
+        # Rows come in pairs, which half of the lanes each has.
+        total = (word_rows + 1) // 2 * 4 * per_word * QUERIES
+        trips.append(Trips(f"add_class<{own},", "FFMA", total))
+    trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
+    cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
+    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, trips, cold)
+
+
+def delta_decode() -> tuple[str, Walk]:
+    """The kernel for held keys, codes of 4 bits for keys and values, and its walk."""
+    heads = 2
+    blocks = PackedBlocks(
+        masks=mx.zeros((1, heads, 4, TOKENS - 1, D // 32), mx.uint32),
+        payload=mx.zeros((1, 10000), mx.uint32),
+        offsets=mx.zeros((1, heads, 4), mx.int32),
+        grid=mx.zeros((1, heads, 4, 2, D), HALF),
+        sinks=None,
+        bits=4,
+        dtype=HALF,
+        head_dim=D,
+    )
+    near = mx.zeros((1, heads, 128, D), HALF)
+    words = mx.zeros((1, heads, 384, D // 8), mx.uint32)
+    scales = mx.zeros((1, heads, 384, D // 64), HALF)
+    queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
+    with captured() as found:
+        rows = [(320, 4, 256)]
+        values = (words, scales, scales)
+        decode_kernel.decode(queries, rows, blocks, near, values, 4, None, 1.0, 1)
+    masks, payload = (TOKENS - 1) * D / 32 / 32, TOKENS * D * CHANGED / 8 / 32
+    trips = [
+        Trips("stage(masks", "LDG", masks),
+        Trips("stage(words", "LDG", payload),
+        Trips("values + long(token)", "LDG", TOKENS * D / 8 / 32),
+        Trips("scales + long(token)", "LDG", TOKENS * D / 64 / 32),
+        Trips("biases + long(token)", "LDG", TOKENS * D / 64 / 32),
+        Trips("t < (Size + 31) / 32 * 32", "POPC", TOKENS / 32 * D / 32),
+        Trips("product = simd_sum", "SHFL", TOKENS * 5 * QUERIES),
+    ]
+    cold = ("from, (threadgroup S*)key_words", "((threadgroup S*)key_words)[t")
+    return cuda_source(found["delta_decode"], "kernel"), Walk(TOKENS, trips, cold)
+
+
+def row(name: str, source: str, walk: Walk) -> str:
+    """A line of the table."""
+    compiled = compile_cuda(source, read_back=True)
+    kinds = count(compiled.disassembly, source, walk)
+    shown = ("all", "multiply-add", "other float", "threadgroup", "device", "shuffle", "special")
+    numbers = " | ".join(f"{kinds[kind]:.1f}" for kind in (*shown, "other"))
+    return f"| {name} | {numbers} | {compiled.registers} |"
+
+
+def main() -> None:
+    """Print the table."""
+    print(
+        "| kernel | instructions | multiply-adds | other float | threadgroup memory "
+        "| device memory | shuffles | special | integer and rest | registers |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for classes, width in ROWS:
+        keys = ", ".join(f"{count} x {own}" for own, count in classes)
+        name = f"`codes_decode`, keys {keys}; values {width} bits"
+        print(row(name, *codes_decode(classes, width, True)), flush=True)
+    print(row("`delta_decode`, held keys and values of 4 bits", *delta_decode()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

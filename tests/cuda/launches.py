@@ -1,0 +1,104 @@
+"""The source that MLX generates for each kernel, from its launcher, without running anything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_delta import DeltaConfig
+from mlx_delta.ops import codes_kernel, decode_kernel, pack_kernel
+from mlx_delta.ops.codes import CodedBlocks, Coding
+from mlx_delta.ops.pack import PackedBlocks
+from mlx_delta.ops.runs_kernel import cut_runs
+from mlx_delta.ops.ternary_matvec import ternary_matvec
+
+from ..kernels import tile_case as tiles
+from ..kernels.code_case import coded
+from ..kernels.common import BUILDERS
+from ..metal_cpu import signature
+from ..metal_cpu.signature import GeneratedKernel
+
+
+@contextlib.contextmanager
+def captured(**template: Any) -> Iterator[dict[str, GeneratedKernel]]:
+    """Launchers leave here, under a kernel's name, the last source of it; outputs are zeros.
+
+    Args:
+        **template: Template arguments that are to be others than a launcher's.
+    """
+    found: dict[str, GeneratedKernel] = {}
+    build = mx.fast.metal_kernel
+
+    def built(**arguments: Any) -> Callable[..., list[mx.array]]:
+        kernel = build(**arguments)
+
+        def launch(**call: Any) -> list[mx.array]:
+            given = call.get("template") or []
+            call["template"] = [(name, template.get(name, value)) for name, value in given]
+            text = signature.capture(kernel, **call)
+            found[arguments["name"]] = signature.parse(text)
+            pairs = zip(call["output_shapes"], call["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+
+        return launch
+
+    forget()
+    try:
+        with (
+            mock.patch.object(mx.fast, "metal_kernel", built),
+            mock.patch.object(mx.metal, "is_available", lambda: True),
+        ):
+            yield found
+    finally:
+        forget()
+
+
+def every_kernel() -> dict[str, GeneratedKernel]:
+    """A source of each kernel of this project."""
+    half = mx.float16
+    setting = DeltaConfig(key_bits=4, threshold=1.0)
+    keys = mx.zeros((1, 2, 128, 64), half)
+    coding = Coding.of(coded(((6, 16), (3, 48)), (4, 2)), 2, 64)
+    coded_blocks = CodedBlocks(
+        words=mx.zeros((1, 2, 2, coding.rows, 64), mx.uint32),
+        grid=mx.zeros((1, 2, 2, 2, 64), half),
+        sinks=mx.zeros((1, 2, 4, 64), half),
+        coding=coding,
+        head_dim=64,
+    )
+    scales = mx.zeros((1, 1, 128, 2), half)
+    values = codes_kernel.CodedValues(
+        mx.zeros((1, 1, 128, 12), mx.uint32), scales, scales, keys, (4, 2)
+    )
+    with captured() as found:
+        encoded = pack_kernel.encode(keys, setting, 0)
+        packed = PackedBlocks(
+            masks=encoded.masks,
+            payload=mx.zeros((1, 1000), mx.uint32),
+            offsets=mx.zeros((1, 2, 2), mx.int32),
+            grid=encoded.grid,
+            sinks=mx.zeros((1, 2, 4, 64), half),
+            bits=4,
+            dtype=half,
+            head_dim=64,
+        )
+        pack_kernel.unpack(packed, 2)
+        queries = mx.zeros((1, 4, 1, 64), half)
+        decode_kernel.decode(queries, [(100, 0, 0)], packed, keys, (keys,), 16, None, 1.0, 1)
+        codes_kernel.decode(queries, [(190, 1, 64, 64)], coded_blocks, keys, values, None, 1.0, 1)
+        blocks = mx.zeros((2, 64, 64))
+        cut_runs(blocks, mx.ones((2, 64)), mx.ones((2, 64)), np.zeros(2, np.int32), True)
+        tiles.SMALL.attend(tiles.SMALL.choose(0.7))
+        ternary_matvec(mx.zeros((1, 64), half), mx.zeros((4, 4), mx.uint32), mx.ones((4, 1)), True)
+    return found
+
+
+def forget() -> None:
+    """Let launchers build their kernels anew."""
+    for name, module in BUILDERS.items():
+        getattr(module, name).cache_clear()

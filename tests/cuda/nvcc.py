@@ -1,0 +1,90 @@
+"""Compiles CUDA C++ for a Hopper GPU, and reads the machine code back."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURE = "sm_90a"  # H100, H200
+NVCC_HINT = "nvcc is not on PATH (it comes with NVIDIA's CUDA toolkit)"
+DISASSEMBLER_HINT = (
+    "nvdisasm is not on PATH; it comes with the CUDA toolkit and with the package "
+    "nvidia-cuda-nvdisasm (`pip install nvidia-cuda-nvdisasm`)"
+)
+
+
+def find_nvcc() -> str | None:
+    """NVIDIA's compiler."""
+    return shutil.which("nvcc")
+
+
+def find_disassembler() -> str | None:
+    """NVIDIA's disassembler, on PATH or in its package."""
+    if (path := shutil.which("nvdisasm")) is not None:
+        return path
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec is not None else []:
+        for path in sorted(Path(folder).glob("*/bin/nvdisasm")):
+            return str(path)
+    return None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code.
+
+    Attributes:
+        registers: Of a thread.
+        spilled: Bytes of registers that are kept in memory.
+        disassembly: The code as text with the lines that instructions come from; empty if it was
+            not asked for.
+    """
+
+    registers: int
+    spilled: int
+    disassembly: str
+
+
+def compile_cuda(source: str, read_back: bool = False) -> Compiled:
+    """Compile the CUDA C++ of one kernel.
+
+    Raises:
+        RuntimeError: It does not compile, or there is no compiler.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(f"[compile_cuda] {NVCC_HINT}.")
+    with tempfile.TemporaryDirectory() as folder:
+        file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        file.write_text(source, encoding="utf-8")
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
+        # 177: constants of shared headers that this kernel does not use.
+        command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "--resource-usage"]
+        result = subprocess.run(
+            [*command, "-o", str(cubin), str(file)], capture_output=True, text=True
+        )
+        said = result.stdout + result.stderr
+        if result.returncode:
+            raise RuntimeError(f"[compile_cuda] nvcc refused the kernel:\n{said[:6000]}")
+        registers = re.search(r"Used (\d+) registers", said)
+        spilled = re.search(r"(\d+) bytes spill stores", said)
+        return Compiled(
+            int(registers[1]) if registers else 0,
+            int(spilled[1]) if spilled else 0,
+            _disassemble(cubin) if read_back else "",
+        )
+
+
+def _disassemble(cubin: Path) -> str:
+    program = find_disassembler()
+    if program is None:
+        raise RuntimeError(f"[compile_cuda] {DISASSEMBLER_HINT}.")
+    result = subprocess.run([program, "-gi", "-c", str(cubin)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"[compile_cuda] nvdisasm failed:\n{result.stderr[:2000]}")
+    return result.stdout

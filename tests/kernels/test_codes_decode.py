@@ -1,0 +1,235 @@
+"""codes_decode: attention straight from coded keys and turned values, against the specification."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta.ops import codes_kernel
+
+from ..metal_cpu import MetalBench
+from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
+from .code_case import CodedCase, assert_close, check, coded
+from .common import UNWRITTEN, every_run, name_of, on_bench, source_of, with_kernel
+
+MIXED = ((8, 12), (6, 12), (4, 36), (3, 20), (2, 16))  # no count fills its last row of words
+ONE = coded(((4, 64),), (4, 4))
+
+
+@every_run
+def test_one_query(bench: MetalBench, options):
+    check(bench, CodedCase(ONE, (300,), dtype=mx.float16), **options)
+
+
+@pytest.mark.parametrize("length", [129, 191, 192, 193, 1000])
+def test_lengths(bench: MetalBench, length):
+    check(bench, CodedCase(ONE, (length,), dtype=mx.float16))
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "head_dim", "heads", "dtype"),
+    [
+        (MIXED, (8, 6, 4, 3, 2), 96, (15, 5), mx.float32),
+        (((6, 16), (4, 64), (2, 48)), (3, 2), 128, (8, 2), mx.float16),
+        ((), (4, 4), 64, (2, 2), mx.bfloat16),  # keys are turned
+        (((4, 40), (3, 40)), None, 80, (4, 2), mx.float16),  # values are plain
+        (((3, 128), (2, 128)), (4,), 256, (4, 1), mx.float16),
+    ],
+    ids=["all widths", "three classes", "turned keys", "plain values", "D 256"],
+)
+def test_forms(bench: MetalBench, classes, values, head_dim, heads, dtype):
+    setting = coded(classes, values)
+    check(bench, CodedCase(setting, (200,), 1, heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_steps_on_both_sides_of_a_border(bench: MetalBench, steps):
+    """Some of the queries see a block as codes, others in full; five queries in two simdgroups."""
+    check(bench, CodedCase(ONE, (129,), steps, (10, 2), dtype=mx.float16))
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "mask"])
+def test_ragged_rows(bench: MetalBench, mask):
+    check(bench, CodedCase(ONE, (2, 65, 300, 130), 2, dtype=mx.float16), mask)
+
+
+@pytest.mark.parametrize("changes", [{"sinks": 0}, {"sinks": 70}, {"window": 0}], ids=name_of)
+def test_settings(bench: MetalBench, changes):
+    setting = coded(((4, 64),), (4, 4), **changes)
+    check(bench, CodedCase(setting, (300,), dtype=mx.float16))
+
+
+def test_splits_do_not_matter(bench: MetalBench):
+    for simdgroups in (1, 6, 1000):
+        with mock.patch.object(codes_kernel, "gpu_simdgroups", lambda n=simdgroups: n):
+            check(bench, CodedCase(ONE, (500,), dtype=mx.float16))
+
+
+def test_bytes_of_four_bit_codes(bench: MetalBench):
+    """The form for GPUs that pick bytes gives the same."""
+    case, build = CodedCase(ONE, (300,), dtype=mx.float16), codes_kernel.codes_kernel.__wrapped__
+
+    def with_bytes() -> Any:
+        kernel = build()
+
+        def launch(template: list[tuple[str, Any]], **call: Any) -> Any:
+            return kernel(template=[*template[:-3], ("Bytes", True), *template[-2:]], **call)
+
+        return launch
+
+    with on_bench(bench), mock.patch.object(codes_kernel, "codes_kernel", with_bytes):
+        output = case.step(case.cache())
+    assert_close(output, case.expected(), case)
+
+
+@pytest.mark.parametrize(("key", "value"), [("nan", np.nan), ("inf", np.inf)])
+def test_what_is_not_finite_shows(bench: MetalBench, key, value):
+    case = CodedCase(ONE, (200,), kind=key)
+    with on_bench(bench):
+        output = case.step(case.cache())
+    assert np.isnan(output).all()
+
+
+def test_loads_what_it_must_and_no_more(bench: MetalBench):
+    """At most 1.1 times the stored bytes by all threadgroups together; and two launches."""
+    if bench.on_gpu:
+        pytest.skip("the GPU does not count")
+    case = CodedCase(ONE, (700,), heads=(8, 2), dtype=mx.float16)
+    cache, traffic, launches = case.cache(), {}, []
+
+    def counting(builder: str):
+        source = source_of(builder)
+
+        def run(**call: Any) -> Any:
+            launches.append(builder)
+            outputs = bench.run(source, mode="checked", **UNWRITTEN, **call)
+            traffic.update({} if builder == "combine_kernel" else outputs.traffic)
+            return outputs
+
+        return run
+
+    first, second = counting("codes_kernel"), counting("combine_kernel")
+    with (
+        on_bench(bench),
+        mock.patch.object(codes_kernel, "codes_kernel", lambda: first),
+        mock.patch.object(codes_kernel, "combine_kernel", lambda: second),
+    ):
+        output = case.step(cache)
+    assert_close(output, case.expected(), case)
+    assert launches == ["codes_kernel", "combine_kernel"]
+    far, near, heads = 640, 60 + 64, 2
+    # 4-bit words, a grid of 4 bytes a channel and block; values with a scale and a bias each.
+    needed = heads * far * (64 // 2 + 4 + 64 // 2 + 4) + heads * near * 4 * 64
+    names = ("words", "grid", "sinks", "near", "near_values", "value_words", "scales", "biases")
+    loaded = sum(traffic[name].loaded_per_threadgroup for name in names)
+    assert loaded <= 1.1 * needed, f"{loaded} bytes for {needed}"
+
+
+BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
+MUTATIONS = [
+    *(without_barrier(n, BARRIER) for n in (1, 2, 3, 4, 5, 6)),
+    Mutation("no units", "unit[i] = power_of_two(-exponent);", "unit[i] = 1.0f;"),
+    Mutation("no zero of codes", "- CODE_ZERO * step", ""),
+    Mutation("no low", "low[j] += query[j] * base;", ""),
+    Mutation("low twice", "part == 0 ? low[j] : 0.0f", "low[j]"),
+    Mutation("rows not filled up", "slots += (word_rows + 1) / 2 * 2", "slots += word_rows"),
+    Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
+    Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
+    Mutation("words past the last row", "at = min(at + 2 * CODED_TOKENS, last);", "at += 128;"),
+    Mutation("one half of the rows", "mine + simd_shuffle_xor(other, 16)", "mine"),
+    Mutation("no second code of a pair", "score[t][j] += second[j] * field.y;", ""),
+    Mutation("no scale", "scale * M_LOG2E_F * float", "M_LOG2E_F * float"),
+    Mutation("the future", "place + i <= position && ", ""),
+    Mutation("both forms of a block", " && block < far;", ";"),
+    Mutation("coded sinks", "is_sink == (kind == CODED_SINKS)", "true"),
+    Mutation("far blocks seen by all", "block >= least_far ||", "false ||"),
+    Mutation("mask not looked at", "if (HasMask && seen) {", "if (false) {"),
+    Mutation("mask of another step", "* sizes.queries + step;", "* sizes.queries;"),
+    Mutation("no rescaling of outputs", "state.output[j][k] *= shrink;", ""),
+    Mutation("no rescaling of sums", "state.sum[j] *= shrink;", ""),
+    Mutation("no rescaling of biases", "state.bias[g][j] *= shrink;", ""),
+    Mutation("no rescaling of scales", "state.scaled[g][j] *= shrink;", ""),
+    Mutation("never rescaled", "if (simd_any(above)) {", "if (false) {"),
+    Mutation("no biases", "+ bias[j];", ";"),
+    Mutation("no zero of values", "CODE_ZERO * fields[j]", "0.0f"),
+    Mutation("no units of values", "codes * power_of_two(", "codes * 1.0f; (void)("),
+    Mutation("another group's scales", "own * 8 / Group * CODED_TOKENS", "0"),
+    Mutation("another group's biases", "group == g ? group_bias", "g == 0 ? group_bias"),
+    Mutation("words past a value's last", "bit % 32 + 8 * Width > 32 ? 1 : 0", "1"),
+    Mutation("the neighbour's codes", ">> shift) & 0xffffu", ">> shift)"),
+    Mutation("one head's words", "+ heads[2 * kv_head + 1]", ""),
+    Mutation("outputs of half the lanes", "half_way = coded_step<D>() / 2", "half_way = 0"),
+    Mutation("output of no query", "if (q >= all_queries) {", "if (false) {"),
+    Mutation("values behind the last", "min(CODED_TOKENS, last_position + 1 - token)", "64"),
+    Mutation("keys behind the last", "sinks - 1 : last_position", "sinks - 1 : 1 << 20"),
+    Mutation("one row's near keys", "long(head) * sizes.room - near_first", "-near_first"),
+]  # fmt: skip
+
+
+def small_case() -> None:
+    """Every part of the kernel: all widths, queries without and past a border, rows that differ."""
+    setting = coded(MIXED, (8, 6, 4, 3, 2))
+    case = CodedCase(setting, (130, 195), 5, (5, 5), 96, mx.float16)
+    case.queries = case.queries * 3  # scores that rise by more than the slack
+    cache = case.cache()
+    mask = cache.make_mask(case.steps)
+    column = mx.arange(mask.shape[-1])
+    steps = mx.arange(case.steps)[:, None]
+    mask = mask & ((column + steps) % 5 != 2)
+    # What was fed and taken back must not be looked at.
+    wrong = mx.full((2, 5, 2, 96), mx.nan, mx.float16)
+    cache.update(wrong, wrong)
+    cache.trim(2)
+    with mock.patch.object(codes_kernel, "gpu_simdgroups", lambda: 20):
+        output = case.step(cache, mask)
+    with mock.patch.object(mx.metal, "is_available", lambda: False):
+        wanted = case.step(case.cache(), mask)
+    np.testing.assert_allclose(output, wanted, atol=2e-2)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_mutations(bench: MetalBench, mutation):
+    run = with_kernel(bench, "codes_kernel", small_case)
+    assert_caught(source_of("codes_kernel"), mutation, run)
+
+
+COMBINE_MUTATIONS = [
+    *(without_barrier(n) for n in (1, 2)),
+    Mutation("one split less", "splits; ++s) {\n    const", "splits - 1; ++s) {\n    const"),
+    Mutation("no rescaling", "* rescale : 0.0f", ": 0.0f"),
+    Mutation("not turned back", "apart < Piece", "apart < 1"),
+    Mutation("near ones turned too", "far += s < coded ? output : 0.0f;", "far += output;"),
+    Mutation("not normalized", "rsqrt(float(Piece))", "1.0f"),
+    Mutation("weights not rescaled", "sums[s * 2 + 1] * rescale", "sums[s * 2 + 1]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", COMBINE_MUTATIONS, ids=str)
+def test_combine_mutations(bench: MetalBench, mutation):
+    run = with_kernel(bench, "combine_kernel", small_case)
+    assert_caught(source_of("combine_kernel"), mutation, run)
+
+
+def plain_case() -> None:
+    """Channels that do not fill the lanes, and values as they are."""
+    case = CodedCase(coded(((4, 40), (3, 40)), None), (200,), 1, (4, 2), 80, mx.float16)
+    assert_close(case.step(case.cache()), case.expected(), case)
+
+
+PLAIN_MUTATIONS = [
+    Mutation(
+        "grid past the last channel", "if (d < D) {\n      const float", "{\n      const float"
+    ),
+    Mutation("queries past the last one", "if (d < D) {\n      const int", "{\n      const int"),
+    Mutation("one row's values", "scales += long(head) * sizes.tokens * D;", ""),
+]
+
+
+@pytest.mark.parametrize("mutation", PLAIN_MUTATIONS, ids=str)
+def test_mutations_of_what_plain_values_need(bench: MetalBench, mutation):
+    run = with_kernel(bench, "codes_kernel", plain_case)
+    assert_caught(source_of("codes_kernel"), mutation, run)

@@ -1,0 +1,84 @@
+"""Coded keys and turned values by MLX operations, against their specification."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta import DeltaConfig
+from mlx_delta.method import codes as ref
+from mlx_delta.ops import codes, turned
+from mlx_delta.ops.blocks import unpack
+from mlx_delta.widths import VALUE_WIDTHS
+
+from ..tiny import smooth_keys
+
+HALVES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
+# 8, 6, 4, 3 and 2 bits, the same of each in both heads; pairs (d, d + 16) alike.
+WIDTHS = ("8643322334246334" * 2, "2334246334864332" * 2)
+
+
+def as_float(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32))
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_keys_are_coded_as_specified(kind):
+    config = DeltaConfig(key_format="codes", key_bits=4, key_widths=(WIDTHS,))
+    keys = mx.array(smooth_keys((2, 2, 48, 32))).astype(HALVES[kind])
+    coding = codes.Coding.of(config, 2, 32)
+    words, grid = codes.code_blocks(keys, coding, 16)
+    found = as_float(unpack(codes.CodedBlocks(words, grid, None, coding, 32), 3))
+    differing = 0
+    for row, head, block in np.ndindex(2, 2, 3):
+        own = as_float(keys[row, head, block * 16 : block * 16 + 16])
+        order = np.array(coding.order[head])
+        wanted = ref.code_block(own, order, coding.classes, kind)
+        # Sums in another order may round a grid otherwise, and few codes with it.
+        stored = ref.CodedBlock(np.array(words[row, head, block]), as_float(grid[row, head, block]))
+        np.testing.assert_allclose(stored.grid, wanted.grid, rtol=0.01, atol=0.01)
+        differing += (stored.words != wanted.words).sum()
+        np.testing.assert_array_equal(
+            found[row, head, block * 16 : block * 16 + 16],
+            ref.decode_block(stored, order, coding.classes, kind),
+        )
+    assert differing <= words.size // 50
+
+
+@pytest.mark.parametrize("head_dim", [32, 48])
+def test_without_widths_keys_are_turned_first(head_dim):
+    config = DeltaConfig(key_format="codes", key_bits=3.5)
+    keys = mx.array(smooth_keys((1, 2, 64, head_dim))).astype(mx.float16)
+    coding = codes.Coding.of(config, 2, head_dim)
+    assert coding.turned and coding.rows * 32 / head_dim <= 3.5
+    words, grid = codes.code_blocks(keys, coding, 64)
+    own = ref.turn(as_float(keys[0, 1]), "float16")
+    order = np.array(coding.order[1])
+    wanted = ref.code_block(own, order, coding.classes, "float16")
+    # A product in another order may round to a neighbour, and so may its code.
+    np.testing.assert_allclose(as_float(grid[0, 1, 0]), wanted.grid, atol=4e-3)
+    found = as_float(unpack(codes.CodedBlocks(words, grid, None, coding, head_dim), 1))[0, 1]
+    decoded = ref.decode_block(wanted, order, coding.classes, "float16")
+    np.testing.assert_allclose(
+        found, decoded @ ref.hadamard(head_dim), atol=1.1 * wanted.grid[1].max() / head_dim**0.5
+    )
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_values_are_coded_as_specified(length):
+    widths = (3, 3, 8, 2, 6, 4)
+    assert set(widths) == set(VALUE_WIDTHS)
+    values = np.random.default_rng(0).normal(size=(2, 6, length, 96)).astype(np.float16)
+    found = turned.encode_values(mx.array(values), widths)
+    words, scales, biases = (np.array(x) for x in found)
+    assert words.shape == (2, 1, length, sum(ref.value_words(96, widths)))
+    assert scales.shape == biases.shape == (2, 1, length, 6 * 3)
+    decoded = as_float(turned.decode_values(found, widths, 96, mx.float32))
+    for row, token in np.ndindex(2, length):
+        own = (x[row, 0, token] for x in (words, scales, biases))
+        wanted = ref.decode_value(*own, widths, 96) @ ref.hadamard(96)
+        np.testing.assert_allclose(decoded[row, :, token], wanted, atol=2e-3)
+    steps = [np.ptp(values) / (2**width - 1) for width in widths]
+    error = np.abs(decoded - values).max(axis=(0, 2, 3))
+    assert (error < steps).all() and error.argsort().tolist()[0] == 2
