@@ -77,6 +77,7 @@ RUNS = (
     Run(
         "smollm2-needles", "smollm2", ("needles",),
         ("dense", "delta", "delta:sparsity=0.75", *PAPER, "kv4", "kv4-rotated"),
+        ("--needles", "word", "--samples", "2"),
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),

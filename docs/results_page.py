@@ -68,9 +68,10 @@ NOTES = {
     "and score the second half of each. Here too, on books in Markdown (the data set WikiText "
     "could not be fetched): 99 % of the tokens diverge by no more than the next column says, the "
     "worst one by the last. Of so short a chunk little is far enough away to be held.",
-    "needles": "Numbers told at eight depths of two texts of each length, and asked for in the "
-    "model's chat template, the answer begun for it; found when each digit ranks first. Other "
-    "settings are asked for what dense attention finds.",
+    "needles": "Words, numbers or passwords told at eight depths of texts of several lengths, and "
+    "asked for in the model's chat template, the answer begun for it; found when each of its "
+    "tokens ranks first. Other settings are asked for what dense attention finds; *nats* is how "
+    "much less likely they make those answers, on average.",
     "winogrande": "Items of the validation set, no examples. The texts have some "
     "25 tokens: up to 128 tokens nothing is held, and `delta` is dense attention; its records are "
     "dense attention's but for one in 25, which was measured all the same.",

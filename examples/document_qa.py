@@ -136,6 +136,8 @@ class Document:
 
     def answer(self, question: str, max_tokens: int) -> Iterator[str]:
         """The answer in pieces; the caches of the document stay as they are."""
+        if question != question.encode("utf-8", "replace").decode():
+            raise ValueError("the question is not UTF-8 text.")
         ids = self.tokenizer.encode(question + self._after, add_special_tokens=False)
         for response in mlx_delta.stream_generate(
             self.model,

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_delta
-from mlx_delta.chat import Conversation, ModelThread, Options, Streaming
+from mlx_delta.chat import ContextFullError, Conversation, ModelThread, Options, Streaming
 from mlx_delta.system.cli import run_command
 
 LARGEST = 1 << 20  # bytes of a request
@@ -60,7 +60,7 @@ class Notes:
         if file.exists():
             try:
                 self.texts = json.loads(file.read_text("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is not whole JSON; it is left as it is.") from error
             if not isinstance(self.texts, list) or any(type(x) is not str for x in self.texts):
                 raise ValueError(f"{file} is not a list of texts; it is left as it is.")
@@ -70,11 +70,15 @@ class Notes:
     def add(self, text: str) -> None:
         """Add a note, and write them all."""
         temporary = self._file.with_name(f".{self._file.name}.new")
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump([*self.texts, text], stream, ensure_ascii=False, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self._file)
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                json.dump([*self.texts, text], stream, ensure_ascii=False, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, self._file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         self.texts.append(text)
 
 
@@ -107,10 +111,24 @@ class Service:
         )
         self.feed()
 
-    def feed(self) -> None:
-        """Bring the caches to the notes that there are."""
-        self._conversation.system = "\n\n".join([INTRODUCTION, *self._notes.texts])
-        self._conversation.prepare()
+    def feed(self, *new: str) -> None:
+        """Bring the caches to the notes that there are, and new ones."""
+        before = self._conversation.system
+        self._conversation.system = "\n\n".join([INTRODUCTION, *self._notes.texts, *new])
+        try:
+            self._conversation.prepare()
+        except BaseException:
+            self._conversation.system = before
+            raise
+
+    def add(self, text: str) -> None:
+        """Feed a new note and keep it; neither where one of the two can't be done."""
+        self.feed(text)
+        try:
+            self._notes.add(text)
+        except OSError:
+            self.feed()
+            raise
 
     # On the event loop.
 
@@ -148,13 +166,17 @@ class Service:
             case "GET", ["notes"]:
                 await send(writer, "200 OK", {"notes": self._notes.texts})
             case "POST", ["notes"]:
-                self._notes.add(field_of(body, "text"))
-                await asyncio.wrap_future(self._thread.submit(self.feed))
+                text = field_of(body, "text")
+                try:
+                    await asyncio.wrap_future(self._thread.submit(lambda: self.add(text)))
+                except ContextFullError as error:
+                    full = "the model's context has no room for this note"
+                    raise Refused("413 Content Too Large", full) from error
                 await send(writer, "201 Created", {"notes": len(self._notes.texts)})
             case "POST", ["ask"]:
                 await self._ask(field_of(body, "question"), reader, writer)
             case "DELETE", ["ask", number]:
-                running = self._running.get(int(number)) if number.isdecimal() else None
+                running = self._running.get(int(number[-9:])) if number.isdecimal() else None
                 if running is None:
                     raise Refused("404 Not Found", f"there is no answer {number[:20]}")
                 stop(*running)
@@ -237,10 +259,12 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
         raise Refused("400 Bad Request", "this is not HTTP/1.1")
     headers = {name.strip().lower(): value.strip() for name, _, value in
                (line.partition(":") for line in lines)}  # fmt: skip
+    if "origin" in headers:
+        raise Refused("403 Forbidden", "pages of a browser may not use this service")
     length = headers.get("content-length", "0")
     if not length.isdecimal():
         raise Refused("400 Bad Request", "Content-Length is no number")
-    if int(length) > LARGEST:
+    if len(length) > 9 or int(length) > LARGEST:
         raise Refused("413 Content Too Large", f"a request may have {LARGEST} bytes")
     return parts[0], parts[1], await reader.readexactly(int(length))
 
@@ -256,6 +280,8 @@ def field_of(body: bytes, name: str) -> str:
     except (ValueError, RecursionError) as error:
         raise Refused("400 Bad Request", "the body is not JSON") from error
     text = values.get(name) if isinstance(values, dict) else None
+    if isinstance(text, str) and text != text.encode("utf-8", "replace").decode():
+        raise Refused("400 Bad Request", "half a character is no text")
     if not isinstance(text, str) or not text.strip():
         raise Refused("400 Bad Request", f'the body must be {{"{name}": "..."}}')
     return text
@@ -291,6 +317,8 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--port", type=int, default=8090)
     args = parser.parse_args()
+    if not 0 <= args.port < 1 << 16:
+        parser.error(f"--port must be from 0 to 65535 but got {args.port}")
     return run_command(lambda: asyncio.run(run(args)), "use a smaller model", "Stopped.")
 
 

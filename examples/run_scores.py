@@ -35,8 +35,11 @@ LANES, CHUNKS, BATCH = 64, 3, 16
 
 def held_blocks(args: argparse.Namespace) -> np.ndarray:
     """Held keys of all far blocks, [layers, kv heads, blocks, T, D]."""
-    setting = DeltaConfig() if args.level is None else DeltaConfig(level=args.level)
-    model, tokenizer = load(args.model, setting)
+    if args.level is None:
+        model, tokenizer = load(args.model)
+    else:
+        model, tokenizer = load(args.model, DeltaConfig(level=args.level))
+    setting = model.args.delta
     text = tokenizer.encode(read_text(args.text), add_special_tokens=False)[: args.tokens]
     caches = model.make_cache()
     mx.eval(model.model(mx.array(text)[None], cache=caches))
@@ -131,7 +134,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="default: %(default)s")
     parser.add_argument("--text", default=BUNDLED_TEXT, help="default: the bundled book")
     parser.add_argument("--tokens", type=int, default=1024, help="of the text")
-    parser.add_argument("--level", type=float, help="of the hold; default: the library's")
+    parser.add_argument("--level", type=float, help="of the hold; default: the model's own")
     args = parser.parse_args()
     blocks = held_blocks(args)
     print_counts(blocks)

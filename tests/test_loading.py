@@ -209,7 +209,7 @@ def test_weights_larger_than_the_free_memory_are_refused(monkeypatch, checkpoint
     monkeypatch.setattr(
         "mlx_delta.checkpoint.weights.free_memory", lambda: (1000, "this machine's memory")
     )
-    with pytest.raises(MemoryError, match=r"take 0\.0 GB but this machine's memory leaves 0\.0 GB"):
+    with pytest.raises(MemoryError, match=r"take \d+ MB but this machine's memory leaves 0 MB"):
         load(checkpoint)
 
 

@@ -27,7 +27,7 @@ def attend_unpacked(
     head_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention output [B, Hq, L, Dv] of queries [B, Hq, L, D] of a step."""
-    if _one_boundary(step):
+    if step.one_border:
         # Every query of a row sees the same blocks as held: the buffer is right as it stands.
         return mx.fast.scaled_dot_product_attention(
             queries,
@@ -42,15 +42,6 @@ def attend_unpacked(
         for first, end in _query_chunks(step.starts[0], step.steps)
     ]
     return mx.concatenate(outputs, axis=2)
-
-
-def _one_boundary(step: Step) -> bool:
-    """Whether the border between held and full keys is the same for all queries of each row."""
-    window = step.window_blocks
-    return all(
-        max(0, start // size - window) == max(0, (start + step.steps - 1) // size - window)
-        for start, size in zip(step.starts, step.block_sizes, strict=True)
-    )
 
 
 def _query_chunks(start: int, steps: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -27,6 +27,7 @@ class BatchDeltaKVCache(HeldKeys):
         config: The setting of this layer; the default one when not given.
     """
 
+    row_class: ClassVar[type[DeltaKVCache]] = DeltaKVCache
     # While right padding is being fed: how much, and where each row's text ends.
     _right_padding: list[int] | None = None
     _text_ends: list[int] | None = None
@@ -100,6 +101,7 @@ class BatchDeltaKVCache(HeldKeys):
     def filter(self, batch_indices: list[int] | mx.array) -> None:
         """Keep these rows only, in this order."""
         kept = [int(index) for index in batch_indices]
+        self._written.clear()
         if self._keys is not None and self._values is not None:
             self._keys.take(kept)
             self._values.take(kept)
@@ -124,12 +126,12 @@ class BatchDeltaKVCache(HeldKeys):
     def extract(self, idx: int) -> DeltaKVCache:
         """One row as a cache of its own."""
         size = self.block_sizes[idx]
-        cache = DeltaKVCache(dataclasses.replace(self.config, block_size=size))
+        cache = self.row_class(dataclasses.replace(self.config, block_size=size))
         cache._lengths = [max(0, self._lengths[idx])]
         cache._encoded = [self._encoded[idx]]
         cache._dropped = [self._dropped[idx]]
         if self._keys is not None and self._values is not None:
-            length = max(1, cache.seen_tokens)
+            length = max(1, cache.kept_tokens)
             cache._keys = self._keys.row(idx, length)
             cache._values = self._values.row(idx, length)
         cache._model, cache._item_size = self._model, self._item_size
@@ -138,6 +140,7 @@ class BatchDeltaKVCache(HeldKeys):
 
     def _append_rows(self, caches: list[Any]) -> None:
         """Become the rows of all these caches, padded at the end to one length."""
+        self._written.clear()
         filled = [cache for cache in caches if not cache.empty()]
         for cache in filled:
             _check_same_model(cache, filled[0])

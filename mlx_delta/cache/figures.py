@@ -9,6 +9,7 @@ from mlx_delta.config import DeltaConfig
 
 from .kinds import Keys, Values
 from .store import KeyStore
+from .written_out import WrittenOut
 
 
 class CacheFigures(_BaseCache):
@@ -25,6 +26,7 @@ class CacheFigures(_BaseCache):
     _sizes: list[int] | None  # of the blocks of each row, where they are not the setting's
     _keys: Keys | None
     _values: Values | None
+    _written: WrittenOut
 
     step = 256  # tokens by which the buffers grow, as in mlx-lm
 
@@ -100,9 +102,14 @@ class CacheFigures(_BaseCache):
         return self._model
 
     @property
+    def kept_tokens(self) -> int:
+        """Tokens of the first row that were not dropped."""
+        return self._lengths[0] - self._dropped[0] * self.config.block_size
+
+    @property
     def seen_tokens(self) -> int:
         """Tokens of the first row that its last query sees."""
-        return self._lengths[0] - self._dropped[0] * self.config.block_size
+        return self.kept_tokens
 
     def read_bytes(self, float_bytes: int | None = None) -> int:
         """Bytes of keys and values that the first row's last query reads.

@@ -22,9 +22,7 @@ from .kinds import key_kind, value_kind
 from .state import CacheState
 from .step import Part, Step
 from .store import spread
-
-# Tokens of one update, up to which they are taken for generated ones and not for a prompt's.
-FEW_TOKENS = 8
+from .written_out import FEW_TOKENS, WrittenOut
 
 # Set while something asks whether any number of tokens could be taken back, not only the last ones.
 ANY_LENGTH = contextvars.ContextVar("any_length", default=False)
@@ -58,6 +56,7 @@ class HeldKeys(CacheState):
         self._sizes = None
         self._keys = None
         self._values = None
+        self._written = WrittenOut()
 
     # Reading and writing.
 
@@ -114,6 +113,7 @@ class HeldKeys(CacheState):
         new = [max(0, n - gone) for n, gone in zip(wanted, self._dropped, strict=True)]
         if not any(new):
             return
+        self._written.clear()
         assert self._keys is not None and self._values is not None
         self._keys.drop(dropping.first, new)
         self._values.drop(dropping.first, new, dropping.size)
@@ -138,9 +138,9 @@ class HeldKeys(CacheState):
         far, near, firsts = self._keys.append(keys, starts, encoded, capacity)
         self._lengths = [n + steps for n in self._lengths]
         self._encoded = targets
-        return Step(
+        step = Step(
             starts=starts,
-            steps=steps,
+            steps=keys.shape[2],
             block_sizes=tuple(
                 self.block_sizes if self.config.block_fraction is None else [length] * len(starts)
             ),
@@ -153,6 +153,7 @@ class HeldKeys(CacheState):
             dtype=values.dtype,
             tiles=self._tile_plan(),
         )
+        return self._written.follow(step, keys, values)
 
     def _tile_plan(self) -> TilePlan | None:
         """What a prefill by tiles needs to know; ``None`` where the setting asks for none."""
@@ -344,6 +345,7 @@ class HeldKeys(CacheState):
                 f"{self.exact_trim()} can be taken back exactly but not {n}: full keys are gone. "
                 "mlx_delta.cache.rewind goes back further and says which tokens to feed again."
             )
+        self._written.clear()
         self._lengths = [length - n for length in self._lengths]
         targets = [
             min(pair) for pair in zip(self._far_blocks(self._lengths), self._encoded, strict=True)
@@ -372,6 +374,7 @@ class HeldKeys(CacheState):
         if self._keys is None or self._values is None or near is None:
             return
         size = self.config.block_size
+        self._written.clear()
         self._encoded = [(length - near[0].shape[2]) // size]
         self._lengths = [length]
         self._keys.refill(self._encoded[0], near[0])

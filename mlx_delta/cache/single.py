@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from .held import HeldKeys
+from .written_out import WrittenOut
 
 
 class DeltaKVCache(HeldKeys):
@@ -45,7 +46,8 @@ class DeltaKVCache(HeldKeys):
         if self._keys is None or self._values is None or len(self._lengths) != 1:
             return self
         cache = copy.copy(self)
-        length = max(1, self.seen_tokens)
+        cache._written = WrittenOut()
+        length = max(1, self.kept_tokens)
         cache._keys, cache._values = self._keys.row(0, length), self._values.row(0, length)
         return cache
 

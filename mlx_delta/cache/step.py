@@ -99,6 +99,15 @@ class Step:
         """Tokens in a block; ``None`` where rows differ."""
         return self.block_sizes[0] if len(set(self.block_sizes)) == 1 else None
 
+    @property
+    def one_border(self) -> bool:
+        """Whether the border between held and full keys is the same for all queries of a row."""
+        window = self.window_blocks
+        return all(
+            max(0, start // size - window) == max(0, (start + self.steps - 1) // size - window)
+            for start, size in zip(self.starts, self.block_sizes, strict=True)
+        )
+
     @cached_property
     def held(self) -> mx.array:
         """[B, Hkv, length or more, D]; held keys in every block far from the last query."""

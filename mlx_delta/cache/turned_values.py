@@ -304,6 +304,10 @@ class TurnedView:
             words, scales, biases = mx.depends([words, scales, biases], [after])
         return decode_values((words, scales, biases), self.widths, self.head_dim, dtype)
 
+    def rounded(self, values: mx.array) -> mx.array:
+        """New values [B, Hkv, L, Dv] as near queries read them."""
+        return to_storage(values).astype(values.dtype)
+
     def kept(self) -> TurnedView:
         """The same: what is written later goes to buffers of its own."""
         return self

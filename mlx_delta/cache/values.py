@@ -145,6 +145,12 @@ class ValueStore:
         parts: Any = [x[:, :, left:right] for x in self.buffers]
         return self._dense(parts if after is None else mx.depends(parts, [after]), dtype)
 
+    def rounded(self, values: mx.array) -> mx.array:
+        """New values [B, Hkv, L, Dv] as near queries read them."""
+        if self.bits is None:
+            return values
+        return self._dense(_encode(values, self.bits), values.dtype)
+
     def _dense(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         if not self.quantized:
             return parts[0].astype(dtype)

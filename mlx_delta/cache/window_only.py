@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_delta.config import DeltaConfig
+
+from .batch import BatchDeltaKVCache
 from .single import DeltaKVCache
+
+
+def _seen(config: DeltaConfig, query: mx.array, key: mx.array) -> mx.array:
+    """Which keys are near a query or sinks, of positions that broadcast."""
+    near = key // config.block_size >= query // config.block_size - config.window_blocks
+    return near | (key < config.sinks)
 
 
 class WindowOnlyCache(DeltaKVCache):
@@ -15,16 +26,16 @@ class WindowOnlyCache(DeltaKVCache):
     is simplest, and are masked.
     """
 
+    batch_class: ClassVar[Any]
+
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
         """Causal, and near or a sink."""
-        config = self.config
         query = mx.arange(self.offset, self.offset + N)[:, None]
         key = mx.arange(self.offset + N)[None]
-        near = key // config.block_size >= query // config.block_size - config.window_blocks
         causal = create_causal_mask(N, self.offset, window_size=window_size)
-        return causal & (near | (key < config.sinks))
+        return causal & _seen(self.config, query, key)
 
     @property
     def zeros(self) -> mx.array:
@@ -51,3 +62,20 @@ class WindowOnlyCache(DeltaKVCache):
         capacity = -(-self.size() // self.step) * self.step
         kept = self.config.sinks + self.config.window + self.config.block_size
         return stored * min(kept, capacity) // max(1, capacity)
+
+
+class BatchWindowOnlyCache(BatchDeltaKVCache):
+    """Rows of :class:`WindowOnlyCache`."""
+
+    row_class = WindowOnlyCache
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """Causal, and near or a sink, by each row's own positions; [B, 1, N, S]."""
+        query = mx.array(self.lengths)[:, None] + mx.arange(N)[None]
+        mask = super().make_mask(N, return_array, window_size)
+        return mask & _seen(self.config, query[:, None, :, None], mx.arange(mask.shape[3]))
+
+
+WindowOnlyCache.batch_class = BatchWindowOnlyCache

@@ -19,7 +19,7 @@ from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.cli import HelpFormatter, run_command
 
-from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, runs, tiles
+from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, codes, runs, tiles
 from .divergence import Comparison
 from .family import Per
 from .sensitivity import GRID
@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
         f"lose so much against exact prefill. Default: {tiles.DEFAULT_KL}. Takes about "
         f"{PASSES} passes over the text for each layer; the rest of the setting stays.",
     )
+    wish.add_argument(
+        "--codes",
+        action="store_true",
+        help="Or: of a calibrated model, measure anew only what decides how many bits codes get "
+        "(key_format=codes, value_format=rotated); the rest of the setting stays. One pass forward "
+        "and back.",
+    )
     add(
         "--length",
         type=int,
@@ -77,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("gradients", "queries"),
         help="What sensitivities are made from: gradients of the model's output (default), or, "
         "for models that pass none on, the queries. Ternary models: queries.",
+    )
+    add(
+        "--prose-only",
+        action="store_true",
+        help="Leave out what a model needs where it has to recall what it was told.",
     )
     add(
         "--uncorrected",
@@ -165,14 +177,16 @@ def run(args: argparse.Namespace) -> None:
         check_file(args.curve)
     text = read_text(args.text)
     # Without a level or thresholds of its own: those of the file may be what is to be mended.
-    if args.tiles is not None:
-        pass  # all but the shares stays
+    if args.tiles is not None or args.codes:
+        pass  # all but the shares stays, or all but what codes need
     elif args.mode in RUN_MODES:
         base = base.changed(threshold_mode=args.mode, level=None, sensitivities=None)
     else:
         base = base.changed(threshold_mode=args.mode, threshold=1.0)
     model, tokenizer = load(path, base, trust_remote_code=args.trust_remote_code)
-    if args.tiles is not None:
+    if args.codes:
+        lines, config, curve = _codes(args, model, tokenizer, text)
+    elif args.tiles is not None:
         lines, config, curve = _tiles(args, model, tokenizer, text)
     elif base.cuts_runs:
         lines, config, curve = _sensitivities(args, model, tokenizer, text)
@@ -204,14 +218,16 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: There is one.
     """
     run_flags = {"--kl": args.kl, "--weights": args.weights, "--uncorrected": args.uncorrected}
+    run_flags["--prose-only"] = args.prose_only
     threshold_flags = {"--loss": args.loss, "--cost": args.cost, "--windows": args.windows}
     threshold_flags["--per-head or --uniform"] = None if args.per == "layer" else args.per
     cuts_runs = args.mode in RUN_MODES
-    if args.tiles is not None:
-        for flag, value in (run_flags | threshold_flags).items():
+    for own, name in ((args.tiles is not None, "tiles"), (args.codes, "codes")):
+        for flag, value in (run_flags | threshold_flags).items() if own else ():
             if value not in (None, False):
-                raise ValueError(f"{flag} says nothing about tiles; drop it or --tiles.")
-        return
+                raise ValueError(f"{flag} says nothing about {name}; drop it or --{name}.")
+        if own:
+            return
     for flag, value in (threshold_flags if cuts_runs else run_flags).items():
         if value not in (None, False):
             other = "relative or absolute" if cuts_runs else "optimal or greedy"
@@ -265,6 +281,28 @@ def _tiles(
     return lines, found.config, found.to_dict()
 
 
+def _codes(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
+    """The same for the bits of codes."""
+    config = codes.calibrate_codes(model, tokenizer, text, length=args.length, seed=args.seed)
+    found = config.loaded_sensitivities
+    keys = [i for i, x in enumerate(found.spread) if x is not None]
+    lines = [
+        f"Of {len(keys)} layers: mean widths of keys' codes, and of each head's values, at 3 bits"
+    ]
+    chosen = config.changed(
+        key_format="codes", value_format="rotated", key_bits=3, value_bits=3
+    ).with_widths()
+    for i in keys:
+        assert chosen.key_widths is not None and chosen.value_widths is not None
+        heads = chosen.key_widths[i] or ()
+        mean = np.mean([int(digit) for head in heads for digit in head])
+        lines.append(f"{i:5d}  {mean:5.2f}  {' '.join(map(str, chosen.value_widths[i] or ()))}")
+    curve = {"spread": [None if x is None else x.tolist() for x in found.spread]}
+    return lines, config, curve
+
+
 def _sensitivities(
     args: argparse.Namespace, model: Any, tokenizer: Any, text: str
 ) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
@@ -277,6 +315,7 @@ def _sensitivities(
         kl=args.kl,
         way=args.weights,
         corrected=not args.uncorrected,
+        recalled=not args.prose_only,
         length=args.length,
         seed=args.seed,
         progress=sys.stderr.isatty(),

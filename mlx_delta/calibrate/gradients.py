@@ -19,13 +19,14 @@ def far_gradients(
     config: DeltaConfig,
     layers: Sequence[int],
     seed: int,
+    asked: Sequence[int] | None = None,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Squared gradients of what the model says, with respect to each far key and value.
 
-    At each position that sees far keys one label is drawn from the model's own distribution; the
-    sum of the labels' log-probabilities is differentiated. The squares' expectation is the
-    diagonal of the Fisher information: half of it, times squared errors, is the KL divergence
-    that they make, to second order.
+    At each position that sees far keys, or that is asked for, one label is drawn from the model's
+    own distribution; the sum of the labels' log-probabilities is differentiated. The squares'
+    expectation is the diagonal of the Fisher information: half of it, times squared errors, is the
+    KL divergence that they make, to second order.
 
     Args:
         model: From :func:`mlx_delta.load`, with the delta.
@@ -33,6 +34,7 @@ def far_gradients(
         config: Its block size, window and sinks say which keys are far.
         layers: Which layers hold keys.
         seed: Of the labels.
+        asked: Positions whose next token counts; ``None``: all that see far keys.
 
     Returns:
         For each of these layers float32 [Hkv, L, D], of keys; and [Hkv, L, Dv], of values.
@@ -42,13 +44,14 @@ def far_gradients(
     """
     caches = make_probes(model, config, layers, None)
     first = (config.window_blocks + 1) * config.block_size
+    positions = mx.array(list(range(first, len(window)) if asked is None else asked))
     key = mx.random.key(seed)
     ids = mx.array(list(window))[None]
 
     def told(shifts: list[list[mx.array]]) -> mx.array:
         for layer, (shift, of_values) in zip(layers, shifts, strict=True):
             caches[layer].shift, caches[layer].value_shift = shift, of_values
-        logits = model(ids, cache=caches)[0, first:].astype(mx.float32)
+        logits = model(ids, cache=caches)[0, positions].astype(mx.float32)
         labels = mx.stop_gradient(mx.random.categorical(logits, key=key))
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.take_along_axis(logs, labels[:, None], axis=-1).sum()

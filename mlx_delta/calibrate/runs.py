@@ -20,9 +20,11 @@ from mlx_delta.ops.hold import hold_blocks
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.ternary.model import TernaryModel
 
+from .codes import with_codes
 from .divergence import Comparison, DenseText
+from .recall import Recall, make_recall
 from .salience import measure_salience
-from .weights import Watched, Way, correct_layers, measure_weights, watch
+from .weights import Watched, Way, correct_layers, measure_recall, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
 Mode = Literal["optimal", "greedy"]
@@ -69,6 +71,7 @@ def calibrate_text(
     kl: float | None = None,
     way: Way | None = None,
     corrected: bool = True,
+    recalled: bool = True,
     length: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -83,6 +86,7 @@ def calibrate_text(
         kl: Instead of it: the highest KL divergence from dense attention, in nats per token.
         way: What sensitivities are made from; gradients, if the model passes any on.
         corrected: Whether they are corrected by holding one layer at a time.
+        recalled: Whether gradients are measured where something has to be recalled, too.
         length: Tokens of a window; 1,024 or the model's context if not given.
         seed: Of the labels drawn for gradients.
         progress: Show progress on stderr.
@@ -110,7 +114,13 @@ def calibrate_text(
         )
     if way is None:
         way = "queries" if isinstance(model, TernaryModel) else "gradients"
-    total = steps(len(held_layers(model)), corrected)
+    recall = None
+    if way == "gradients" and recalled:
+        recall = make_recall(tokenizer, windows[0], length, seed)
+        # A short text may have no room for anything to be far when it is asked for.
+        if not recall.asked or recall.told < (base.window_blocks + 2) * base.block_size:
+            recall = None
+    total = steps(len(held_layers(model)), corrected, recall is not None)
     with ProgressBar(total, "calibrating", progress, "step") as bar:
         return calibrate_runs(
             model,
@@ -120,14 +130,15 @@ def calibrate_text(
             kl=kl,
             way=way,
             corrected=corrected,
+            recall=recall,
             seed=seed,
             progress=bar,
         )
 
 
-def steps(n_layers: int, corrected: bool) -> int:
+def steps(n_layers: int, corrected: bool, recalled: bool) -> int:
     """How often progress is reported."""
-    return 2 + (n_layers if corrected else 0) + len(SHARES) + 1
+    return 2 + (n_layers if corrected else 0) + recalled + len(SHARES) + 1
 
 
 def calibrate_runs(
@@ -139,6 +150,7 @@ def calibrate_runs(
     kl: float | None = None,
     way: Way = "gradients",
     corrected: bool = True,
+    recall: Recall | None = None,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> RunsCalibration:
@@ -153,6 +165,7 @@ def calibrate_runs(
         kl: Instead of it: the highest KL divergence from dense attention, in nats per token.
         way: What sensitivities are made from.
         corrected: Whether they are corrected by holding one layer at a time.
+        recall: What is to be recalled, for ``way="gradients"``.
         seed: Of the labels drawn for gradients.
         progress: Called after each step, see :func:`steps`.
 
@@ -162,11 +175,19 @@ def calibrate_runs(
     first, second = windows
     watched = watch(model, first, base)
     progress()
-    weights, predicting = measure_weights(model, first, base, watched, way, seed)
+    weights, predicting, of_values = measure_weights(model, first, base, watched, way, seed)
     salience: Sequence[np.ndarray | None] = [None] * len(weights)
-    if way == "gradients":
-        salience = measure_salience([watched], [predicting], weights, base)
+    recalled = None
     progress()
+    if way == "gradients" and recall is not None:
+        recalled = measure_recall(model, recall, base, weights, seed)
+        progress()
+    if way == "gradients":
+        texts, squares, mixed = [watched], [predicting], weights
+        if recalled is not None:
+            texts, squares = [watched, recalled.watched], [predicting, recalled.squares]
+            mixed = recalled.mixed(weights)
+        salience = measure_salience(texts, squares, mixed, base)
     n_layers = len(model.make_cache())
     if corrected:
         felt = _filled(watched, weights, salience, n_layers)
@@ -176,6 +197,8 @@ def calibrate_runs(
         held = base.changed(level=level)
         weights = correct_layers(text, held, watched, weights, salience, predicting, progress)
         del text
+    if recalled is not None:
+        weights = recalled.mixed(weights)
     sensitivities = _filled(watched, weights, salience, n_layers)
     held = base.changed(sensitivities=sensitivities)
     levels, shares = _shares(watched, held)
@@ -189,7 +212,7 @@ def calibrate_runs(
         progress()
     rows = [(level, found.zeros, found.divergence) for level, found in curve]
     curve_rows = [(0.0, 0.0, 0.0), *rows]
-    sensitivities = sensitivities.with_curve(curve_rows)
+    sensitivities = with_codes(sensitivities.with_curve(curve_rows), watched, of_values, base)
     level = float(f"{sensitivities.level_for(sparsity, kl):.4g}")
     config = base.changed(sensitivities=sensitivities, level=level)
     chosen = text.compare(config)

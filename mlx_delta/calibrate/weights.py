@@ -8,9 +8,10 @@ held at a time, its weights are multiplied by what the divergence is over what t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,10 +25,15 @@ from mlx_delta.sensitivities import Sensitivities
 
 from .divergence import DenseText
 from .gradients import far_gradients
+from .recall import Recall
 
 Way = Literal["gradients", "queries"]
 
 MOST_CORRECTION = 8.0  # of a layer, either way
+# Of the weights, that comes from what has to be recalled. SmolLM2-135M, .70 of deltas zero: without
+# any .0098 nats are lost where facts are asked for, with .7 .0055, and with salience of both .0028;
+# in prose .00077, .00084 and .00083.
+RECALLED = 0.7
 LEAST_SHARE = 1e-6  # of a layer's mean weight, for channels that nothing depends on
 
 
@@ -39,26 +45,50 @@ class Watched:
         layers: Which layers hold keys; the first axis of what follows.
         keys: For each float32 [Hkv, L, D], after RoPE.
         queries: For each float32 [Hkv, D], see :class:`mlx_delta.models.queries.QuerySquares`.
+        value_squares: For each float32 [Hkv], the mean square of values.
     """
 
     layers: tuple[int, ...]
     keys: list[mx.array]
     queries: list[np.ndarray]
+    value_squares: list[np.ndarray]
+
+
+class Felt(NamedTuple):
+    """What a model's output makes of errors in a window.
+
+    Attributes:
+        weights: float32 [Hkv, D] for each held layer, of errors of its keys.
+        predicting: What predicts the divergence of errors of this window's keys, [Hkv, L, D]:
+            squared gradients, or the weights over again.
+        values: float32 [Hkv] for each held layer, of errors of its values; ``None``: not known.
+    """
+
+    weights: list[np.ndarray]
+    predicting: list[np.ndarray]
+    values: list[np.ndarray] | None
 
 
 def watch(model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Watched:
     """Run the model over a window and keep its keys and what its queries look at."""
     layers = held_layers(model)
     keys: dict[int, mx.array] = {}
+    value_squares: dict[int, mx.array] = {}
     squares = QuerySquares()
 
     def see(layer: int, seen: Seen) -> None:
         squares.add(layer, seen)
         keys[layer] = seen.keys[0].astype(mx.float32)
+        value_squares[layer] = mx.square(seen.values[0].astype(mx.float32)).mean(axis=(1, 2))
 
     watch_keys(model, window, config, layers, see)
-    mx.eval(keys)
-    return Watched(layers, [keys[i] for i in layers], [squares.of_layer(i) for i in layers])
+    mx.eval(keys, value_squares)
+    return Watched(
+        layers,
+        [keys[i] for i in layers],
+        [squares.of_layer(i) for i in layers],
+        [np.array(value_squares[i]) for i in layers],
+    )
 
 
 def measure_weights(
@@ -68,7 +98,7 @@ def measure_weights(
     watched: Watched,
     way: Way,
     seed: int = 0,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> Felt:
     """Weights of each held layer's channels, and of each of its elements.
 
     Args:
@@ -78,21 +108,67 @@ def measure_weights(
         watched: Of the same window.
         way: What the weights are made from.
         seed: Of the labels that are drawn for gradients.
-
-    Returns:
-        float32 [Hkv, D] for each layer; and what predicts the divergence of errors of this
-        window's keys, [Hkv, L, D]: squared gradients, or the weights over again.
     """
     if way == "queries":
         weights = [_floored(x) for x in watched.queries]
-        return weights, [w[:, None] for w in weights]
-    of_keys, _ = far_gradients(model, window, config, watched.layers, seed)
+        return Felt(weights, [w[:, None] for w in weights], None)
+    of_keys, of_values = far_gradients(model, window, config, watched.layers, seed)
     squares = [np.array(x) for x in of_keys]
     # Keys that some query sees as far.
     end = ((len(window) - 1) // config.block_size - config.window_blocks) * config.block_size
     far = slice(min(config.sinks, end - 1), end)
     weights = [_floored(shared_by_pairs(x[:, far].mean(axis=1))) for x in squares]
-    return weights, squares
+    values = [np.array(x[:, far].mean(axis=(1, 2))) for x in of_values]
+    return Felt(weights, squares, values)
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What matters where something has to be recalled, in units of what matters in prose.
+
+    Attributes:
+        watched: The text's keys, of those that are far from all that is asked.
+        weights: Of each held layer, float32 [Hkv, D].
+        squares: Of each held layer, [Hkv, L, D].
+    """
+
+    watched: Watched
+    weights: list[np.ndarray]
+    squares: list[np.ndarray]
+
+    def mixed(self, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Weights of prose and these, in fixed shares."""
+        pairs = zip(weights, self.weights, strict=True)
+        return [_floored((1 - RECALLED) * own + RECALLED * other) for own, other in pairs]
+
+
+def measure_recall(
+    model: nn.Module,
+    recall: Recall,
+    config: DeltaConfig,
+    weights: Sequence[np.ndarray],
+    seed: int = 0,
+) -> Recalled:
+    """What matters to a model that is asked for what it was told.
+
+    Args:
+        model: From :func:`mlx_delta.load`, with the delta.
+        recall: What is told and asked.
+        config: Which keys are far.
+        weights: Of each held layer, [Hkv, D], from prose.
+        seed: Of the labels.
+    """
+    watched = watch(model, recall.ids, config)
+    found, _ = far_gradients(model, recall.ids, config, watched.layers, seed, recall.asked)
+    end = (recall.told // config.block_size - config.window_blocks) * config.block_size
+    far = slice(min(config.sinks, end - 1), end)
+    means = [shared_by_pairs(np.array(x[:, far].mean(axis=1))) for x in found]
+    unit = sum(float(x.sum()) for x in weights) / sum(float(x.sum()) for x in means)
+    seen = end + config.window_blocks * config.block_size + 1
+    keys = [x[:, :seen] for x in watched.keys]
+    squares = [np.array(x[:, :seen]) * unit for x in found]
+    own = [_floored(x * unit) for x in means]
+    return Recalled(dataclasses.replace(watched, keys=keys), own, squares)
 
 
 def _floored(weights: np.ndarray) -> np.ndarray:

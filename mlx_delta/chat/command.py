@@ -14,6 +14,7 @@ from mlx_delta.generate.conversation import template_options
 from mlx_delta.loading import DEMO, load
 from mlx_delta.models.common import model_setting
 from mlx_delta.system.cli import run_command
+from mlx_delta.system.memory import parse_bytes, set_limit
 
 from .conversation import Conversation
 from .flags import build_parser, check_flags
@@ -101,6 +102,7 @@ def choose_model(name: str | None, terminal: Terminal) -> str:
 def begin(args: argparse.Namespace, name: str) -> Conversation:
     """The conversation that the flags ask for, without messages."""
     template = None if args.ignore_chat_template else template_options(args)
+    set_limit(None if args.memory_limit is None else parse_bytes(args.memory_limit))
     model, tokenizer = load(
         name,
         choose_delta(args, name),

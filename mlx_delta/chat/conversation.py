@@ -59,7 +59,8 @@ class Conversation:
         options: How answers are drawn.
         draft_model: Guesses tokens ahead; shares the tokenizer.
         template: Further arguments of the chat template; ``None`` to do without one.
-        max_kv_size: For dense models: tokens that their caches keep.
+        max_kv_size: Tokens that the model's caches keep; what is older is forgotten, but for the
+            first.
 
     Attributes:
         messages: Of ``role`` and ``content``, the system prompt left out.
@@ -174,7 +175,12 @@ class Conversation:
         self.last = None
 
     def forget(self) -> None:
-        """Drop the caches; what is needed of them is fed again. After another setting."""
+        """Drop the caches; what is needed of them is fed again. After another setting.
+
+        Raises:
+            ValueError: The model's setting can't do with so few tokens; nothing is changed then.
+        """
+        self._kept.check_size()
         self._kept.forget()
 
     def stop(self) -> None:
@@ -182,8 +188,14 @@ class Conversation:
         self._stop.set()
 
     def prepare(self) -> None:
-        """Feed what any next message begins with, so that its answer comes sooner."""
+        """Feed what any next message begins with, so that its answer comes sooner.
+
+        Raises:
+            ContextFullError: There is no room for a message; nothing is fed then.
+            MemoryError: The caches would not fit the memory that is free.
+        """
         tokens = self._common()
+        self._check(tokens)
         self._stop.clear()
         with self._kept.whole_or_nothing():
             step = self.options.prefill_step_size
@@ -198,8 +210,6 @@ class Conversation:
         other._kept = self._kept.copy()
         other._stop = threading.Event()
         return other
-
-    # How it is done.
 
     # How it is done.
 
@@ -226,12 +236,18 @@ class Conversation:
     ) -> Iterator[str]:
         """Check what can be checked before anything changes; the rest as the answer is read."""
         prompt = self._prompt(messages)
-        room = self._room(len(prompt.tokens))
-        check_prompt("chat", self.model, prompt.tokens)
-        options = {"max_kv_size": self._kept.max_kv_size}
-        check_memory("chat", self.model, len(prompt.tokens), options)
+        room = self._check(prompt.tokens)
         self._stop.clear()
         return self._run(messages, _Running(prompt), room, on_progress)
+
+    def _check(self, tokens: list[int]) -> int:
+        """How many tokens may follow these, if they can be fed at all."""
+        room = self._room(len(tokens))
+        if tokens:
+            check_prompt("chat", self.model, tokens)
+            options = {"max_kv_size": self._kept.max_kv_size}
+            check_memory("chat", self.model, len(tokens), options)
+        return room
 
     def _run(
         self,

@@ -9,6 +9,7 @@ from mlx_delta.generate.flags import check_delta_flags, check_numbers
 from mlx_delta.loading import MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments
 from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.memory import parse_bytes
 
 from .options import Options
 
@@ -56,6 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
         default=options.num_draft_tokens,
         help="Tokens that it guesses at a time.",
     )
+    parser.add_argument(
+        "--max-kv-size",
+        type=int,
+        help="Keep this many tokens; what is older is forgotten, but for the first.",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="BYTES",
+        help="Memory that the chat may take (6GB, 512MB): a model or a message that does not fit "
+        "is refused.",
+    )
     parser.add_argument("--load", metavar="FILE", help="Go on with a conversation of /save.")
     parser.add_argument(
         "--ignore-chat-template",
@@ -85,8 +97,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """
     check_numbers(args)
     check_delta_flags(args)
-    if args.max_kv_size is not None and not args.no_delta:
-        raise ValueError("--max-kv-size needs dense attention; add --no-delta, or drop it.")
+    if args.memory_limit is not None:
+        parse_bytes(args.memory_limit)
     if args.max_kv_size is not None and args.draft_model is not None:
         raise ValueError(
             "--max-kv-size and --draft-model do not go together: a cache that drops tokens can't "

@@ -29,7 +29,7 @@ class KeptCaches:
     Args:
         model: The model.
         draft_model: The draft model.
-        max_kv_size: For dense models: tokens that caches keep.
+        max_kv_size: Tokens that the model's caches keep; ``None``: all.
 
     Attributes:
         caches: The model's; none before anything was fed.
@@ -41,7 +41,17 @@ class KeptCaches:
         self.model = model
         self.draft_model = draft_model
         self.max_kv_size = max_kv_size
+        self.check_size()
         self.forget()
+
+    def check_size(self) -> None:
+        """Refuse a number of tokens to keep that is too small for the model's setting.
+
+        Raises:
+            ValueError: It is; before anything is fed.
+        """
+        if self.max_kv_size is not None:
+            make_caches(self.model, None, self.max_kv_size)
 
     def forget(self) -> None:
         """Drop the caches."""

@@ -49,7 +49,11 @@ class PromptMaker:
         Args:
             messages: Of ``role`` and ``content``.
             answer: Whether the beginning of an answer is to follow.
+
+        Raises:
+            ValueError: A message holds half a character, or the template refuses one.
         """
+        check_text("".join(message["content"] for message in messages))
         if self.template is not None:
             text = render(
                 self.tokenizer, messages, self.template, "answered" if answer else "closed"
@@ -78,6 +82,19 @@ class PromptMaker:
         text: str = self.tokenizer.decode(ids)
         text = text.rstrip("\ufffd")  # a character that was cut
         return text if self.template is not None else text[: end_of_paragraph(text)]
+
+
+def check_text(text: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        ValueError: It holds half a character (a lone surrogate).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"the message holds half a character ({half}), no text.") from None
 
 
 def end_of_paragraph(text: str) -> int | None:

@@ -44,7 +44,7 @@ def write(file: str | Path, saved: Saved) -> Path:
         ValueError: There is a file that is no conversation.
         OSError: It can't be written; what was there is as it was.
     """
-    target = Path(os.path.realpath(Path(file).expanduser()))
+    target = Path(os.path.realpath(os.path.expanduser(file)))
     if target.is_dir():
         raise IsADirectoryError(f"{file} is a directory; give a file's name.")
     if not target.parent.is_dir():
@@ -85,7 +85,7 @@ def read(file: str | Path) -> Saved:
         ValueError: It is no conversation, or a newer version's.
         OSError: It can't be read.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))  # which leaves ~NAME as it is where there is no NAME
     if path.is_dir():
         raise IsADirectoryError(f"{file} is a directory; give a file's name.")
     if not path.exists():
@@ -109,6 +109,14 @@ def read(file: str | Path) -> Saved:
         raise ValueError(f"{file} is no conversation: {error}.") from error
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text, without halves of characters, which no tokenizer takes."""
+    try:
+        return isinstance(value, str) and bool(value.encode("utf-8") or True)
+    except UnicodeEncodeError:
+        return False
+
+
 def _checked(values: Any) -> Saved:
     """What a file's JSON says."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -122,7 +130,7 @@ def _checked(values: Any) -> Saved:
     if unknown:
         raise ValueError(f"it has an unknown entry {unknown[0][:40]!r}")
     for name in ("system", "model", "delta"):
-        if not isinstance(values.get(name), (str, type(None))):
+        if values.get(name) is not None and not _is_text(values[name]):
             raise ValueError(f"its {name} is no text")
     messages = values.get("messages")
     if not isinstance(messages, list):
@@ -132,7 +140,7 @@ def _checked(values: Any) -> Saved:
             raise ValueError(f"message {i} is not of a role and a content")
         if message["role"] != ROLES[i % 2]:
             raise ValueError(f"message {i} is not the {ROLES[i % 2]}'s")
-        if not isinstance(message["content"], str):
+        if not _is_text(message["content"]):
             raise ValueError(f"message {i} has no text")
     if len(messages) % 2:
         raise ValueError("its last message has no answer")

@@ -80,7 +80,11 @@ def change(conversation: Conversation, text: str) -> None:
             wanted = DeltaConfig.parse(",".join(fields), base)
         if wanted != own:
             use_setting(conversation.model, conversation.tokenizer, wanted)
-            conversation.forget()
+            try:
+                conversation.forget()
+            except ValueError:
+                use_setting(conversation.model, conversation.tokenizer, own)
+                raise
             conversation.setting_before = own
     conversation.options = options
     if seed is not None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_delta.system.memory import free_memory
+from mlx_delta.system.memory import free_memory, show_bytes
 
 from .json_file import read_json, shown
 from .safetensors_header import Tensor, read_header
@@ -129,8 +129,8 @@ def check_memory(path: Path, tensors: Mapping[str, Tensor], widened: bool) -> No
     free, limit = free_memory()
     if size > free:
         raise MemoryError(
-            f"[load] the weights of {path} take {size / 1e9:.1f} GB but {limit} leaves "
-            f"{max(free, 0) / 1e9:.1f} GB; use a smaller or more strongly quantized model."
+            f"[load] the weights of {path} take {show_bytes(size)} but {limit} leaves "
+            f"{show_bytes(max(free, 0))}; use a smaller or more strongly quantized model."
         )
 
 

@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--needles",
         choices=list(FORMS),
         default="number",
-        help="What needles tell; the bundled models were taught passwords. Default: number.",
+        help="What needles tell: a number, a common word, or a password of two words, which the "
+        "bundled models were taught. Default: number.",
     )
 
     harness = parser.add_argument_group("TASK=FILE and lm-evaluation-harness")

@@ -5,7 +5,8 @@
 
 A text holds a needle at each depth, is read once, and each question goes on from there. The answer
 is begun for the model ("The special magic number for Oslo is:"), as RULER does, and found when each
-of its tokens is ranked first. Settings other than dense are asked for what dense attention finds.
+of its tokens is ranked first. Settings other than dense are asked for what dense attention finds;
+how much less likely they make those answers says more than how few of them are lost.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Form:
         asked: The question; empty: none but the beginning of its answer.
         begun: The beginning of the answer.
         keys: What needles are about.
-        words: The value is two of these; none: a number of five digits.
+        words: The value is some of these; none: a number of five digits.
+        count: How many.
     """
 
     told: str
@@ -55,12 +57,13 @@ class Form:
     begun: str
     keys: tuple[str, ...]
     words: tuple[str, ...] = ()
+    count: int = 1
 
     def value(self, rng: np.random.Generator) -> str:
         """A random value."""
         if not self.words:
             return str(rng.integers(10_000, 100_000))
-        return " ".join(self.words[i] for i in rng.integers(len(self.words), size=2))
+        return " ".join(self.words[i] for i in rng.integers(len(self.words), size=self.count))
 
 
 FORMS = {
@@ -70,6 +73,31 @@ FORMS = {
         "The special magic number for {key} is:",
         PLACES,
     ),
+    # Of small models, the ones that find few numbers find more of these.
+    "word": Form(
+        "The secret word of {key} is {value}.",
+        "What is the secret word of {key}?",
+        "The secret word of {key} is",
+        PLACES,
+        (
+            "apple",
+            "river",
+            "castle",
+            "window",
+            "silver",
+            "copper",
+            "orange",
+            "tiger",
+            "violin",
+            "ladder",
+            "candle",
+            "button",
+            "rocket",
+            "marble",
+            "bridge",
+            "forest",
+        ),
+    ),
     # What the bundled models were taught to recall.
     "password": Form(
         f"{FACTS['templates']['password']['told']} {{value}}.".replace("{name}", "{key}"),
@@ -77,6 +105,7 @@ FORMS = {
         FACTS["templates"]["password"]["asked"].replace("{name}", "{key}"),
         tuple(FACTS["names"]),
         tuple(FACTS["words"]),
+        2,
     ),
 }
 
@@ -217,7 +246,9 @@ class NeedleTask:
         group: list[int],
         dense: Records,
     ) -> list[dict[str, Any]]:
-        """A record for each text: by depth, whether the needle was found; and caches' figures.
+        """A record for each text: what became of each needle, and caches' figures.
+
+        Of each depth: whether it was found, and how surprising its answer was, in nats.
 
         Args:
             model: The model.
@@ -231,7 +262,7 @@ class NeedleTask:
         self, model: nn.Module, setting: Setting, index: int, dense: dict[str, Any] | None
     ) -> dict[str, Any]:
         haystack, length = self.haystack(index), self.tokens(index)
-        record: dict[str, Any] = {"index": index, "length": length, "right": {}}
+        record: dict[str, Any] = {"index": index, "length": length, "right": {}, "nats": {}}
         asked = [q for q in haystack.questions if dense is None or dense["right"][str(q[0])]]
         if not asked:
             return record
@@ -239,9 +270,11 @@ class NeedleTask:
         setting.prefill(model, haystack.ids, caches)
         for depth, question, answer in asked:
             own = copy.deepcopy(caches)
-            logits = setting.forward(model, question + answer[:-1], own)
-            best = np.array(mx.argmax(logits[len(question) - 1 :], axis=-1)).tolist()
-            record["right"][str(depth)] = best == answer
+            logits = setting.forward(model, question + answer[:-1], own)[len(question) - 1 :]
+            logs = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+            told = mx.take_along_axis(logs, mx.array(answer)[:, None], axis=-1).sum()
+            record["right"][str(depth)] = np.array(mx.argmax(logs, axis=-1)).tolist() == answer
+            record["nats"][str(depth)] = round(-float(told), 5)
         return record | cache_figures(caches, len(haystack.ids))
 
 

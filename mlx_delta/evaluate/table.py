@@ -123,7 +123,7 @@ def _number(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _kept(run: dict[str, Any], dense: dict[str, Any]) -> str:
-    """The needles found of those that dense attention finds."""
+    """The needles found of those that dense attention finds, and what their answers lose."""
     found = {record["index"]: record["right"] for record in dense["records"]}
     kept = [
         right
@@ -131,7 +131,20 @@ def _kept(run: dict[str, Any], dense: dict[str, Any]) -> str:
         for depth, right in record["right"].items()
         if found.get(record["index"], {}).get(depth)
     ]
-    return f"{sum(kept) / len(kept):.3f} ({sum(kept)} of {len(kept)})" if kept else "–"
+    if not kept:
+        return "–"
+    text = f"{sum(kept) / len(kept):.3f} ({sum(kept)} of {len(kept)})"
+    before = {record["index"]: record.get("nats", {}) for record in dense["records"]}
+    lost = [
+        nats - before[record["index"]][depth]
+        for record in run["records"]
+        for depth, nats in record.get("nats", {}).items()
+        if found[record["index"]].get(depth) and depth in before[record["index"]]
+    ]
+    if not lost:
+        return text
+    value, low, high = mean(lost)
+    return f"{text}, {value:+.3f} ±{(high - low) / 2:.3f} nats"
 
 
 def _share(record: dict[str, Any]) -> float:

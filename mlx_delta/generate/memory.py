@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_delta.system.memory import RESERVED, free_memory
+from mlx_delta.system.memory import RESERVED, free_memory, show_bytes
 
 _QUERIES = 128  # whose scores are in memory at one time, at least
 
@@ -37,8 +37,8 @@ def check_memory(
     needed = estimate(model, tokens)
     if needed > free:
         raise MemoryError(
-            f"[{name}] the caches of {tokens} tokens take {needed / 1e9:.1f} GB at least but "
-            f"{limit} leaves {free / 1e9:.1f} GB; use a shorter prompt, a smaller window or a "
+            f"[{name}] the caches of {tokens} tokens take {show_bytes(needed)} at least "
+            f"but {limit} leaves {show_bytes(free)}; use a shorter prompt, a smaller window or a "
             "smaller model."
         )
 
@@ -57,7 +57,7 @@ def estimate(model: nn.Module, tokens: int) -> int:
     key, value = item_size * head_dim, item_size * head_dim
     window = 0
     if delta is not None and delta.value_bits is not None:
-        value = head_dim * delta.value_bits // 8
+        value = int(head_dim * delta.value_bits) // 8
     if delta is not None and delta.key_bits is not None:
         # What packed blocks take depends on the text; their near keys have a room of their own.
         window, key = 2 * head_dim * (delta.window + 2 * delta.block_size), 0

@@ -131,14 +131,35 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
     found = [(config or first).layer_threshold for config in configs]
     same = len(set(found)) == 1 and not isinstance(found[0], tuple)
     threshold = found[0] if same else tuple(found)
+    first = _with_joined_widths(first, configs)
     if first.threshold is not None:
         return dataclasses.replace(first, threshold=threshold)
+    own = getattr(getattr(args, "delta", None), "sensitivities", None)
+    if first.key_format == "codes" and isinstance(own, Sensitivities):
+        chosen = dataclasses.replace(first, sensitivities=own, key_widths=None, value_widths=None)
+        return chosen if _widths(chosen.with_widths()) == _widths(first) else first
     if not isinstance(first.sensitivities, Sensitivities):
         return first
     each = [(c or first).loaded_sensitivities for c in configs]
     joined = Sensitivities([x.layers[0] for x in each], salience=[x.salience[0] for x in each])
-    own = getattr(getattr(args, "delta", None), "sensitivities", None)
-    return dataclasses.replace(first, sensitivities=own if own == joined else joined)
+    if isinstance(own, Sensitivities) and len(own.layers) == len(each):
+        if all(own.for_layer(i, len(each)) == x for i, x in enumerate(each)):
+            joined = own
+    return dataclasses.replace(first, sensitivities=joined)
+
+
+def _with_joined_widths(first: DeltaConfig, configs: Sequence[DeltaConfig | None]) -> DeltaConfig:
+    """The first layer's setting with the widths of codes of all of them."""
+    fields = {}
+    for name in ("key_widths", "value_widths"):
+        if getattr(first, name) is not None:
+            own = [None if c is None else getattr(c, name) for c in configs]
+            fields[name] = tuple(None if widths is None else widths[0] for widths in own)
+    return dataclasses.replace(first, **fields) if fields else first
+
+
+def _widths(config: DeltaConfig) -> tuple[Any, Any]:
+    return config.key_widths, config.value_widths
 
 
 def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:

@@ -71,6 +71,8 @@ class Plan:
             tokens = min(tokens, setting.max_size)
         if setting is not None and setting.key_bits is not None:
             key = 1 + _CHANGED * setting.key_bits
+            if setting.key_format == "codes":
+                key = setting.key_bits + 0.5
             near = 2 * self.head_dim * (setting.window + 2 * setting.block_size)
         if setting is not None and setting.value_bits is not None:
             value = setting.value_bits + (0.5 if setting.value_bits < 16 else 0)

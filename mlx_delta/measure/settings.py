@@ -20,8 +20,10 @@ from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
+from mlx_delta.cache.written_out import WrittenOut
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.kv import kv_fields
 from mlx_delta.wording import nearest
 
 from .baselines import BASELINES, QuantizedStore
@@ -155,7 +157,8 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
     ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``kv4-rotated`` (as llama.cpp quantizes),
     ``kivi4`` and ``kivi2`` (keys by channel), ``rotating:1024`` (mlx-lm's ``--max-kv-size``),
     ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
-    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:sparsity=0.75`` and
+    :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:kv=balanced`` (as
+    ``--kv``), ``delta:sparsity=0.75`` and
     ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``paper:threshold=0.6``
     (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped),
     ``stock`` (``dense`` by MLX's own attention, even where ours is faster).
@@ -208,6 +211,9 @@ def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
     fields = []
     for field in text.split(","):
         key, _, value = field.partition("=")
+        if key == "kv":
+            base = base.changed(**kv_fields(value))
+            continue
         if key not in ("sparsity", "kl"):
             fields.append(field)
             continue
@@ -243,6 +249,8 @@ def _nbytes(item: Any) -> int:
     if isinstance(item, mx.array):
         floats = mx.issubdtype(item.dtype, mx.floating)
         return item.size * min(item.itemsize, 2) if floats else item.nbytes
+    if isinstance(item, WrittenOut):
+        return 0  # scratch
     if isinstance(item, WindowOnlyCache):
         return item.kept_nbytes(_nbytes(vars(item)))
     if isinstance(item, dict):

@@ -19,8 +19,10 @@ A block of ``n`` keys [n, D] of one kv head is stored as
   filled up with zeros. So one row is one load for ``n`` tokens, and no code crosses a word.
 - a **grid** [2, D], ``low`` and ``step`` of each channel in the order, values of the 16-bit type.
 
-A key is ``low + step * code``, rounded to the storage type. Exact keys of the first tokens (sinks)
-stand beside the blocks, and are read instead of their codes.
+The grid is the line through a channel's keys that errs least, ``fit_grid``: the few largest keys of
+a block may lie beyond it, by less than half the range. A key is ``low + step * code``, rounded to
+the storage type. Exact keys of the first tokens (sinks) stand beside the blocks, and are read
+instead of their codes.
 
 Without calibrated widths keys can be **turned** first: multiplied by the matrix of ``hadamard``
 along the head, which makes channels alike. What is stored then are turned keys; a query turned
@@ -42,6 +44,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .storage import block_grid, decode_values, encode_values, round_to
+
+FITS = 4  # times that a grid is fitted to the codes it gives
 
 # (width, count) of each class of channels.
 Classes = tuple[tuple[int, int], ...]
@@ -87,11 +91,31 @@ def order_of(widths: np.ndarray) -> tuple[np.ndarray, Classes]:
     return order, tuple(pairs)
 
 
+def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
+    """``low`` and ``step`` of each channel, float32 [2, D], for keys [n, D] and widths [D].
+
+    From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, and
+    then the line through keys over codes with the least squared error.
+    """
+    grid = block_grid(keys, bits, dtype)
+    for _ in range(FITS):
+        with np.errstate(over="ignore", invalid="ignore"):
+            codes = encode_values(keys, grid, bits).astype(np.float32)
+            mean_code, mean_key = codes.mean(axis=0), keys.mean(axis=0)
+            apart = codes - mean_code
+            squares, products = (apart**2).sum(axis=0), (apart * (keys - mean_key)).sum(axis=0)
+            step = round_to(products / np.where(squares > 0, squares, 1), dtype)
+            low = round_to(mean_key - step * mean_code, dtype)
+        usable = (squares > 0) & (step > 0) & np.isfinite(step) & np.isfinite(low)
+        grid = np.where(usable, np.stack([low, step]), grid)
+    return grid
+
+
 def code_block(keys: np.ndarray, order: np.ndarray, classes: Classes, dtype: str) -> CodedBlock:
     """Store keys [n, D], float32 values of the 16-bit type ``dtype``, in this order [D]."""
     keys = keys[:, order]
     bits = channel_widths(classes)
-    grid = block_grid(keys, bits, dtype)
+    grid = fit_grid(keys, bits, dtype)
     codes = encode_values(keys, grid, bits)
     words = np.zeros((count_rows(classes), len(keys)), np.uint32)
     for width, channels, rows in class_runs(classes):

@@ -32,19 +32,27 @@ def of_own_layers(config: DeltaConfig, part: slice | None, n_own: int) -> DeltaC
     found = config.sensitivities
     if isinstance(found, Sensitivities) and len(found.layers) != n_own:
         fields["sensitivities"] = found.for_part(part)
-    if isinstance(config.threshold, tuple) and len(config.threshold) != n_own:
-        fields["threshold"] = config.threshold[part]
+    config = config.with_widths()  # by all layers' needs
+    for name in ("threshold", "key_widths", "value_widths"):
+        values = getattr(config, name)
+        if isinstance(values, tuple) and len(values) != n_own:
+            fields[name] = values[part]
     return config.changed(**fields) if fields else config
 
 
 def share_of_heads(config: DeltaConfig, rank: int, size: int) -> DeltaConfig:
     """The setting of the ``rank``-th of ``size`` equal shares of each layer's kv heads."""
     fields: dict[str, Any] = {}
+    config = config.with_widths()  # by all heads' needs
     if isinstance(config.sensitivities, Sensitivities):
         fields["sensitivities"] = config.sensitivities.share_of_heads(rank, size)
-    if isinstance(config.threshold, tuple):
-        fields["threshold"] = tuple(
-            x[len(x) * rank // size : len(x) * (rank + 1) // size] if isinstance(x, tuple) else x
-            for x in config.threshold
-        )
+    for name in ("threshold", "key_widths", "value_widths"):
+        values = getattr(config, name)
+        if isinstance(values, tuple):
+            fields[name] = tuple(
+                x[len(x) * rank // size : len(x) * (rank + 1) // size]
+                if isinstance(x, tuple)
+                else x
+                for x in values
+            )
     return config.changed(**fields) if fields else config

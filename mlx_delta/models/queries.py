@@ -43,12 +43,20 @@ def query_sensitivities(model: nn.Module, tokenizer: Any, config: DeltaConfig) -
     """
     ids = tokenizer.encode(SAMPLE)[:LONGEST]
     squares, held = QuerySquares(), held_layers(model)
-    watch_keys(model, ids, config, held, squares.add)
+    keys: dict[int, mx.array] = {}
+
+    def see(layer: int, seen: Seen) -> None:
+        squares.add(layer, seen)
+        keys[layer] = seen.keys[0].astype(mx.float32)
+
+    watch_keys(model, ids, config, held, see)
     layers: list[np.ndarray | None] = [None] * len(model.make_cache())
+    spread = list(layers)
     for layer in held:
         own = squares.of_layer(layer)
         layers[layer] = np.maximum(own, _LEAST_SHARE * own.mean())
-    return Sensitivities(layers)
+        spread[layer] = block_spread(keys[layer], config.block_size)
+    return Sensitivities(layers, spread=spread)
 
 
 class QuerySquares:
@@ -67,6 +75,19 @@ class QuerySquares:
     def of_layer(self, layer: int) -> np.ndarray:
         """float32 [Hkv, D], over all tokens and the queries of each kv head."""
         return shared_by_pairs(np.array(self._squares[layer]))
+
+
+def block_spread(keys: mx.array, size: int) -> np.ndarray:
+    """Root of the mean square by which channels deviate from their mean over a block, [Hkv, D].
+
+    Args:
+        keys: float32 [Hkv, L, D].
+        size: Tokens in a block; a text that is shorter is one.
+    """
+    heads, length, head_dim = keys.shape
+    whole = length // size * size or length
+    blocks = keys[:, :whole].reshape(heads, -1, min(size, whole), head_dim)
+    return np.array(mx.sqrt(mx.var(blocks, axis=2).mean(axis=1)))
 
 
 def shared_by_pairs(weights: np.ndarray) -> np.ndarray:

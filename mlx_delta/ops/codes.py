@@ -1,6 +1,7 @@
 """Coding blocks of keys in several widths, and reading them again, with MLX operations.
 
-They agree with :mod:`mlx_delta.method.codes` bit for bit.
+They agree with :mod:`mlx_delta.method.codes`: bit for bit but for grids, whose sums may be added up
+in another order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.codes import Classes, channel_widths, class_runs, count_rows, order_of
+from mlx_delta.method.codes import (
+    FITS,
+    Classes,
+    channel_widths,
+    class_runs,
+    count_rows,
+    order_of,
+)
 from mlx_delta.widths import even_key_widths
 
 from .pack import LARGEST, block_grid, encode_values, to_storage, with_sinks
@@ -117,7 +125,7 @@ def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     blocks = mx.take_along_axis(blocks, mx.array(coding.order)[None, :, None, None], axis=-1)
     widths = channel_widths(coding.classes)
-    grid = block_grid(blocks, widths, dtype)
+    grid = fit_grid(blocks, widths, dtype)
     codes = encode_values(blocks, grid, widths)
     rows = []
     for width, channels, of_class in class_runs(coding.classes):
@@ -129,6 +137,29 @@ def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx
         rows.append((own << (width * mx.arange(per_word, dtype=mx.uint32))).sum(axis=-1))
     words = mx.concatenate(rows, axis=-1).swapaxes(3, 4).astype(mx.uint32)
     return mx.contiguous(words), grid
+
+
+def fit_grid(blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D]."""
+    grid = block_grid(blocks, widths, dtype)
+    mean_key = blocks.mean(axis=3)
+    for _ in range(FITS):
+        codes = encode_values(blocks, grid, widths).astype(mx.float32)
+        mean_code = codes.mean(axis=3)
+        apart = codes - mean_code[:, :, :, None]
+        squares = mx.square(apart).sum(axis=3)
+        products = (apart * (blocks - mean_key[:, :, :, None])).sum(axis=3)
+        step = _rounded(products / mx.where(squares > 0, squares, 1), dtype)
+        low = _rounded(mean_key - step * mean_code, dtype)
+        usable = (squares > 0) & (step > 0) & (step < mx.inf) & (mx.abs(low) < mx.inf)
+        fitted = mx.stack([low, step], axis=3).astype(dtype)
+        grid = mx.where(usable[:, :, :, None], fitted, grid)
+    return grid
+
+
+def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
+    """float32 values of the storage type."""
+    return mx.clip(values, -LARGEST[dtype], LARGEST[dtype]).astype(dtype).astype(mx.float32)
 
 
 def decode_blocks(packed: CodedBlocks) -> mx.array:

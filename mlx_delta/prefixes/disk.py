@@ -2,15 +2,17 @@
 
 ``DIRECTORY/v1/MODEL/LAYOUT/`` holds a file for each block and for each place where a text can go
 on, named by the hash of all tokens so far, and ``layout.json``. Files are written aside and moved
-into place, and checked when they are read. Age is a file's time of modification, set anew whenever
-it is used; later blocks are a little older than those before them, so that the ends of texts go
-first. Whatever goes wrong is said once and costs no more than the prefix.
+into place, and checked when they are read: one that is damaged is removed, and written anew when
+its text comes again. Age is a file's time of modification, set anew whenever it is used; later
+blocks are a little older than those before them, so that the ends of texts go first. Whatever goes
+wrong is said once and costs no more than the prefix.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_delta.cache.sealed_file import read_header, read_sealed, sealed_bytes
 
@@ -33,6 +35,15 @@ _LAYOUT = "layout.json"
 _SUFFIX = ".safetensors"
 _OTHER = "it was written by another version, or is no prefix"
 _DEPTH = 1000  # nanoseconds by which a block is older than the one before it
+_PART = ".part"
+_PART_AGE = 3600  # seconds after which nobody is writing a file any more
+
+
+T = TypeVar("T")
+
+
+class _OtherFileError(ValueError):
+    """A file that is whole, and not ours."""
 
 
 class PrefixDirectory:
@@ -45,6 +56,8 @@ class PrefixDirectory:
     """
 
     def __init__(self, path: str | Path, budget: int, say: Callable[[str], None] | None = None):
+        if not str(path):
+            raise ValueError("[PrefixDirectory] path is empty; name a directory.")
         self.path = Path(path).expanduser()
         self.budget = budget
         self._say_it = say or (lambda text: warnings.warn(text, stacklevel=2))
@@ -64,8 +77,17 @@ class PrefixDirectory:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(None, "it is write-protected")
+            self._clear(folder)
         except (OSError, ValueError) as error:  # a null byte
             self._stop(error)
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Remove what was being written when a process was killed."""
+        for path in folder.glob(f"*/*/.*{_PART}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _PART_AGE:
+                    path.unlink()
 
     @property
     def nbytes(self) -> int:
@@ -147,14 +169,9 @@ class PrefixDirectory:
             if file in self._broken:
                 continue
             if file not in self._told:
-                with contextlib.suppress(FileNotFoundError):
-                    try:
-                        metadata = read_header(file).metadata
-                        self._told[file] = _read_mark(layout, name, metadata)
-                    except FileNotFoundError:
-                        raise
-                    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                        self._leave(file, error)
+                told = self._reading(file, functools.partial(_read_mark, file, layout, name))
+                if told is not None:
+                    self._told[file] = told
             if file in self._told:
                 yield self._told[file]
 
@@ -182,22 +199,39 @@ class PrefixDirectory:
         return known[1]
 
     def _read(self, file: Path, name: str) -> tuple[Piece, dict[str, str]] | None:
-        try:
+        def read() -> tuple[Piece, dict[str, str]]:
             piece, metadata = read_sealed(file)
-            if metadata.get("format") != FORMAT or metadata.get("name") != name:
-                raise ValueError(_OTHER)
+            _check_format(metadata, name)
             return piece, metadata
+
+        return self._reading(file, read)
+
+    def _reading(self, file: Path, read: Callable[[], T]) -> T | None:
+        """What a file has; ``None`` if it is not there, not ours, or damaged and thus removed."""
+        try:
+            before = file.stat()
+            return read()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, MemoryError) as error:
+        except (OSError, MemoryError, _OtherFileError) as error:
             self._leave(file, error)
-            return None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            try:
+                now = file.stat()
+                if (now.st_ino, now.st_size) == (before.st_ino, before.st_size):
+                    file.unlink()
+                    self._bytes -= before.st_size
+                    self._say(f"[prefixes] {file} was damaged and is removed: {_reason(error)}.")
+            except FileNotFoundError:  # by another process
+                pass
+            except OSError:
+                self._leave(file, error)
+        return None
 
     def _leave(self, file: Path, error: Exception) -> None:
         """Do without a file, which stays where it is."""
         self._broken.add(file)
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".") or "it can't be read"
-        self._say(f"[prefixes] {file} is left out: {reason}.")
+        self._say(f"[prefixes] {file} is left out: {_reason(error)}.")
 
     def leave_block(self, identity: str, layout: Layout, name: str, error: Exception) -> None:
         """Do without a block that turned out not to fit."""
@@ -236,8 +270,9 @@ class PrefixDirectory:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / _LAYOUT).exists():
-                self._put(folder / _LAYOUT, layout.text.encode())
+            file = folder / _LAYOUT  # of which the folder's name is the hash
+            if file in self._broken or not file.exists():
+                self._put(file, layout.text.encode())
             for i, name in enumerate(names[1:]):
                 file = self._block_file(identity, layout, name)
                 if file in self._broken or not file.exists():
@@ -260,7 +295,7 @@ class PrefixDirectory:
     def _put(self, file: Path, data: bytes) -> None:
         """Write a file aside, and move it into place."""
         before = file.stat().st_size if file.exists() else 0
-        temporary = file.with_name(f".{secrets.token_hex(6)}.part")
+        temporary = file.with_name(f".{secrets.token_hex(6)}{_PART}")
         try:
             with temporary.open("xb") as stream:
                 stream.write(data)
@@ -298,10 +333,20 @@ class PrefixDirectory:
             self._bytes -= size
 
 
-def _read_mark(layout: Layout, name: str, metadata: dict[str, str]) -> tuple[Mark, tuple[int, ...]]:
-    """What a file's header says of a mark, and the tokens after its blocks."""
+def _check_format(metadata: dict[str, str], name: str) -> None:
+    """Refuse a file that another version wrote, or another program."""
     if metadata.get("format") != FORMAT or metadata.get("name") != name:
-        raise ValueError(_OTHER)
+        raise _OtherFileError(_OTHER)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).rstrip(".") or "it can't be read"
+
+
+def _read_mark(file: Path, layout: Layout, name: str) -> tuple[Mark, tuple[int, ...]]:
+    """What a file's header says of a mark, and the tokens after its blocks."""
+    metadata = read_header(file).metadata
+    _check_format(metadata, name)
     told = json.loads(metadata["mark"])
     names = ("length", "base", "first", "exact_from")
     length, base, first, exact_from = counts = [told[x] for x in names]

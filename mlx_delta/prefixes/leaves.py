@@ -16,9 +16,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, _BaseCache
 
 from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.kinds import value_kind
 from mlx_delta.cache.packed_log import LEAST_BLOCKS
 from mlx_delta.cache.state import STATE_VERSION
-from mlx_delta.cache.values import count_arrays
 
 from .raw import Piece, from_raw, no_tokens, padded, to_raw, type_name
 
@@ -43,13 +43,18 @@ class HeldLeaf:
         self.length = cache.offset
         (self.blocks,) = cache.encoded
         self.exact_from = cache.offset - cache.exact_trim()
-        end = 1 + count_arrays(cache.config.value_bits)
+        end = 1 + value_kind(cache.config).count_arrays(cache.config)
         keys = [arrays[0], *arrays[end:]]
         names = ["keys", "zeros", "spare"]
-        if cache.config.key_bits is not None:
+        if cache.config.key_format == "codes":
+            names = ["near", "words", "grid", "sinks"]
+        elif cache.config.key_bits is not None:
             names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         found = dict(zip(names, keys, strict=True))
-        found |= {f"values{i}": x for i, x in enumerate(arrays[1:end])}
+        values = arrays[1:end]
+        if cache.config.value_format == "rotated":
+            *values, found["near_values"] = values
+        found |= {f"values{i}": x for i, x in enumerate(values)}
         found = {name: x for name, x in found.items() if x is not None}
         mx.eval(list(found.values()))
         self.arrays = {name: to_raw(x) for name, x in found.items()}
@@ -61,6 +66,10 @@ class HeldLeaf:
             "type": self.header.get("type"),
             "types": {name: type_name(x) for name, x in found.items()},
         }
+        if "words" in found:
+            self.entry["rows"] = found["words"].shape[3]
+        if "near_values" in found:
+            self.entry["columns"] = found["values0"].shape[3]
         self.full_from = self._full_from()
 
     @staticmethod
@@ -85,6 +94,8 @@ class HeldLeaf:
         """Blocks that are held."""
         if self.config.key_bits is None:
             return int(self.header["held"][0])
+        if self.config.key_format == "codes":
+            return int(self.header["coded"][0])
         return len(self.header["ends"][0])
 
     def _full_from(self) -> int:
@@ -96,6 +107,10 @@ class HeldLeaf:
         """What is stored of block ``i``."""
         span = slice(i * self.size, (i + 1) * self.size)
         piece = {n: x[0, :, span] for n, x in self.arrays.items() if n.startswith("values")}
+        if "sinks" in self.arrays and span.start < self.config.sinks:
+            piece["sinks"] = self.arrays["sinks"][0, :, span]
+        if self.config.key_format == "codes":
+            return piece | {name: self.arrays[name][0, :, i] for name in ("words", "grid")}
         piece["zeros"] = self.arrays["zeros"][0, :, i]
         if self.config.key_bits is None:
             return {**piece, "keys": self.arrays["keys"][0, :, span]}
@@ -104,8 +119,6 @@ class HeldLeaf:
         piece["masks"] = self.arrays["masks"][0, :, i]
         if "grid" in self.arrays:
             piece["grid"] = self.arrays["grid"][0, :, i]
-        if "sinks" in self.arrays and span.start < self.config.sinks:
-            piece["sinks"] = self.arrays["sinks"][0, :, span]
         return piece
 
     def end(self, base: int, first: int) -> Piece:
@@ -126,6 +139,10 @@ class HeldLeaf:
         else:
             begin = self.header["firsts"][0]
             near = self.arrays["near"][0, :, first - begin : self.length - begin]
+        if "near_values" in self.arrays:
+            begin = self.header["value_firsts"][0]
+            own = self.arrays["near_values"][0, :, first - begin : self.length - begin]
+            piece["near_values"] = own
         return {**piece, "near": near}
 
     @staticmethod
@@ -134,7 +151,9 @@ class HeldLeaf:
         end = {name: x[:, :0] for name, x in block.items() if name.startswith("values")}
         if "keys" in block:
             return {**end, "near": block["keys"][:, :0]}
-        heads, head_dim = entry["model"][:2]
+        heads, head_dim, value_dim = entry["model"]
+        if "near_values" in entry["types"]:
+            end["near_values"] = no_tokens((heads, 0, value_dim), entry["types"]["near_values"])
         return {**end, "near": no_tokens((heads, 0, head_dim), entry["types"]["near"])}
 
     @staticmethod
@@ -190,6 +209,28 @@ class HeldLeaf:
             return _from_state(header, [made[name] for name in order])
         window = config["window"] // size
         put("near", padded(near, (window + 2) * size, 1))
+        header |= {"firsts": [first], "lost": [first // size], "type": entry["type"]}
+        if "near_values" in types:
+            put("near_values", padded(end["near_values"], (window + 2) * size, 1))
+            header |= {"value_firsts": [first], "coded_values": [len(blocks)]}
+            values.append("near_values")
+        if "sinks" in types:
+            sinks = np.zeros((heads, config["sinks"], head_dim), near.dtype)
+            parts = [block["sinks"] for block in blocks if "sinks" in block]
+            if len(blocks) * size < config["sinks"]:  # then full keys begin at 0
+                parts.append(near[:, len(blocks) * size : config["sinks"]])
+            known = np.concatenate(parts, axis=1)
+            sinks[:, : known.shape[1]] = known
+            put("sinks", sinks)
+        if "words" in types:
+            shapes = {"words": (entry["rows"], size), "grid": (2, head_dim)}
+            for name, shape in shapes.items():
+                none = np.zeros((heads, 0, *shape), np.uint32 if name == "words" else near.dtype)
+                found = [block[name][:, None] for block in blocks]
+                put(name, np.concatenate([none, *found], axis=1))
+            header["coded"] = [len(blocks)]
+            order = ["near", *values, "words", "grid", "sinks"]
+            return _from_state(header, [made.get(name) for name in order])
         room = max(LEAST_BLOCKS, len(blocks))
         per_block: dict[str, tuple[tuple[int, ...], Any]] = {
             "masks": ((heads, size - 1, -(-head_dim // 32)), np.uint32),
@@ -210,17 +251,8 @@ class HeldLeaf:
         offsets = np.zeros((heads, room), np.int32)
         offsets[:, : len(blocks)] = (stops - words.T.reshape(-1)).reshape(-1, heads).T
         put("offsets", offsets)
-        if "sinks" in types:
-            sinks = np.zeros((heads, config["sinks"], head_dim), near.dtype)
-            parts = [block["sinks"] for block in blocks if "sinks" in block]
-            if len(blocks) * size < config["sinks"]:  # then full keys begin at 0
-                parts.append(near[:, len(blocks) * size : config["sinks"]])
-            known = np.concatenate(parts, axis=1)
-            sinks[:, : known.shape[1]] = known
-            put("sinks", sinks)
         ends = stops[heads - 1 :: heads].tolist()
-        header |= {"firsts": [first], "lost": [first // size], "ends": [ends]}
-        header |= {"type": entry["type"]}
+        header["ends"] = [ends]
         order = ["near", *values, "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         return _from_state(header, [made.get(name) for name in order])
 

@@ -71,9 +71,8 @@ class Layout:
                 continue
             told = dict(entry)
             config = told.pop("config", {})
-            told["how"] = [
-                config.get(name) for name in ("key_bits", "value_bits", "window", "sinks")
-            ]
+            names = ("key_bits", "value_bits", "window", "sinks", "key_format", "value_format")
+            told["how"] = [config.get(name) for name in names]
             groups.setdefault(json.dumps(told, sort_keys=True), []).append(i)
         return list(groups.values())
 

@@ -23,6 +23,7 @@ from .bodies import normalize, read_json
 from .chances import chat_logprobs, text_logprobs
 from .engine import Engine
 from .job import Job, Request
+from .reading import HeadTooLargeError, TimelyReader
 from .refusal import Refused, failure
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,17 @@ class Handler(APIHandler):
         self._answering = False  # whether a status is on its way to the client
         self._request: Request | None = None
         super().setup()
+        self._reader = TimelyReader(self.connection, self.response_generator.served.seconds)
+        self.rfile.close()
+        self.rfile = io.BufferedReader(self._reader)
+
+    def parse_request(self) -> bool:
+        """As Python's, for a head of bounded length."""
+        try:
+            return super().parse_request()
+        except HeadTooLargeError:
+            self.send_error(431, "The request's head is too long")
+            return False
 
     # What clients ask.
 
@@ -226,7 +238,10 @@ class Handler(APIHandler):
             raise Refused(411, "The request needs a Content-Length.")
         if not (given.isascii() and given.isdigit()):
             raise Refused(400, f"Content-Length {given[:40]!r} is no number.")
-        if int(given) > most:
+        if len(set(self.headers.get_all("Content-Length"))) > 1:
+            raise Refused(400, "The request has two Content-Lengths.")
+        # Python reads numbers of so many digits only.
+        if len(given.lstrip("0")) > 18 or int(given[-18:]) > most:
             raise Refused(
                 413,
                 f"The request's body has {given[:40]} bytes but the server takes {most}.",
@@ -234,7 +249,7 @@ class Handler(APIHandler):
             )
         if self.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Refused(415, "The request's body must not be compressed.")
-        return int(given)
+        return int(given[-18:])
 
     def _read_body(self) -> bytes:
         """The body, within the time that a client has.
@@ -244,14 +259,12 @@ class Handler(APIHandler):
             ConnectionError: The client left.
         """
         left, parts = self._body_length(), []
-        end = time.monotonic() + self.response_generator.served.seconds
+        self._reader.begin_body()
         while left:
             try:
                 part = self.rfile.read1(min(left, 1 << 16))  # type: ignore[attr-defined]
-            except TimeoutError:
-                part = None
-            if part is None or time.monotonic() > end:
-                raise Refused(408, "The request's body took too long to arrive.")
+            except TimeoutError as error:
+                raise Refused(408, "The request's body took too long to arrive.") from error
             if not part:
                 raise ConnectionError("the client left before its request was whole")
             parts.append(part)

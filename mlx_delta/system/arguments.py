@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
 from mlx_delta.notation import read_fields
 
+from .kv import HELP, KV, kv_fields
+
 # The flags of single fields; --delta can say them all.
 FIELDS = (
     "level",
@@ -78,6 +80,7 @@ def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
     )
+    group.add_argument("--kv", choices=tuple(KV), help=HELP)
     group.add_argument(
         "--delta-paper",
         action="store_true",
@@ -110,11 +113,22 @@ def delta_fields(args: argparse.Namespace) -> dict[str, Any]:
         if name in fields:
             raise ValueError(f"--delta {args.delta} and {_flag(name)} both give {name}; drop one.")
         fields[name] = value
+    kind = getattr(args, "kv", None)
+    for name, value in kv_fields(kind).items() if kind else ():
+        if name in fields:
+            raise ValueError(
+                f"--kv {kind} and {flag_of_field(args, name)} both give {name}; drop one."
+            )
+        fields[name] = value
     return fields
 
 
 def flag_of_field(args: argparse.Namespace, name: str) -> str:
     """The flag that gave a field, as messages name it."""
+    kind = getattr(args, "kv", None)
+    if kind and name in kv_fields(kind) and name not in read_fields(args.delta or "", DeltaConfig):
+        if getattr(args, f"delta_{name}", None) is None:
+            return f"--kv {kind}"
     return _flag(name) if getattr(args, f"delta_{name}", None) is not None else f"--delta {name}"
 
 

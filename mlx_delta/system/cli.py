@@ -68,6 +68,9 @@ def run_command(run: Callable[[], None], smaller: str, interrupted: str = "Inter
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if "home directory" in str(error):  # of Path.expanduser
+            print("error: a path begins with ~ and a name that no user has.", file=sys.stderr)
+            return 1
         if "memory" not in str(error).lower():
             raise
         # What MLX raises when the GPU can't hold any more.

@@ -29,12 +29,12 @@ SETTINGS = {
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 
 
-def inputs(length: int, rows: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def inputs(length: int, rows: int = 1, dim: int = DIM) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries, keys and values of a text."""
     rng = np.random.default_rng(length)
-    queries = rng.normal(size=(rows, HEADS, length, DIM)).astype(np.float32)
-    values = rng.normal(size=(rows, KV_HEADS, length, DIM)).astype(np.float32)
-    return queries, smooth_keys((rows, KV_HEADS, length, DIM), length), values
+    queries = rng.normal(size=(rows, HEADS, length, dim)).astype(np.float32)
+    values = rng.normal(size=(rows, KV_HEADS, length, dim)).astype(np.float32)
+    return queries, smooth_keys((rows, KV_HEADS, length, dim), length), values
 
 
 def attend(cache, text, cuts, mask=None) -> np.ndarray:

@@ -11,10 +11,23 @@ from tests.attention.test_hybrid import inputs
 from tests.tiny import SMALL
 
 LENGTH = 150
-TEXT = inputs(LENGTH)
+TEXT = inputs(LENGTH, dim=32)  # of which values can be codes
 CHAIN = DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first")
 PACKED = dataclasses.replace(SMALL, key_bits=16, value_bits=16)
 CODED = dataclasses.replace(SMALL, key_bits=4)
+# Of each kind of code, with widths as calibrated ones, and rotated ones for want of any.
+CODES = dataclasses.replace(
+    SMALL,
+    key_format="codes",
+    key_bits=4,
+    value_format="rotated",
+    value_bits=4,
+    key_widths=(("8643322334246334" * 2, "2334246334864332" * 2),),
+    value_widths=((3, 6),),
+)
+ROTATED = dataclasses.replace(CODES, key_widths=None, value_widths=None)
 each_setting = pytest.mark.parametrize(
-    "config", [SMALL, CHAIN, PACKED, CODED], ids=["blocks", "chain", "packed", "coded"]
+    "config",
+    [SMALL, CHAIN, PACKED, CODED, CODES, ROTATED],
+    ids=["blocks", "chain", "packed", "coded", "codes", "rotated codes"],
 )

@@ -18,13 +18,21 @@ from tests.attention.test_hybrid import inputs
 from tests.tiny import SMALL, llama_model, tokens
 
 LENGTH = 200
-TEXT = tuple(mx.array(x) for x in inputs(LENGTH))
+TEXT = tuple(mx.array(x) for x in inputs(LENGTH, dim=32))
 SETTINGS = {
     "held": dataclasses.replace(SMALL, max_size=72),
     "two at a time": dataclasses.replace(SMALL, max_size=136),
     "no sinks": DeltaConfig(block_size=8, window=0, sinks=0, max_size=40, threshold=1.0),
     "chain": DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first", max_size=64),
     "4 bits": dataclasses.replace(SMALL, max_size=136, key_bits=4, value_bits=16),
+    "codes": dataclasses.replace(
+        SMALL,
+        max_size=136,
+        key_format="codes",
+        key_bits=8,
+        value_format="rotated",
+        value_bits=8,
+    ),
 }
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 

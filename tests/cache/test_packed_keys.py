@@ -10,7 +10,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
@@ -82,6 +82,8 @@ def test_one_text(tmp_path_factory, run_value, todo):
         max_size=6,
     ),
 )
+@example(lengths=[0, 0, 2], todo=[("rewind", 2), ("feed", 1), ("feed", 8)])
+@example(lengths=[0, 30, 9], todo=[("rewind", 8), ("feed", 2), ("feed", 30), ("rewind", 3)])
 @settings(deadline=None, max_examples=40)
 def test_batches(lengths, todo):
     """Merged, fed, rewound, filtered, extended and taken apart again."""

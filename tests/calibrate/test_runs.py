@@ -105,7 +105,7 @@ def test_squared_gradients_predict_the_divergence_of_a_layer():
     model = llama_model(SMALL_RUNS)
     window = tokens(200)[0].tolist()
     watched = watch(model, window, SMALL_RUNS)
-    weights, squares = measure_weights(model, window, SMALL_RUNS, watched, "gradients")
+    weights, squares, _ = measure_weights(model, window, SMALL_RUNS, watched, "gradients")
     text = DenseText(model, window, 24)
     for i in range(3):
         layers = [weights[j] if j == i else None for j in range(3)]
@@ -130,7 +130,7 @@ def test_salience_finds_the_direction_that_queries_look_along():
     keys = rng.normal(size=(2, 200, 16)).astype(np.float32)
     noise = rng.lognormal(0, 0.3, (2, 200, 16))
     squares = np.exp(0.8 * keys[np.arange(2), :, [3, 9]])[..., None] * noise
-    watched = Watched((0,), [mx.array(keys)], [])
+    watched = Watched((0,), [mx.array(keys)], [], [])
     weights = [squares.mean(axis=1).astype(np.float32)]
     (found,) = measure_salience([watched], [[squares]], weights, SMALL_RUNS)
     for head, channel in enumerate((3, 9)):
@@ -146,7 +146,9 @@ def _held(keys: mx.array, config: DeltaConfig) -> mx.array:
     return hold_blocks(keys[None, :, :far], config)[0][0]
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "queries"], ["--mode", "greedy"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--weights", "queries"], ["--mode", "greedy", "--prose-only"]], ids=str
+)
 def test_load_picks_up_what_was_written(path, capsys, flags):
     before = json.loads((path / "config.json").read_text())
     assert run("--model", path, "--sparsity", "0.5", *flags) == 0

@@ -62,6 +62,13 @@ def test_bytes_that_are_no_text_are_left_out(chat):
     assert "conversation: 0 tokens of 2048, 0 messages" in out
 
 
+def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
+    status, out, err = chat("Hello\n/setting window=64\n/setting\nMore\n", "--max-kv-size", "64")
+    assert status == 1 and err.count("error") == 1
+    assert "error: [DeltaConfig] max_size must be a whole number from 96" in err
+    assert "window=16" in out and "window=64" not in out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -71,6 +78,8 @@ def test_bytes_that_are_no_text_are_left_out(chat):
         ("/save", "give a file: /save FILE"),
         ("/save /nowhere/talk.json", "there is no directory /nowhere"),
         ("/load /nowhere/talk.json", "there is no file /nowhere/talk.json"),
+        ("/load ~nobody-here/talk.json", "there is no file ~nobody-here/talk.json"),
+        ("/save ~nobody-here/talk.json", "there is no directory "),
         ("/setting temp", "'temp' is not of the form NAME=VALUE"),
         ("/setting temp=hot", "temp must be a number but got 'hot'"),
         ("/setting temp=-1", "temp must be from 0 to 1000000 but got -1"),
@@ -121,7 +130,9 @@ def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
     [
         (("--temp", "-1"), "--temp must be"),
         (("--no-delta", "--delta-paper"), "--no-delta and --delta "),
-        (("--max-kv-size", "64"), "--max-kv-size needs dense attention"),
+        (("--max-kv-size", "32"), "max_size must be a whole number from 48"),
+        (("--memory-limit", "much"), "'much' is no number of bytes"),
+        (("--memory-limit", "1MB"), "--memory-limit 1 MB leaves"),
         (("--pipeline",), "--pipeline needs several Macs"),
         (("--load", "/nowhere.json"), "there is no file /nowhere.json"),
         (("--chat-template-config", "{"), "--chat-template-config is not JSON"),

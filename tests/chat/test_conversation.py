@@ -24,7 +24,8 @@ def check(conversation: Conversation) -> None:
     tokens = conversation._kept.known
     prompt, ids = tokens[:-n], tokens[-n:]
     model, tokenizer = conversation.model, conversation.tokenizer
-    steps = mlx_delta.stream_generate(model, tokenizer, prompt, max_tokens=n)
+    size = conversation._kept.max_kv_size
+    steps = mlx_delta.stream_generate(model, tokenizer, prompt, max_tokens=n, max_kv_size=size)
     assert [step.token for step in steps] == ids
     # And these are the tokens of the conversation.
     assert conversation._prompt(conversation.messages[:-1]).text == tokenizer.decode(prompt)
@@ -56,6 +57,19 @@ def test_every_way_to_go_on_answers_as_if_all_were_read_anew(loaded, talk):
     list(conversation.ask("Begin."))
     check(conversation)
     assert len(conversation.messages) == 2
+
+
+def test_a_cache_that_drops_answers_as_if_all_were_read_anew(loaded, talk):
+    conversation = talk(loaded, max_kv_size=64, drawn={"max_tokens": 4})
+    for question in (LONG, "Who was there? " + LONG):
+        before = conversation.cached
+        list(conversation.ask(question))
+        assert conversation.last.reused == before
+        check(conversation)
+    assert all(cache.dropped[0] for cache in conversation.caches)
+    assert max(cache.kept_tokens for cache in conversation.caches) <= 64
+    list(conversation.edit("Nobody."))  # what was dropped is read again
+    check(conversation)
 
 
 def test_the_next_turn_feeds_only_what_is_new(default, talk):
@@ -208,6 +222,17 @@ def test_prepared_caches_hold_the_beginning_of_any_message(default, talk):
     list(conversation.ask("Who?"))
     assert conversation.last.reused == held
     check(conversation)
+
+
+def test_what_can_not_be_fed_is_refused_at_once(default, talk):
+    conversation = talk(default)
+    for text in ("half \ud83d", "\udcff"):
+        with pytest.raises(ValueError, match=r"holds half a character \('\\ud"):
+            conversation.ask(text)
+    conversation.system = "word " * 3000
+    with pytest.raises(ContextFullError, match="no room"):
+        conversation.prepare()
+    assert conversation.cached == 0 and conversation.messages == []
 
 
 def test_copies_go_their_own_ways(default, talk):

@@ -13,7 +13,7 @@ from mlx_delta.chat import saved
 from mlx_delta.chat.saved import FORMAT, Saved
 
 MESSAGES = [
-    {"role": "user", "content": "Grüße, 你好\n\ud800"},
+    {"role": "user", "content": "Grüße, 你好\n"},
     {"role": "assistant", "content": '"quoted" \x1b[0m'},
 ]
 GOOD = {"format": FORMAT, "version": 1, "messages": MESSAGES, "system": None, "model": "m"}
@@ -43,6 +43,8 @@ def test_what_was_written_is_read(tmp_path):
         ({**GOOD, "messages": [MESSAGES[0]] * 2}, "message 1 is not the assistant's"),
         ({**GOOD, "messages": MESSAGES[:1]}, "its last message has no answer"),
         ({**GOOD, "messages": [{"role": "user", "content": 5}] * 2}, "message 0 has no text"),
+        ({**GOOD, "messages": [{"role": "user", "content": "\ud800"}]}, "message 0 has no text"),
+        ({**GOOD, "system": "\udfff"}, "its system is no text"),
     ],
 )
 def test_what_is_no_conversation_is_refused_and_not_overwritten(tmp_path, content, message):

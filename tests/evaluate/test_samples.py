@@ -200,6 +200,8 @@ def test_a_needle_is_found_where_each_token_ranks_first(needles, model):
         start = len(haystack.ids) + len(question)
         best = found[start - 1 : start - 1 + len(answer)].argmax(-1).tolist()
         assert record["right"][str(depth)] == (best == answer)
+        told = found[start - 1 : start - 1 + len(answer)][np.arange(len(answer)), answer]
+        assert record["nats"][str(depth)] == pytest.approx(-told.sum(), rel=1e-3)
     (ours,) = needles.measure(
         model, DELTA, [0], {0: {"right": {"0.2": True, "0.5": False, "0.9": False}}}
     )
@@ -388,3 +390,9 @@ def test_tables_of_samples(model, tokenizer, files, needles):
     assert [row[0] for row in lambada.rows] == ["dense", "delta"]
     assert "4 texts of 300 and 500 tokens with needles at depths 0.2, 0.5 and 0.9" in found.caption
     assert found.rows[0][1] == "0 of 12" and found.header[2] == "of dense's"
+    for run, nats in zip(one.results.data["runs"][2:], (2.0, 2.5), strict=True):
+        run["records"] = [
+            {"index": i, "right": {"0.5": True}, "nats": {"0.5": nats + i / 10 * (nats > 2)}}
+            for i in range(2)
+        ]
+    assert make_tables(one.results.data)[1].rows[1][2].startswith("1.000 (2 of 2), +0.550 ±")

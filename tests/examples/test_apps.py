@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -138,6 +139,8 @@ class TestDocumentQA:
 
     def test_a_document_that_cannot_be_read(self, ask, tmp_path):
         assert "there is no text file" in ask("/nowhere.txt", "Who?")[2]
+        (tmp_path / "empty.txt").write_text("\n \n")
+        assert "empty.txt is empty" in ask(tmp_path / "empty.txt", "Who?")[2]
         (tmp_path / "long.txt").write_text("word " * 20000)
         status, _, err = ask(tmp_path / "long.txt", "Who?")
         assert status == 1 and "the model's context has 16384" in err
@@ -155,9 +158,12 @@ class iter_lines:  # noqa: N801 (stands for stdin)
 
 
 class TestNotesAPI:
-    def test_notes_questions_and_cancellation(self, model, tmp_path):
+    def test_notes_questions_and_cancellation(self, model, tmp_path, monkeypatch):
         module = example("notes_api")
         file = tmp_path / "notes.json"
+
+        def fail(_):
+            raise OSError("no space")
 
         async def requests(port: int, service) -> None:
             assert await call(port, "GET", "/notes") == (200, [{"notes": []}])
@@ -182,11 +188,19 @@ class TestNotesAPI:
                 ("POST", "/notes", {"text": " "}, 400),
                 ("POST", "/ask", [1], 400),
                 ("POST", "/ask", b"x" * (module.LARGEST + 1), 413),
+                ("POST", "/notes", {"text": "word " * 3000}, 413),
+                ("POST", "/notes", {"text": "half \ud83d"}, 400),
                 ("POST", "/ask", {"question": "word " * 3000}, 200),
                 ("DELETE", "/ask/77", None, 404),
             ):
                 found = await call(port, method, path, body)
                 assert (found[0], list(found[1][-1])) == (status, ["error"]), (method, path)
+
+            # What can't be kept is not answered from either.
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", fail)
+                assert (await call(port, "POST", "/notes", {"text": NOTE}))[0] == 500
+            assert service._conversation.cached == fed and os.listdir(tmp_path) == [file.name]
 
             service._conversation.options = type(service._conversation.options)(max_tokens=1500)
             for hang_up in (True, False):

@@ -161,6 +161,25 @@ def test_window_only_sees_what_the_delta_sees_exactly_and_no_more():
     assert mx.allclose(logits, expected, atol=1e-3)
 
 
+def test_window_only_sees_no_more_in_a_batch():
+    model, setting = llama_model(), parse_setting("window-only", SMALL)
+    rows = []
+    for length in (90, 37, 5):
+        caches = setting.make_caches(model)
+        setting.forward(model, IDS[:length], caches)
+        rows.append(caches)
+    merged = [WindowOnlyCache.merge(list(layer)) for layer in zip(*rows, strict=True)]
+    new = mx.array(IDS[60:69]).reshape(3, 3)
+    together = model(new, merged)
+    for row, caches in enumerate(rows):
+        alone = setting.forward(model, new[row].tolist(), caches)
+        np.testing.assert_allclose(together[row], alone, atol=1e-4)
+        after = [cache.extract(row).compact() for cache in merged]
+        assert all(type(cache) is WindowOnlyCache for cache in after)
+        expected = setting.forward(model, [7], caches)
+        np.testing.assert_allclose(setting.forward(model, [7], after), expected, atol=1e-4)
+
+
 # Bytes.
 
 

@@ -48,6 +48,8 @@ SETTINGS = (
     f"{_SMALL},key_bits=2,value_bits=4",
     f"{_SMALL},key_bits=4,value_bits=4,max_size=96",
     "paper:threshold=0.3",
+    f"{_SMALL},key_format=codes,key_bits=4,value_format=rotated,value_bits=4",
+    f"{_SMALL},key_format=codes,key_bits=3,value_bits=4,max_size=96",
 )
 
 

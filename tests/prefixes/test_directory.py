@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,7 +91,7 @@ def test_a_prefix_of_another_setting_or_model_is_not_taken(folder):
 
 
 def test_every_changed_bit_is_noticed(folder):
-    """Of a block and of a mark: said once, left where it is, done without."""
+    """Of a block and of a mark: said once, and the file is removed."""
     for kind in "bm":
         path = files(folder, kind)[0]
         whole = path.read_bytes()
@@ -99,8 +100,9 @@ def test_every_changed_bit_is_noticed(folder):
             broken[place] ^= 1
             path.write_bytes(broken)
             (said,) = found(folder, known=0)
-            assert f"{path} is left out: " in said and "\n" not in said
-            assert path.read_bytes() == broken
+            assert str(path) in said and "\n" not in said
+            # A bit of its name or format makes a file another's, which is left where it is.
+            assert not path.exists() or path.read_bytes() == broken and "another version" in said
         path.write_bytes(whole)
     assert found(folder) == []
 
@@ -110,16 +112,31 @@ def test_files_that_were_cut_off(folder, size):
     path = files(folder, "b")[1]
     path.write_bytes(path.read_bytes()[:size])
     (said,) = found(folder, known=0)
-    assert "is left out" in said
+    assert f"{path} was damaged and is removed: " in said
+    assert found(folder, known=0) == []
 
 
-def test_what_is_broken_is_written_anew(folder):
-    path = files(folder, "b")[1]
-    path.write_bytes(b"")
+@pytest.mark.parametrize("name", ["b-*", "m-*", "layout.json"])
+def test_what_is_broken_is_written_anew(folder, name):
+    path = sorted(folder.glob(f"v1/*/*/{name}"))[-1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
     store = Store(folder)
-    assert store.fetch_nearest_cache("m", TEXT)[0] is None
+    assert store.fetch_nearest_cache("m", TEXT)[0] is None and len(store.said) == 1
+    assert store.directory.nbytes == sum(p.stat().st_size for p in files(folder))
     store.insert_cache("m", TEXT[:100], filled(TEXT[:100]))
+    assert path.read_bytes() == whole
+    assert store.directory.nbytes == sum(p.stat().st_size for p in files(folder))
     assert found(folder) == []
+
+
+def test_what_a_killed_process_left_is_removed(folder):
+    place = files(folder)[0].parent
+    for name, age in ((".old.part", 7200), (".new.part", 0)):
+        (place / name).write_bytes(b"half")
+        os.utime(place / name, (time.time() - age,) * 2)
+    assert found(folder) == []
+    assert [path.name for path in place.glob(".*.part")] == [".new.part"]
 
 
 def test_newer_and_foreign_files_stay(folder):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -53,13 +54,16 @@ class Server:
     root: str
     end: Callable[[bool], None]
     pid: int | None = None
+    patience: float = 120  # seconds for an answer; more on a machine that has other things to do
 
     def post(self, body: Any, **options: Any) -> requests.Response:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return requests.post(self.root + "/v1/completions", data=raw, timeout=120, **options)
+        return requests.post(
+            self.root + "/v1/completions", data=raw, timeout=self.patience, **options
+        )
 
     def stats(self) -> dict[str, Any]:
-        return requests.get(self.root + "/stats", timeout=120).json()
+        return requests.get(self.root + "/stats", timeout=self.patience).json()
 
     def resident(self) -> int:
         """Bytes of the process in memory; 0 where the system does not say."""
@@ -70,7 +74,7 @@ class Server:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def start(flags: list[str]) -> Server:
+def start(flags: list[str], patience: float = 120) -> Server:
     """A server in a process of its own."""
     command = [sys.executable, "-m", "mlx_delta.server", "--port", "0", "--log-level", "ERROR"]
     child = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
@@ -80,10 +84,10 @@ def start(flags: list[str]) -> Server:
 
     def end(politely: bool) -> None:
         child.send_signal(signal.SIGTERM if politely else signal.SIGKILL)
-        status = child.wait(60)
+        status = child.wait(patience)
         assert not politely or status == 0, f"the server ended with {status}"
 
-    return Server(root, end, child.pid)
+    return Server(root, end, child.pid, patience)
 
 
 def make_prompts(model: str, count: int, longest: int, seed: int) -> list[list[int]]:
@@ -211,7 +215,7 @@ class Storm:
         """Hang up before anything came."""
         raw = json.dumps(self._body(draw)[0]).encode()
         host, _, port = server.root.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with socket.create_connection((host, int(port)), server.patience) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(raw)}\r\n\r\n"
             connection.sendall((head.encode() + raw)[: draw.randint(1, len(raw) + 60)])
         return None
@@ -253,7 +257,7 @@ def _pieces(response: requests.Response) -> Iterator[str]:
 
 def quiet_bytes(server: Server) -> tuple[int, int]:
     """MLX's bytes and the process's, once nothing is going on; kept caches are none of MLX's."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + server.patience
     while (stats := server.stats())["running"] or stats["requests"]:
         assert time.monotonic() < end, f"requests do not end: {stats}"
         time.sleep(0.05)
@@ -299,7 +303,9 @@ def soak(
 
 def main() -> int:
     """Run it; the status is 1 if an answer was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="What stands after -- are flags of the server."
+    )
     parser.add_argument("count", type=int, nargs="?", default=2000, help="Requests")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--every", type=int, default=500, help="Requests of a server's life")
@@ -308,12 +314,15 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=LONGEST, help="Tokens of the longest")
     parser.add_argument("--seconds", type=float, default=36_000, help="Begin no more after these")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("flags", nargs="*", help="Of the server, after --")
-    args = parser.parse_args()
-    flags = ["--model", args.model, *args.flags]
+    parser.add_argument(
+        "--patience", type=float, default=120, help="Seconds for an answer, on a busy machine"
+    )
+    own = list(itertools.takewhile(lambda flag: flag != "--", sys.argv[1:]))
+    args = parser.parse_args(own)
+    flags = ["--model", args.model, *sys.argv[len(own) + 2 :]]
     begun = time.monotonic()
-    quiet = start([*flags, "--prompt-cache-size", "0"])
-    context = requests.get(quiet.root + "/v1/models", timeout=60).json()["data"][0]
+    quiet = start([*flags, "--prompt-cache-size", "0"], args.patience)
+    context = requests.get(quiet.root + "/v1/models", timeout=args.patience).json()["data"][0]
     prompts = make_prompts(args.model, args.prompts, args.longest, args.seed)
     samples = ask_quietly(quiet, prompts)
     quiet.end(True)
@@ -324,7 +333,7 @@ def main() -> int:
         flush=True,
     )
     storm = soak(
-        lambda: start(flags),
+        lambda: start(flags, args.patience),
         samples,
         args.count,
         args.every,

@@ -159,6 +159,24 @@ def test_a_client_that_does_not_send_its_request_is_let_go(parrot_provider):
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize("head", [b"GET /health HTTP/1.1\r\n", b""], ids=["headers", "first line"])
+def test_a_client_that_sends_byte_by_byte_is_let_go(parrot_provider, head):
+    with running(parrot_provider, seconds=0.4) as server:
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=0.1)
+        connection.sendall(head)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            try:
+                connection.sendall(b"x")
+                if connection.recv(4096) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+        raise AssertionError("the connection is still held")
+
+
 def test_many_at_once_get_their_own_answers(parrot):
     def ask(i: int) -> bool:
         text = parrot.text(words(1 + i % 9, first=i), max_tokens=10 + i)

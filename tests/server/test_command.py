@@ -55,6 +55,14 @@ def test_a_port_in_use_is_told_at_once(capsys):
         (["--no-delta", "--delta", "window=1"], "error: --no-delta and --delta window contradict "),
         (["--delta-kl", "0.1", "--delta-paper"], "error: --delta-paper and --delta-kl contradict "),
         (["--max-body", "much"], "'much' is no number of bytes; write it like 6GB or 512MB"),
+        (
+            ["--port", "0", "--cache-dir", ""],
+            "error: [PrefixDirectory] path is empty; name a directory.",
+        ),
+        (
+            ["--port", "0", "--cache-dir", "~nobody-here/x"],
+            "error: a path begins with ~ and a name that no user has.",
+        ),
         (["--chat-template-args", "[]"], "'[]' is no JSON object"),
         (["--chat-template-args", "{"], "'{' is not JSON"),
         (

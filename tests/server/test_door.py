@@ -147,8 +147,15 @@ def test_a_client_that_asks_first_may_send(parrot):
         (b"Transfer-Encoding: chunked\r\n", 411),
         (b"Content-Length: 9\r\nContent-Encoding: gzip\r\n", 415),
         (b"X: " + b"y" * 70_000 + b"\r\n", 431),
+        ((b"X: " + b"y" * 60_000 + b"\r\n") * 5, 431),
+        (b"Content-Length: 9\r\nContent-Length: 5\r\n", 400),
+        (b"Content-Length: " + b"9" * 5000 + b"\r\n", 413),
+        (b"Content-Length: " + b"0" * 5000 + b"\r\n", 400),
     ],
-    ids=["none", "negative", "no number", "chunked", "compressed", "long header"],
+    ids=[
+        *("none", "negative", "no number", "chunked", "compressed", "long header"),
+        *("long headers", "two lengths", "many digits", "many zeros"),
+    ],
 )
 def test_a_wrong_head_is_refused(parrot, head, status):
     answer = raw(parrot, b"POST /v1/completions HTTP/1.1\r\n" + head + b"\r\n")

@@ -13,6 +13,7 @@ from mlx_delta.system.arguments import (
     delta_fields,
     flag_of_field,
 )
+from mlx_delta.system.kv import KV
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -31,6 +32,9 @@ def parse(*flags: str) -> argparse.Namespace:
         (["--delta", "key_bits=none"], {"key_bits": None}),
         (["--delta-sinks", "0"], {"sinks": 0}),
         (["--delta-level", "0.1"], {"level": 0.1}),
+        (["--kv", "balanced", "--delta-sinks", "0"], {"sinks": 0, **KV["balanced"]}),
+        (["--kv", "exact"], KV["exact"]),
+        (["--kv", "small"], KV["small"]),
         (["--delta-paper"], {}),
         (["--no-delta"], {}),
     ],
@@ -46,6 +50,10 @@ def test_both_forms_give_fields(flags, expected):
         (
             ["--delta", "key_bits=4", "--delta-key-bits", "8"],
             "--delta key_bits=4 and --delta-key-bits both give key_bits; drop one.",
+        ),
+        (
+            ["--kv", "small", "--delta-key-bits", "8"],
+            "--kv small and --delta-key-bits both give key_bits; drop one.",
         ),
         (["--delta", "bits=4"], "unknown option 'bits' (did you mean key_bits"),
         (["--delta", "sinks"], "sinks lacks a value"),

@@ -1,0 +1,47 @@
+"""``--kv small|balanced|exact``: settings that were measured, by a short name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_delta.wording import nearest
+
+# Bytes and KL divergence from dense attention on SmolLM2-135M-Instruct: docs/cache.md.
+KV: dict[str, dict[str, Any]] = {
+    "small": {
+        "key_format": "codes",
+        "key_bits": 2.75,
+        "value_format": "rotated",
+        "value_bits": 2.5,
+    },
+    "balanced": {
+        "key_format": "codes",
+        "key_bits": 4,
+        "value_format": "rotated",
+        "value_bits": 4,
+    },
+    "exact": {
+        "key_format": "held",
+        "key_bits": None,
+        "value_format": "plain",
+        "value_bits": None,
+        "level": 0.0,
+    },
+}
+HELP = (
+    "How keys and values far from the query are kept: balanced or small as codes, with more bits "
+    "where the model minds errors; exact as they are."
+)
+
+
+def kv_fields(name: str) -> dict[str, Any]:
+    """The fields of a setting that a name stands for.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    if name not in KV:
+        raise ValueError(
+            f"[kv] unknown kind {name!r}{nearest(name, KV)}; known are {', '.join(KV)}."
+        )
+    return dict(KV[name])
