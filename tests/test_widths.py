@@ -13,7 +13,7 @@ from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.widths import (
     VALUE_WIDTHS,
     WIDTHS,
-    choose_widths,
+    choose_key_widths,
     even_key_widths,
     share_key_bits,
     share_value_bits,
@@ -100,4 +100,4 @@ def test_a_setting_gives_each_layer_its_own_widths():
     assert sizes[0] < sizes[1] and sum(first.value_widths[0]) < sum(last.value_widths[0])
     assert first.sensitivities is None, "the widths say all"
     assert DeltaConfig.from_dict(first.to_dict()) == first == first.for_layer(0, 1)
-    assert choose_widths(Sensitivities(weights), 3, False) is None
+    assert choose_key_widths(Sensitivities(weights), 3) is None

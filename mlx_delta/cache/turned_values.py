@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import value_group, value_words
@@ -317,7 +318,7 @@ def _widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
     """The width of each kv head's codes, of a setting of one layer."""
     assert config.value_bits is not None
     if config.value_widths is None or config.value_widths[0] is None:
-        return tuple(share_value_bits([[1.0] * n_heads], config.value_bits)[0].tolist())
+        return tuple(share_value_bits([np.ones(n_heads)], config.value_bits)[0].tolist())
     widths = config.value_widths[0]
     if len(config.value_widths) != 1:
         raise ValueError("[DeltaConfig] value_widths of all layers: call for_layer first.")

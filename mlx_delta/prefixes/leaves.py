@@ -47,7 +47,7 @@ class HeldLeaf:
         keys = [arrays[0], *arrays[end:]]
         names = ["keys", "zeros", "spare"]
         if cache.config.key_format == "codes":
-            names = ["near", "words", "grid", "sinks"]
+            names = ["near", "codes", "grid", "sinks"]
         elif cache.config.key_bits is not None:
             names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         found = dict(zip(names, keys, strict=True))
@@ -66,8 +66,8 @@ class HeldLeaf:
             "type": self.header.get("type"),
             "types": {name: type_name(x) for name, x in found.items()},
         }
-        if "words" in found:
-            self.entry["rows"] = found["words"].shape[3]
+        if "codes" in found:
+            self.entry["rows"] = found["codes"].shape[3]
         if "near_values" in found:
             self.entry["columns"] = found["values0"].shape[3]
         self.full_from = self._full_from()
@@ -110,7 +110,7 @@ class HeldLeaf:
         if "sinks" in self.arrays and span.start < self.config.sinks:
             piece["sinks"] = self.arrays["sinks"][0, :, span]
         if self.config.key_format == "codes":
-            return piece | {name: self.arrays[name][0, :, i] for name in ("words", "grid")}
+            return piece | {name: self.arrays[name][0, :, i] for name in ("codes", "grid")}
         piece["zeros"] = self.arrays["zeros"][0, :, i]
         if self.config.key_bits is None:
             return {**piece, "keys": self.arrays["keys"][0, :, span]}
@@ -222,14 +222,16 @@ class HeldLeaf:
             known = np.concatenate(parts, axis=1)
             sinks[:, : known.shape[1]] = known
             put("sinks", sinks)
-        if "words" in types:
-            shapes = {"words": (entry["rows"], size), "grid": (2, head_dim)}
-            for name, shape in shapes.items():
-                none = np.zeros((heads, 0, *shape), np.uint32 if name == "words" else near.dtype)
+        if "codes" in types:
+            nothing = {
+                "codes": np.zeros((heads, 0, entry["rows"], size), np.uint32),
+                "grid": np.zeros((heads, 0, 2, head_dim), near.dtype),
+            }
+            for name, none in nothing.items():
                 found = [block[name][:, None] for block in blocks]
                 put(name, np.concatenate([none, *found], axis=1))
             header["coded"] = [len(blocks)]
-            order = ["near", *values, "words", "grid", "sinks"]
+            order = ["near", *values, "codes", "grid", "sinks"]
             return _from_state(header, [made.get(name) for name in order])
         room = max(LEAST_BLOCKS, len(blocks))
         per_block: dict[str, tuple[tuple[int, ...], Any]] = {

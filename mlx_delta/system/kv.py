@@ -10,7 +10,7 @@ from mlx_delta.wording import nearest
 KV: dict[str, dict[str, Any]] = {
     "small": {
         "key_format": "codes",
-        "key_bits": 2.75,
+        "key_bits": 2.5,
         "value_format": "rotated",
         "value_bits": 2.5,
     },
