@@ -1,13 +1,13 @@
 // Codes of 8, 6, 4, 3 and 2 bits, and how they become floats with few instructions.
 //
-// A word holds 32 / Width codes, lowest bits first. They are taken out in pairs: of the word, shifted
-// so that one code lies in the lower ten bits of each half, the rest is masked away, and the bits of
-// 1024 as a half are put in front. That makes two halves 1024 + code * unit with an `and` and an
-// `or`, and a half as an operand costs nothing on Apple's GPUs, where conversions from integers and
-// shifts are slow. Whoever multiplies with such a field divides its factor by the unit once, and
-// takes off 1024 times the factor: of a whole block or a whole text, not of each code. Fields lie as
-// high in the ten bits as two or three shifts a word allow, so that 512 is not much more than the
-// largest code times its unit, and little is lost when it is taken off.
+// A word holds 32 / Width codes, lowest bits first. They are taken out in pairs: of the word,
+// shifted so that one code lies in the lower ten bits of each half, the rest is masked away, and
+// the bits of 512 as a half are put in front. That makes two halves 512 + code * unit with an
+// `and` and an `or`, and a half as an operand costs nothing on Apple's GPUs, where conversions from
+// integers and shifts are slow. Whoever multiplies with such a field divides its factor by the unit
+// once, and takes off 512 times the factor: of a whole block or a whole text, not of each code.
+// Fields lie as high in the ten bits as two or three shifts a word allow, so that 512 is not much
+// more than the largest code times its unit, and little is lost when it is taken off.
 //
 // With `Bytes`, codes of 4 bits go byte by byte into the upper bits of a float's mantissa instead:
 // 512 + 4 * code, one instruction each where a GPU can pick bytes (NVIDIA's `prmt`).
@@ -18,8 +18,8 @@
 #ifndef UNROLL_NONE
 #define UNROLL_NONE _Pragma("clang loop unroll(disable)")
 #endif
-// How far a run of 16 bytes must be aligned to be one load. Apple's GPUs ask for that of its elements,
-// which is what a slice of an array has.
+// How far a run of 16 bytes must be aligned to be one load. Apple's GPUs ask for that of its
+// elements, which is what a slice of an array has.
 #ifndef WIDE_LOAD
 #define WIDE_LOAD
 #endif
@@ -88,7 +88,8 @@ constexpr int code_unit(int k) {
                                 : high_bit<Width>(k - code_pairs<Width>()) - 1;
 }
 
-// Fields p and p + code_pairs<Width>() of a word. Where there is no second one, it is anything finite.
+// Fields p and p + code_pairs<Width>() of a word. Where there is no second one, it is anything
+// finite.
 template <int Width, bool Bytes>
 inline float2 code_pair(uint word, int p) {
   if (Bytes && Width == 4) {
@@ -110,9 +111,10 @@ inline float2 code_pair(uint word, int p) {
 // 2 to the power of a small whole number.
 inline float power_of_two(int exponent) { return as_type<float>(uint(exponent + 127) << 23); }
 
-// --- a token's value (V): codes without gaps, of which a lane has eight ---------------------------
+// --- a token's value (V): codes without gaps, of which a lane has eight --------------------------
 
-// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 6 or 8.
+// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 6 or
+// 8.
 template <int Width>
 constexpr int value_pieces() {
   return Width > 4 ? 2 : 1;

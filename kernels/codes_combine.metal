@@ -1,8 +1,8 @@
 // codes_combine: puts the splits of codes_decode together, whose file says more.
 
-// partial [splits][D] and sums [splits][2]: this query's; sums have powers of two. out [D]. The first
-// `coded` splits are of turned values, pieces of `Piece` channels each, a power of two that divides D;
-// 1: they are not turned.
+// partial [splits][D] and sums [splits][2]: this query's; sums have powers of two. out [D]. The
+// first `coded` splits are of turned values, pieces of `Piece` channels each, a power of two that
+// divides D; 1: they are not turned.
 template <typename T, int D, int Piece>
 inline void codes_combine(
     const device float* partial,

@@ -1,7 +1,7 @@
 // codes_decode: attention of a few queries straight from coded keys and turned values.
 //
-// Grid: x = simdgroups of a threadgroup, y = rows * kv heads * parts of their queries, z = splits. A
-// simdgroup has up to four queries that share a kv head and works by itself: simdgroups of one
+// Grid: x = simdgroups of a threadgroup, y = rows * kv heads * parts of their queries, z = splits.
+// A simdgroup has up to four queries that share a kv head and works by itself: simdgroups of one
 // threadgroup read the same memory at about the same time, no more. Each split has tokens of one
 // kind, 64 at once:
 //
@@ -17,15 +17,15 @@
 //
 // Softmax: two tokens a lane, in powers of two. What was added up is rescaled only when a score is
 // more than 16 above the highest so far, so after the first blocks hardly ever; sums stay in their
-// lanes until the end. Then lanes own eight channels of every 32 / (D / 8)-th token: the weights come
-// from threadgroup memory, multiplied by the scales of the values already; their biases are summed up
-// with the weights in the lanes that have the tokens.
+// lanes until the end. Then lanes own eight channels of every 32 / (D / 8)-th token: the weights
+// come from threadgroup memory, multiplied by the scales of the values already; their biases are
+// summed up with the weights in the lanes that have the tokens.
 //
 // Loads of an iteration come before its arithmetic. Writes Dv + 2 floats per query and split.
 //
-// Second launch, codes_combine: one threadgroup per query, thread d adds up element d of the splits'
-// outputs. Values of codes are turned, so that what came of them is turned back here, and added to
-// what came of near ones.
+// Second launch, codes_combine: one threadgroup per query, thread d adds up element d of the
+// splits' outputs. Values of codes are turned, so that what came of them is turned back here, and
+// added to what came of near ones.
 
 constant constexpr int CODED_ROW_NUMBERS = 8;
 
@@ -51,8 +51,8 @@ struct CodedSizes {
 // Where tokens are from.
 enum CodedKind { CODED_FAR, CODED_SINKS, CODED_NEAR };
 
-// Gives two tokens of a step, from `place` on, the score -inf for each query that does not see them as
-// what they are here.
+// Gives two tokens of a step, from `place` on, the score -inf for each query that does not see them
+// as what they are here.
 template <int Queries, bool HasSinks, bool HasMask>
 inline void hide(
     thread float (&score)[2][Queries],
@@ -185,7 +185,6 @@ inline void codes_decode(
     for (int i = lane; i < slots; i += 32) {
       put<Queries>(scaled, i, none);
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
   UNROLL_ALL
   for (int i = 0; i < Chunks; ++i) {
@@ -223,7 +222,7 @@ inline void codes_decode(
   }
   const int apart = sizes.kv_heads * Groups;  // of scales
   const int part = lane / 16;
-  const int first = 4 * (lane % 16) + 2 * part;  // this lane's tokens of a step: this one and the next
+  const int first = 4 * (lane % 16) + 2 * part;  // of this lane's two tokens of a step
 
   CodedState<Queries, Groups> state;
   clear(state);
@@ -270,7 +269,8 @@ inline void codes_decode(
           width, state, from, sizes.value_words, mine, own, sub);
     } else {
       const int tokens = min(CODED_TOKENS, last_position + 1 - token);
-      const device V* from = (kind == CODED_NEAR ? near_values : scales) + long(token) * D + own * 8;
+      const device V* all = kind == CODED_NEAR ? near_values : scales;
+      const device V* from = all + long(token) * D + own * 8;
       add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);

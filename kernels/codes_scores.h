@@ -7,7 +7,8 @@ constexpr int class_width(int c) {
   return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
 }
 
-// Room for the queries of a simdgroup in the order of the words: rows are filled up, and come in pairs.
+// Room for the queries of a simdgroup in the order of the words: rows are filled up, and come in
+// pairs.
 template <int KeyWidths, int D>
 constexpr int coded_slots() {
   return D + (KeyWidths & 256 ? 7 : 0) + (KeyWidths & 64 ? 9 : 0) + (KeyWidths & 16 ? 15 : 0) +
@@ -53,8 +54,8 @@ inline void put(threadgroup float4* rows, int index, const thread float* x) {
   }
 }
 
-// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what their
-// factor is, one over the unit of their field. Returns how much room all take.
+// Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what
+// their factor is, one over the unit of their field. Returns how much room all take.
 template <int KeyWidths, int Chunks, bool Bytes>
 inline int place_channels(
     const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
@@ -89,8 +90,8 @@ inline int place_channels(
   return slots;
 }
 
-// Adds to the scores of four tokens what the channels of one class give. words: of the class's first
-// row, this lane's tokens. slot: where the class begins among the scaled queries.
+// Adds to the scores of four tokens what the channels of one class give. words: of the class's
+// first row, this lane's tokens. slot: where the class begins among the scaled queries.
 template <int Width, int Queries, bool Bytes>
 inline void class_scores(
     const device uint* words,
@@ -134,20 +135,23 @@ inline void class_scores(
   }
 }
 
-// The same for a class that there may not be; then words and slot go on to the next one.
+// The same for a class that there may not be, the rows of which begin at `row`; row and slot then
+// go on to the next one.
 template <int Width, int KeyWidths, int Queries, bool Bytes>
 inline void add_class(
     int count,
-    thread const device uint*& words,
+    const device uint* words,
     int part,
     const threadgroup float4* scaled,
+    thread int& row,
     thread int& slot,
     thread float (&score)[4][Queries]) {
   if (KeyWidths >> Width & 1) {
     constexpr int per_word = codes_per_word<Width>();
     const int rows = (count + per_word - 1) / per_word;
-    class_scores<Width, Queries, Bytes>(words, rows, part, scaled, slot, score);
-    words += rows * CODED_TOKENS;
+    class_scores<Width, Queries, Bytes>(
+        words + row * CODED_TOKENS, rows, part, scaled, slot, score);
+    row += rows;
     slot += (rows + 1) / 2 * 2 * per_word;
   }
 }
@@ -199,13 +203,13 @@ inline void coded_scores(
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   words += 4 * (lane % 16);
+  int row = 0;
   int place = 0;
-  add_class<8, KeyWidths, Queries, Bytes>(counts[0], words, part, scaled, place, four);
-  add_class<6, KeyWidths, Queries, Bytes>(counts[1], words, part, scaled, place, four);
-  add_class<4, KeyWidths, Queries, Bytes>(counts[2], words, part, scaled, place, four);
-  add_class<3, KeyWidths, Queries, Bytes>(counts[3], words, part, scaled, place, four);
-  add_class<2, KeyWidths, Queries, Bytes>(counts[4], words, part, scaled, place, four);
-  simdgroup_barrier(mem_flags::mem_threadgroup);
+  add_class<8, KeyWidths, Queries, Bytes>(counts[0], words, part, scaled, row, place, four);
+  add_class<6, KeyWidths, Queries, Bytes>(counts[1], words, part, scaled, row, place, four);
+  add_class<4, KeyWidths, Queries, Bytes>(counts[2], words, part, scaled, row, place, four);
+  add_class<3, KeyWidths, Queries, Bytes>(counts[3], words, part, scaled, row, place, four);
+  add_class<2, KeyWidths, Queries, Bytes>(counts[4], words, part, scaled, row, place, four);
   // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
   UNROLL_ALL
   for (int i = 0; i < 2; ++i) {

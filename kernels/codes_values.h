@@ -117,8 +117,9 @@ inline void weigh(
   }
 }
 
-// Adds up the values of a block's tokens, codes of one width. row: the words of the first token that
-// this lane looks at; apart: from one token's words to the next one's. weights: this lane's group's.
+// Adds up the values of a block's tokens, codes of one width. row: the words of the first token
+// that this lane looks at; apart: from one token's words to the next one's. weights: this lane's
+// group's.
 template <int Width, int Queries, int Groups, int Step, bool Bytes>
 inline void add_coded(
     thread CodedState<Queries, Groups>& state,
@@ -209,8 +210,8 @@ inline void add_exact(
   }
 }
 
-// Sums everything up over the lanes; outputs over those with the same channels, and left in the first
-// of them. bias and fields: of this lane's group, what the biases and the scales add up to.
+// Sums everything up over the lanes; outputs over those with the same channels, and left in the
+// first of them. bias and fields: of this lane's group, what the biases and the scales add up to.
 template <int D, int Queries, int Groups>
 inline void gather(
     thread CodedState<Queries, Groups>& state,

@@ -225,14 +225,13 @@ inline void delta_decode(
         const device S* from = near + long(token - near_first) * D;
         stage(from, (threadgroup S*)key_words, tokens * D, thread_index, threads);
       }
-      stage(
-          values + long(token) * token_size, staged_values, tokens * token_size, thread_index, threads);
+      const device Stored* own_values = values + long(token) * token_size;
+      stage(own_values, staged_values, tokens * token_size, thread_index, threads);
       if (ValueBits < 16) {
         const int groups = D / Group;
-        stage(
-            scales + long(token) * groups, value_scales, tokens * groups, thread_index, threads);
-        stage(
-            biases + long(token) * groups, value_biases, tokens * groups, thread_index, threads);
+        const long at = long(token) * groups;
+        stage(scales + at, value_scales, tokens * groups, thread_index, threads);
+        stage(biases + at, value_biases, tokens * groups, thread_index, threads);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -86,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         "for models that pass none on, the queries. Ternary models: queries.",
     )
     add(
+        "--prose-only",
+        action="store_true",
+        help="Leave out what a model needs where it has to recall what it was told.",
+    )
+    add(
         "--uncorrected",
         action="store_true",
         help="Leave out the pass for each layer that corrects its sensitivities.",
@@ -213,6 +218,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: There is one.
     """
     run_flags = {"--kl": args.kl, "--weights": args.weights, "--uncorrected": args.uncorrected}
+    run_flags["--prose-only"] = args.prose_only
     threshold_flags = {"--loss": args.loss, "--cost": args.cost, "--windows": args.windows}
     threshold_flags["--per-head or --uniform"] = None if args.per == "layer" else args.per
     cuts_runs = args.mode in RUN_MODES
@@ -309,6 +315,7 @@ def _sensitivities(
         kl=args.kl,
         way=args.weights,
         corrected=not args.uncorrected,
+        recalled=not args.prose_only,
         length=args.length,
         seed=args.seed,
         progress=sys.stderr.isatty(),

@@ -71,6 +71,7 @@ def calibrate_text(
     kl: float | None = None,
     way: Way | None = None,
     corrected: bool = True,
+    recalled: bool = True,
     length: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -85,6 +86,7 @@ def calibrate_text(
         kl: Instead of it: the highest KL divergence from dense attention, in nats per token.
         way: What sensitivities are made from; gradients, if the model passes any on.
         corrected: Whether they are corrected by holding one layer at a time.
+        recalled: Whether gradients are measured where something has to be recalled, too.
         length: Tokens of a window; 1,024 or the model's context if not given.
         seed: Of the labels drawn for gradients.
         progress: Show progress on stderr.
@@ -113,7 +115,7 @@ def calibrate_text(
     if way is None:
         way = "queries" if isinstance(model, TernaryModel) else "gradients"
     recall = None
-    if way == "gradients":
+    if way == "gradients" and recalled:
         recall = make_recall(tokenizer, windows[0], length, seed)
         # A short text may have no room for anything to be far when it is asked for.
         if not recall.asked or recall.told < (base.window_blocks + 2) * base.block_size:

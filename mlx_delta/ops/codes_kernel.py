@@ -183,7 +183,9 @@ def decode(
     share = max(1, gpu_simdgroups() // (B * kv_heads * parts.simdgroups * parts.number))
     far_splits = min(share, -(-far // LEAST_BLOCKS))
     splits = far_splits + has_sinks + min(share, near_units)
-    sinks = blocks.sinks if has_sinks and blocks.sinks is not None else filler(blocks.dtype)
+    n_sinks, sinks = 0, filler(blocks.dtype)
+    if has_sinks and blocks.sinks is not None:
+        n_sinks, sinks = blocks.sinks.shape[2], blocks.sinks
     partial, sums = codes_kernel()(
         inputs=[
             *(queries, far_queries),
@@ -192,7 +194,7 @@ def decode(
             *(_order(blocks.coding), blocks.words, blocks.grid, sinks, near, near_values),
             *(words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
-            constant(blocks.sinks.shape[2] if has_sinks else 0, mx.int32),
+            constant(n_sinks, mx.int32),
             *(constant(window_blocks, mx.int32), constant(far_splits, mx.int32)),
         ],
         template=[

@@ -170,7 +170,9 @@ def _held(keys: mx.array, config: DeltaConfig) -> mx.array:
     return hold_blocks(keys[None, :, :far], config)[0][0]
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "queries"], ["--mode", "greedy"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--weights", "queries"], ["--mode", "greedy", "--prose-only"]], ids=str
+)
 def test_load_picks_up_what_was_written(path, capsys, flags):
     before = json.loads((path / "config.json").read_text())
     assert run("--model", path, "--sparsity", "0.5", *flags) == 0

@@ -60,7 +60,7 @@ def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Wal
         trips.append(Trips(f"add_class<{own},", "FFMA", total))
     trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, trips, cold)
+    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, "block < end;", trips, cold)
 
 
 def delta_decode() -> tuple[str, Walk]:
@@ -84,18 +84,23 @@ def delta_decode() -> tuple[str, Walk]:
         rows = [(320, 4, 256)]
         values = (words, scales, scales)
         decode_kernel.decode(queries, rows, blocks, near, values, 4, None, 1.0, 1)
-    masks, payload = (TOKENS - 1) * D / 32 / 32, TOKENS * D * CHANGED / 8 / 32
+    slices = TOKENS / 32
+    each = TOKENS / slices
+    per_token, shares = "t < tokens; ++t", each * D / 64 / 32
     trips = [
-        Trips("stage(masks", "LDG", masks),
-        Trips("stage(words", "LDG", payload),
-        Trips("values + long(token)", "LDG", TOKENS * D / 8 / 32),
-        Trips("scales + long(token)", "LDG", TOKENS * D / 64 / 32),
-        Trips("biases + long(token)", "LDG", TOKENS * D / 64 / 32),
-        Trips("t < (Size + 31) / 32 * 32", "POPC", TOKENS / 32 * D / 32),
-        Trips("product = simd_sum", "SHFL", TOKENS * 5 * QUERIES),
+        Trips("stage(masks", "LDG", (TOKENS - 1) * D / 32 / 32),
+        Trips("first < block_tokens", "", slices),
+        Trips("stage(words", "LDG", each * D * CHANGED / 8 / 32),
+        Trips("stage(own_values", "LDG", each * D / 8 / 32),
+        Trips("stage(scales", "LDG", shares),
+        Trips("stage(biases", "LDG", shares),
+        Trips(per_token, "SHFL", each * 5 * QUERIES, "product = simd_sum"),
+        Trips(per_token, "SHFL", each * QUERIES, "simd_shuffle(score"),
     ]
-    cold = ("from, (threadgroup S*)key_words", "((threadgroup S*)key_words)[t")
-    return cuda_source(found["delta_decode"], "kernel"), Walk(TOKENS, trips, cold)
+    cold = ("stage(from,", "S*)key_words)[t")
+    return cuda_source(found["delta_decode"], "kernel"), Walk(
+        TOKENS, "unit < (int(split)", trips, cold
+    )
 
 
 def row(name: str, source: str, walk: Walk) -> str:

@@ -35,12 +35,15 @@ class Trips:
     Attributes:
         where: Words of a source line that its end comes from.
         operation: An operation of it, and
-        total: how many of those a block needs, so that unrolled loops count right.
+        total: how many of those one pass of what is around it needs, so that unrolled loops count
+            right. Without an operation, how often the loop runs.
+        holds: Words of a source line that some of it comes from.
     """
 
     where: str
     operation: str
     total: float
+    holds: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Walk:
 
     Attributes:
         tokens: Of a block.
+        loop: Words of the source line that the end of the loop over blocks comes from.
         trips: Of the loops in it. Several loops of one kind: the longest runs, the others are what
             the compiler made for remainders.
         cold: Words of source lines whose instructions do not count.
     """
 
     tokens: int
+    loop: str
     trips: Sequence[Trips]
     cold: Sequence[str] = ()
 
@@ -119,7 +124,8 @@ def count(disassembly: str, source: str, walk: Walk) -> Counter[str]:
         ValueError: A loop of the walk is not there, or one is there that it does not tell.
     """
     instructions, loops = read(disassembly, source)
-    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    over_blocks = [loop for loop in loops if instructions[loop[1]].comes_from(walk.loop)]
+    first, last = max(over_blocks, key=lambda loop: loop[1] - loop[0])
     cold = [any(x.comes_from(words) for words in walk.cold) for x in instructions]
     often = [0.0 if cold[i] else 1.0 for i in range(len(instructions))]
     inner = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
@@ -128,9 +134,14 @@ def count(disassembly: str, source: str, walk: Walk) -> Counter[str]:
         if cold[b]:
             often[a : b + 1] = [0.0] * (b + 1 - a)
             continue
-        own = [trips for trips in walk.trips if instructions[b].comes_from(trips.where)]
+        own = [
+            trips
+            for trips in walk.trips
+            if instructions[b].comes_from(trips.where)
+            and any(x.comes_from(trips.holds) for x in instructions[a : b + 1])
+        ]
         if not own:
-            raise ValueError(f"[count] there is a loop that ends at {instructions[b].lines}.")
+            raise ValueError(f"[count] there is a loop that ends at {instructions[b].lines[:3]}.")
         known[own[0]].append((a, b))
     for trips, places in known.items():
         if not places:
@@ -140,6 +151,7 @@ def count(disassembly: str, source: str, walk: Walk) -> Counter[str]:
             if (c, d) != (a, b) and not a <= c <= d <= b:
                 often[c : d + 1] = [0.0] * (d + 1 - c)
         in_loop = sum(x.operation == trips.operation for x in instructions[a : b + 1])
+        in_loop = in_loop if trips.operation else 1
         for i in range(a, b + 1):
             often[i] *= trips.total / in_loop
     kinds: Counter[str] = Counter()
