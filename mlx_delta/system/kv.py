@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_delta.wording import nearest
 
-# Bytes and KL divergence from dense attention on SmolLM2-135M-Instruct: docs/cache.md.
+# What they cost: docs/settings.md.
 KV: dict[str, dict[str, Any]] = {
     "small": {
         "key_format": "codes",
