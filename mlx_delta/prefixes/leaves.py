@@ -53,7 +53,7 @@ class HeldLeaf:
         found = dict(zip(names, keys, strict=True))
         values = arrays[1:end]
         if cache.config.value_format == "rotated":
-            *values, found["near_values"] = values
+            *values, found["near_values"], found["value_sinks"] = values
         found |= {f"values{i}": x for i, x in enumerate(values)}
         found = {name: x for name, x in found.items() if x is not None}
         mx.eval(list(found.values()))
@@ -107,8 +107,9 @@ class HeldLeaf:
         """What is stored of block ``i``."""
         span = slice(i * self.size, (i + 1) * self.size)
         piece = {n: x[0, :, span] for n, x in self.arrays.items() if n.startswith("values")}
-        if "sinks" in self.arrays and span.start < self.config.sinks:
-            piece["sinks"] = self.arrays["sinks"][0, :, span]
+        for name in ("sinks", "value_sinks"):
+            if name in self.arrays and span.start < self.config.sinks:
+                piece[name] = self.arrays[name][0, :, span]
         if self.config.key_format == "codes":
             return piece | {name: self.arrays[name][0, :, i] for name in ("codes", "grid")}
         piece["zeros"] = self.arrays["zeros"][0, :, i]
@@ -213,15 +214,10 @@ class HeldLeaf:
         if "near_values" in types:
             put("near_values", padded(end["near_values"], (window + 2) * size, 1))
             header |= {"value_firsts": [first], "coded_values": [len(blocks)]}
-            values.append("near_values")
-        if "sinks" in types:
-            sinks = np.zeros((heads, config["sinks"], head_dim), near.dtype)
-            parts = [block["sinks"] for block in blocks if "sinks" in block]
-            if len(blocks) * size < config["sinks"]:  # then full keys begin at 0
-                parts.append(near[:, len(blocks) * size : config["sinks"]])
-            known = np.concatenate(parts, axis=1)
-            sinks[:, : known.shape[1]] = known
-            put("sinks", sinks)
+            values += ["near_values", "value_sinks"]
+        for name, full in (("sinks", "near"), ("value_sinks", "near_values")):
+            if name in types:
+                put(name, _first_tokens(name, blocks, end[full], len(blocks) * size, config))
         if "codes" in types:
             nothing = {
                 "codes": np.zeros((heads, 0, entry["rows"], size), np.uint32),
@@ -257,6 +253,28 @@ class HeldLeaf:
         header["ends"] = [ends]
         order = ["near", *values, "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         return _from_state(header, [made.get(name) for name in order])
+
+
+def _first_tokens(
+    name: str, blocks: Sequence[Piece], near: np.ndarray, known: int, config: dict[str, Any]
+) -> np.ndarray:
+    """Exact keys or values of the first tokens, [Hkv, n_sinks, D].
+
+    Args:
+        name: Theirs, in blocks.
+        blocks: From the text's first on.
+        near: Full ones after the blocks.
+        known: Tokens of the blocks.
+        config: The setting.
+    """
+    count = config["sinks"]
+    found = np.zeros((near.shape[0], count, near.shape[2]), near.dtype)
+    parts = [near[:, :0], *(block[name] for block in blocks if name in block)]
+    if known < count:  # then full ones begin at 0
+        parts.append(near[:, known:count])
+    tokens = np.concatenate(parts, axis=1)
+    found[:, : tokens.shape[1]] = tokens
+    return found
 
 
 def _from_state(header: dict[str, Any], buffers: list[Any]) -> DeltaKVCache:
