@@ -103,13 +103,14 @@ def loss_rows(runs: Sequence[dict[str, Any]]) -> list[str]:
         "| setting | KL divergence | top-1 | zeros | prefill | both | cache |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for run in runs:
+    order = {name: i for i, name in enumerate(NAMES)}
+    for run in sorted(runs, key=lambda run: order.get(run["setting"], len(order))):
         s = run["summary"]
         kl = f"{s['score']:.5f}"
         if s["high"] != s["low"]:
             kl += f" ±{max(s['high'] - s['score'], s['score'] - s['low']):.5f}"
         skipped = ["–"] * 3
-        if run["kind"] in SPARSE:
+        if run["kind"] in SPARSE and s["overall_sparsity"]:  # codes hold nothing
             zeros = s.get("zero_deltas")
             values = (s["prefill_sparsity"], s["overall_sparsity"])
             skipped = ["–" if v is None else f"{v:.3f}" for v in (zeros, *values)]
@@ -217,7 +218,9 @@ def page(folder: Path, commands: dict[str, str]) -> str:
 def readme_table(folder: Path) -> str:
     """README.md's table: SmolLM2's loss at 2,048 tokens."""
     data = read_results(folder / "results" / "smollm2-kld-2048.json")
-    return "\n".join(loss_rows([run for run in data["runs"] if run["summary"]]))
+    shown = set(NAMES) - {"window-only", "kivi2"}
+    runs = [run for run in data["runs"] if run["summary"] and run["setting"] in shown]
+    return "\n".join(loss_rows(runs))
 
 
 def with_table(readme: str, table: str) -> str:

@@ -18,7 +18,8 @@ from mlx_lm.models.cache import CacheList
 
 from mlx_delta.cache import length_of
 
-from .leaves import PLAIN_SIZE, HeldLeaf, PlainLeaf, WholeLeaf
+from .leaves import HeldLeaf
+from .other_leaves import PLAIN_SIZE, PlainLeaf, WholeLeaf
 from .raw import Piece, piece_nbytes
 
 _KINDS: dict[str, Any] = {"held": HeldLeaf, "plain": PlainLeaf}
