@@ -228,8 +228,9 @@ COMBINE_MUTATIONS = [
 
 
 def plain_case() -> None:
-    """Channels that do not fill the lanes, values as they are, and no mask."""
-    case = CodedCase(coded(((4, 40), (3, 40)), None), (129,), 2, (4, 2), 80, mx.float16)
+    """Channels that do not fill the lanes, values as they are; neither mask nor sinks."""
+    setting = coded(((4, 40), (3, 40)), None, sinks=0)
+    case = CodedCase(setting, (129,), 2, (4, 2), 80, mx.float16)
     assert_close(case.step(case.cache()), case.expected(), case)
 
 
