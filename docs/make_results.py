@@ -26,7 +26,7 @@ import results_page  # noqa: E402  (beside this file)
 
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
-DELTA = ("delta", "delta:sparsity=0.75", "delta:key_bits=4,value_bits=4")
+DELTA = ("delta", "delta:sparsity=0.75", "delta:kv=balanced", "delta:kv=small")
 
 
 @dataclass(frozen=True)

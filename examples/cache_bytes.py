@@ -20,6 +20,7 @@ from mlx_delta import DeltaConfig, DeltaKVCache
 
 HEADS, HEAD_DIM, CHUNK = 2, 64, 2048
 WIDTHS = [(None, None), (16, None), (16, 16), (8, 8), (4, 4), (3, 4), (2, 4)]
+CODES = [(4, 4), (3, 3), (2.5, 2.5)]  # key_format=codes, value_format=rotated
 
 
 def keys_held(share: float, length: int) -> mx.array:
@@ -54,6 +55,18 @@ def bytes_table(args: argparse.Namespace) -> None:
         zeros = np.array(cache.zeros)[:, :, : cache.encoded[0]].mean() / ((size - 1) * HEAD_DIM)
         name = f"delta, key_bits={key_bits}, value_bits={value_bits}"
         _print_bytes(name, f"{zeros:.3f}", cache.key_nbytes / dense, cache.value_nbytes / dense)
+    for key_bits, value_bits in CODES:
+        cache = DeltaKVCache(
+            DeltaConfig(
+                key_format="codes",
+                key_bits=key_bits,
+                value_format="rotated",
+                value_bits=value_bits,
+            )
+        )
+        fill(cache, keys)
+        name = f"codes, key_bits={key_bits}, value_bits={value_bits}"
+        _print_bytes(name, "-", cache.key_nbytes / dense, cache.value_nbytes / dense)
     stock = [("mlx-lm, dense", KVCache())]
     stock += [(f"mlx-lm, {bits} bits", QuantizedKVCache(bits=bits)) for bits in (8, 4)]
     for name, cache in stock:

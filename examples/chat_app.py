@@ -64,6 +64,7 @@ class ChatApp(App[None]):
         self._conversation: Conversation | None = None
         self._streaming: Streaming[str] | None = None
         self._editing = False
+        self._leaving = False
         self._answer: Static | None = None
         self._text = ""
 
@@ -97,6 +98,12 @@ class ChatApp(App[None]):
         line.disabled = False
         line.focus()
         self._show_status("Enter sends")
+
+    async def action_quit(self) -> None:
+        """Leave; what an answer says after that is not shown."""
+        self._leaving = True
+        self.action_stop()
+        self.exit()
 
     async def on_unmount(self) -> None:
         """Let the model's thread end: an answer that is being made after its next token."""
@@ -157,12 +164,16 @@ class ChatApp(App[None]):
 
     def _more(self, piece: str) -> None:
         self._text += piece
+        if self._leaving:
+            return
         if self._answer is not None:
             self._answer.update(self._text)
             self.query_one("#talk", VerticalScroll).scroll_end(animate=False)
 
     def _ended(self, done: Future[bool]) -> None:
         self._streaming = None
+        if self._leaving:
+            return
         error = done.exception()
         if error is not None:
             self._add(str(error), "error")

@@ -23,7 +23,7 @@ from .config_checks import (
 )
 from .notation import read_fields, write_fields
 from .sensitivities import Sensitivities
-from .widths import KeyWidths, ValueWidths, choose_widths
+from .widths import KeyWidths, ValueWidths, choose_key_widths, choose_value_widths
 
 __all__ = [
     "KEY_BITS",
@@ -284,18 +284,17 @@ class DeltaConfig:
 
         Over the whole model: so this is to be asked before it is cut into layers or heads.
         """
-        found = self.sensitivities
-        keys = self.key_format == "codes" and self.key_widths is None
-        values = self.value_format == "rotated" and self.value_widths is None
-        if not (keys or values) or not isinstance(found, Sensitivities):
+        found, chosen = self.sensitivities, self
+        if not isinstance(found, Sensitivities):
             return self
-        return dataclasses.replace(
-            self,
-            key_widths=choose_widths(found, self.key_bits, False) if keys else self.key_widths,
-            value_widths=(
-                choose_widths(found, self.value_bits, True) if values else self.value_widths
-            ),
-        )
+        if self.key_format == "codes" and self.key_widths is None and self.key_bits is not None:
+            widths = choose_key_widths(found, self.key_bits)
+            chosen = dataclasses.replace(chosen, key_widths=widths)
+        rotated = self.value_format == "rotated" and self.value_widths is None
+        if rotated and self.value_bits is not None:
+            of_values = choose_value_widths(found, self.value_bits)
+            chosen = dataclasses.replace(chosen, value_widths=of_values)
+        return chosen
 
     @property
     def tile_share(self) -> float:

@@ -268,10 +268,10 @@ class Sensitivities:
         """
         try:
             layers = _from_json(values["layers"])
-            others = {name: _from_json(values.get(name, ())) for name in PARTS[1:]}
+            others = [_from_json(values.get(name, ())) for name in PARTS[1:]]
         except (TypeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"[DeltaConfig] sensitivities can't be read: {error}.") from error
-        return cls(layers, **others)
+        return cls(layers, (), None, *others)
 
     # As a file.
 

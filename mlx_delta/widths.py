@@ -33,27 +33,31 @@ _BISECTIONS = 60
 
 
 @lru_cache(maxsize=32)
-def choose_widths(
-    sensitivities: Sensitivities, bits: float, of_values: bool
-) -> KeyWidths | ValueWidths | None:
-    """Widths of the codes of all layers; ``None`` where the sensitivities say nothing of it.
+def choose_key_widths(sensitivities: Sensitivities, bits: float) -> KeyWidths | None:
+    """Widths of the codes of all layers' keys; ``None`` where it is not known what errors cost.
 
     Args:
         sensitivities: Of the model.
         bits: The mean, at most.
-        of_values: Whether of values, or of keys.
     """
-    costs = sensitivities.value_costs if of_values else sensitivities.key_costs()
-    known = [i for i, cost in enumerate(costs) if cost is not None]
+    costs = sensitivities.key_costs()
+    known = {i: cost for i, cost in enumerate(costs) if cost is not None}
+    found: list[tuple[str, ...] | None] = [None] * len(costs)
+    for i, widths in zip(known, share_key_bits(list(known.values()), bits), strict=True):
+        found[i] = tuple("".join(map(str, head)) for head in widths.tolist())
+    return tuple(found) if known else None
+
+
+@lru_cache(maxsize=32)
+def choose_value_widths(sensitivities: Sensitivities, bits: float) -> ValueWidths | None:
+    """Widths of the codes of all layers' values, as those of keys."""
+    costs = sensitivities.value_costs
+    known = {i: cost for i, cost in enumerate(costs) if cost is not None}
     if not known:
         return None
-    share = share_value_bits if of_values else share_key_bits
-    found: list[tuple[str, ...] | tuple[int, ...] | None] = [None] * len(costs)
-    for i, widths in zip(known, share([costs[i] for i in known], bits), strict=True):
-        if of_values:
-            found[i] = tuple(widths.tolist())
-        else:
-            found[i] = tuple("".join(map(str, head)) for head in widths.tolist())
+    found: list[tuple[int, ...] | None] = [None] * len(costs)
+    for i, widths in zip(known, share_value_bits(list(known.values()), bits), strict=True):
+        found[i] = tuple(widths.tolist())
     return tuple(found)
 
 

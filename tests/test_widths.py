@@ -9,11 +9,12 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method.codes import count_rows, order_of
+from mlx_delta.models.parts import of_own_layers, share_of_heads
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.widths import (
     VALUE_WIDTHS,
     WIDTHS,
-    choose_widths,
+    choose_key_widths,
     even_key_widths,
     share_key_bits,
     share_value_bits,
@@ -100,4 +101,22 @@ def test_a_setting_gives_each_layer_its_own_widths():
     assert sizes[0] < sizes[1] and sum(first.value_widths[0]) < sum(last.value_widths[0])
     assert first.sensitivities is None, "the widths say all"
     assert DeltaConfig.from_dict(first.to_dict()) == first == first.for_layer(0, 1)
-    assert choose_widths(Sensitivities(weights), 3, False) is None
+    assert choose_key_widths(Sensitivities(weights), 3) is None
+
+
+def test_shares_of_a_model_have_the_widths_that_the_whole_has():
+    """By heads or by layers: a process must not choose by what it has alone."""
+    found = Sensitivities([RNG.lognormal(0, 1, (2, 64)) for _ in range(3)]).with_spread(
+        [np.full((2, 64), size) for size in (1, 5, 2)], [np.array([1.0, 9.0])] * 3
+    )
+    config = DeltaConfig(
+        key_format="codes", key_bits=3, value_format="rotated", value_bits=3, sensitivities=found
+    )
+    whole = [config.for_layer(i, 3) for i in range(3)]
+    halves = [share_of_heads(config, rank, 2) for rank in range(2)]
+    for i, layer in enumerate(whole):
+        own = [half.for_layer(i, 3) for half in halves]
+        assert own[0].key_widths[0] + own[1].key_widths[0] == layer.key_widths[0]
+        assert own[0].value_widths[0] + own[1].value_widths[0] == layer.value_widths[0]
+    part = of_own_layers(config, slice(1, 3), 2)
+    assert [part.for_layer(i, 2) for i in range(2)] == whole[1:]

@@ -149,8 +149,10 @@ def _decode(
     rows = zip(step.starts, step.encoded, step.firsts, strict=True)
     if isinstance(blocks, CodedBlocks):
         if isinstance(values, TurnedView):
-            firsts = values.firsts
-            stored = codes_kernel.CodedValues(*values.codes, values.near, values.widths)
+            firsts = tuple(values.firsts)
+            stored: mx.array | codes_kernel.CodedValues = codes_kernel.CodedValues(
+                *values.codes, values.near, values.widths
+            )
         else:
             firsts, stored = (0,) * len(step.starts), values.buffers[0]
         numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]

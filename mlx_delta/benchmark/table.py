@@ -95,8 +95,8 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
         )
     if unpacks:
         notes.append(
-            "Without Metal packed keys are unpacked by MLX operations at every token; with it "
-            "their attention is 2 launches per layer."
+            "Without Metal packed keys and values are kept written out while tokens are decoded, "
+            "up to 32 MiB of a layer; with it their attention is 2 launches per layer."
         )
     return notes
 

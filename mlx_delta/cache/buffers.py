@@ -65,6 +65,25 @@ def write_tokens(buffer: mx.array, new: mx.array, starts: Sequence[int]) -> mx.a
     return buffer
 
 
+def write_first(first: mx.array, new: mx.array, starts: Sequence[int]) -> mx.array:
+    """The first tokens of each row [B, H, n, D], with those of them that are among new ones.
+
+    Args:
+        first: The first ``n``; stays as it is.
+        new: [B, H, L, D].
+        starts: Position of each row's first new token.
+    """
+    count = first.shape[2]
+    if not count or min(starts) >= count:
+        return first
+    first = first[...]
+    for (start,), rows in equal_rows(starts).items():
+        begin, end = max(0, start), min(count, start + new.shape[2])
+        if begin < end:
+            first[rows, :, begin:end] = new[rows, :, begin - start : end - start]
+    return first
+
+
 def take_out(buffer: mx.array, start: int, counts: Sequence[int], axis: int = 2) -> mx.array:
     """The buffer without so many entries of each row from ``start`` on; what follows moves up.
 

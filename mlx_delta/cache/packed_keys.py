@@ -18,7 +18,7 @@ from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
 
-from .buffers import equal_rows, pad_to
+from .buffers import equal_rows, pad_to, write_first
 from .near_keys import NearKeys
 from .packed_log import PackedLog
 from .packed_state import BUFFERS, check_lost, check_near, check_runs, check_shapes
@@ -124,23 +124,14 @@ class PackedKeys:
         """Write new keys, and encode blocks up to ``targets``; see ``KeyStore``."""
         new = to_storage(keys)
         near, firsts = self.near.written(new, starts), self.near.firsts
-        self._write_sinks(new, starts)
+        if self.sinks is not None:
+            self.sinks = write_first(self.sinks, new, starts)
         self._encode(near, targets)
         size = self.config.block_size
         self.near.keep(near, [max(0, target - 1) * size for target in targets])
         pairs = zip(self.lost, self.near.firsts, strict=True)
         self.lost = [max(lost, first // size) for lost, first in pairs]
         return self.log.read(self.sinks, near.dtype), near, firsts
-
-    def _write_sinks(self, keys: mx.array, starts: Sequence[int]) -> None:
-        if self.sinks is None or min(starts) >= self.sinks.shape[2]:
-            return
-        n_sinks = self.sinks.shape[2]
-        self.sinks = self.sinks[...]
-        for (start,), rows in equal_rows(starts).items():
-            first, end = max(0, start), min(n_sinks, start + keys.shape[2])
-            if first < end:
-                self.sinks[rows, :, first:end] = keys[rows, :, first - start : end - start]
 
     def _encode(self, near: mx.array, targets: Sequence[int]) -> None:
         size, packed = self.config.block_size, self.log.blocks

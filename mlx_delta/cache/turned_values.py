@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import value_group, value_words
@@ -18,7 +19,7 @@ from mlx_delta.ops.pack import LARGEST, storage_type, to_storage
 from mlx_delta.ops.turned import Codes, decode_values, encode_values
 from mlx_delta.widths import share_value_bits
 
-from .buffers import equal_rows, grow, pad_to, take_out
+from .buffers import equal_rows, grow, pad_to, take_out, write_first
 from .near_keys import NearKeys
 from .store import float_size, spread, token_bytes
 
@@ -33,18 +34,28 @@ class TurnedValues:
         head_dim: Dv.
         codes: Words, scales and biases, each of [B, 1, capacity, ..], of far tokens.
         near: The last values.
+        sinks: [B, Hkv, n_sinks, Dv], exact values of the first tokens. Most of the attention is
+            often theirs, so that an error of theirs is not averaged away: coded in 4 bits, they
+            alone cost four times what all others do.
         counts: Blocks of each row that are coded.
     """
 
     differs = True  # what a far query reads is not what a near one does
 
     def __init__(
-        self, config: DeltaConfig, head_dim: int, codes: Codes, near: NearKeys, counts: list[int]
+        self,
+        config: DeltaConfig,
+        head_dim: int,
+        codes: Codes,
+        near: NearKeys,
+        sinks: mx.array,
+        counts: list[int],
     ):
         self.config = config
         self.head_dim = head_dim
         self.codes = codes
         self.near = near
+        self.sinks = sinks
         self.counts = counts
         self.widths = _widths(config, near.keys.shape[1])
 
@@ -60,7 +71,8 @@ class TurnedValues:
             mx.zeros((B, 1, 0, groups), dtype),
             mx.zeros((B, 1, 0, groups), dtype),
         )
-        return cls(config, D, codes, NearKeys.make(config, values, dtype), [0] * B)
+        sinks = mx.zeros((B, H, config.sinks, D), dtype)
+        return cls(config, D, codes, NearKeys.make(config, values, dtype), sinks, [0] * B)
 
     @staticmethod
     def check_new(config: DeltaConfig, values: mx.array) -> None:
@@ -77,12 +89,12 @@ class TurnedValues:
     @staticmethod
     def count_arrays(config: DeltaConfig) -> int:
         """How many buffers a store of values has."""
-        return 4
+        return 5
 
     @property
     def buffers(self) -> tuple[mx.array, ...]:
-        """Words, scales, biases and near values."""
-        return (*self.codes, self.near.keys)
+        """Words, scales, biases, near values and those of the first tokens."""
+        return (*self.codes, self.near.keys, self.sinks)
 
     @property
     def capacity(self) -> int:
@@ -93,7 +105,9 @@ class TurnedValues:
         self, values: mx.array, starts: Sequence[int], capacity: int, targets: Sequence[int]
     ) -> TurnedView:
         """Put values [B, Hkv, L, Dv] at each row's own index, and code blocks up to ``targets``."""
-        near, firsts = self.near.written(to_storage(values), starts), list(self.near.firsts)
+        new = to_storage(values)
+        near, firsts = self.near.written(new, starts), list(self.near.firsts)
+        self.sinks = write_first(self.sinks, new, starts)
         size = self.config.block_size
         for (first, done, target), rows in equal_rows(firsts, self.counts, targets).items():
             if target <= done:
@@ -117,7 +131,8 @@ class TurnedValues:
 
     def _view(self, near: mx.array, firsts: Sequence[int], encoded: Sequence[int]) -> TurnedView:
         borders = tuple(n * self.config.block_size for n in encoded)
-        return TurnedView(self.codes, near, tuple(firsts), borders, self.widths, self.head_dim)
+        where = tuple(firsts), borders
+        return TurnedView(self.codes, near, self.sinks, *where, self.widths, self.head_dim)
 
     def fetch(self, length: int, encoded: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """Values of the first tokens, [B, Hkv, length, Dv]: coded far away, full near."""
@@ -125,8 +140,8 @@ class TurnedValues:
 
     def wait_for(self, other: mx.array) -> None:
         """Let the buffers be evaluated only together with another array."""
-        words, scales, biases, near = mx.depends(list(self.buffers), [other])
-        self.codes, self.near.keys = (words, scales, biases), near
+        words, scales, biases, near, sinks = mx.depends(list(self.buffers), [other])
+        self.codes, self.near.keys, self.sinks = (words, scales, biases), near, sinks
 
     def drop(self, first: int, blocks: Sequence[int], size: int) -> None:
         """Take so many blocks of each row out, behind the first ones; what follows moves up."""
@@ -158,6 +173,8 @@ class TurnedValues:
     def read_bytes(self, tokens: int, far: int, float_bytes: int | None = None) -> int:
         """Bytes that a query reads of so many tokens, the first ``far`` of which are coded."""
         size = (tokens - far) * token_bytes(self.near.keys, float_bytes)
+        if far:
+            size += self.sinks[0].size * float_size(self.sinks, float_bytes)
         return size + far * sum(x.shape[3] * float_size(x, float_bytes) for x in self.codes)
 
     @property
@@ -178,6 +195,7 @@ class TurnedValues:
         words, scales, biases = (x[index] for x in self.codes)
         self.codes = words, scales, biases
         self.near.take(rows)
+        self.sinks = self.sinks[index]
         self.counts = [self.counts[row] for row in rows]
 
     def row(self, index: int, length: int) -> TurnedValues:
@@ -185,9 +203,8 @@ class TurnedValues:
         one, far = slice(index, index + 1), self.counts[index] * self.config.block_size
         words, scales, biases = (mx.contiguous(x[one, :, :far]) for x in self.codes)
         codes = words, scales, biases
-        return TurnedValues(
-            self.config, self.head_dim, codes, self.near.row(index), self.counts[one]
-        )
+        sinks, counts = mx.contiguous(self.sinks[one]), self.counts[one]
+        return TurnedValues(self.config, self.head_dim, codes, self.near.row(index), sinks, counts)
 
     @classmethod
     def join(cls, stores: Sequence[Self]) -> TurnedValues:
@@ -200,6 +217,7 @@ class TurnedValues:
             stores[0].head_dim,
             (words, scales, biases),
             NearKeys.join([store.near for store in stores]),
+            mx.concatenate([store.sinks for store in stores]),
             [n for store in stores for n in store.counts],
         )
 
@@ -214,20 +232,22 @@ class TurnedValues:
         cls, config: DeltaConfig, header: dict[str, Any], arrays: Sequence[Any]
     ) -> TurnedValues:
         """The store of a state, each buffer of which is as it should be."""
-        words, scales, biases, near = arrays
+        words, scales, biases, near, sinks = arrays
         head_dim = int(header["model"][2])
         if any(x.ndim != 4 for x in arrays):
             raise ValueError("saved values do not have the right dimensions")
         B, H = near.shape[:2]
         wanted = TurnedValues.make(config, mx.zeros((B, H, 1, head_dim), near.dtype))
         fits = near.dtype in LARGEST and near.shape == wanted.near.keys.shape
+        fits &= sinks.dtype == near.dtype and sinks.shape == wanted.sinks.shape
         for buffer, own in zip(wanted.codes, (words, scales, biases), strict=True):
             fits &= own.dtype == buffer.dtype and own.shape[:2] == buffer.shape[:2]
             fits &= own.shape[2:] == (words.shape[2], buffer.shape[3])
         counts, firsts = (spread(header[x], B) for x in ("coded_values", "value_firsts"))
         if not fits or len(counts) != B or len(firsts) != B:
             raise ValueError("saved values do not fit the setting or each other")
-        return cls(config, head_dim, (words, scales, biases), NearKeys(near, firsts), counts)
+        codes = words, scales, biases
+        return cls(config, head_dim, codes, NearKeys(near, firsts), sinks, counts)
 
     def check(
         self,
@@ -261,6 +281,7 @@ class TurnedView:
     Attributes:
         codes: Words, scales and biases of far tokens.
         near: [B, Hkv, n, Dv]; full values from ``firsts`` on.
+        sinks: [B, Hkv, n_sinks, Dv], full values of the first tokens.
         firsts: Position of each row's first one.
         borders: Position from which on each row's last query sees full values.
         widths: Of each kv head's codes.
@@ -269,6 +290,7 @@ class TurnedView:
 
     codes: Codes
     near: mx.array
+    sinks: mx.array
     firsts: tuple[int, ...]
     borders: tuple[int, ...]
     widths: tuple[int, ...]
@@ -302,7 +324,11 @@ class TurnedView:
         words, scales, biases = (x[:, :, left:right] for x in self.codes)
         if after is not None:
             words, scales, biases = mx.depends([words, scales, biases], [after])
-        return decode_values((words, scales, biases), self.widths, self.head_dim, dtype)
+        values = decode_values((words, scales, biases), self.widths, self.head_dim, dtype)
+        exact = self.sinks[:, :, left:right].astype(dtype)
+        if not exact.shape[2]:
+            return values
+        return mx.concatenate([exact, values[:, :, exact.shape[2] :]], axis=2)
 
     def rounded(self, values: mx.array) -> mx.array:
         """New values [B, Hkv, L, Dv] as near queries read them."""
@@ -317,7 +343,7 @@ def _widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
     """The width of each kv head's codes, of a setting of one layer."""
     assert config.value_bits is not None
     if config.value_widths is None or config.value_widths[0] is None:
-        return tuple(share_value_bits([[1.0] * n_heads], config.value_bits)[0].tolist())
+        return tuple(share_value_bits([np.ones(n_heads)], config.value_bits)[0].tolist())
     widths = config.value_widths[0]
     if len(config.value_widths) != 1:
         raise ValueError("[DeltaConfig] value_widths of all layers: call for_layer first.")

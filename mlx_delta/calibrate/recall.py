@@ -74,7 +74,8 @@ def make_recall(tokenizer: Any, prose: Sequence[int], length: int, seed: int) ->
         ids += [*prose[i * gap : (i + 1) * gap], *told]
     if not facts:
         ids += list(prose[: length - tail - len(ids)])
-    told_tokens, asked = len(ids), []
+    told_tokens = len(ids)
+    asked: list[int] = []
     for i in rng.permutation(len(facts)):
         _, question, answer = facts[i]
         ids += question

@@ -207,6 +207,6 @@ def _decoded(values: mx.array, keys: mx.array, config: DeltaConfig) -> mx.array:
     assert config.key_bits is not None
     shape = (*keys.shape[:2], -1, config.block_size, keys.shape[3])
     blocks, coded = (x.reshape(shape).astype(mx.float32) for x in (keys, values))
-    grid = block_grid(blocks, config.key_bits, keys.dtype)
-    codes = encode_values(coded, grid, config.key_bits)
+    grid = block_grid(blocks, int(config.key_bits), keys.dtype)
+    codes = encode_values(coded, grid, int(config.key_bits))
     return decode_values(codes, grid, keys.dtype).reshape(keys.shape)

@@ -150,7 +150,7 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
 
 def _with_joined_widths(first: DeltaConfig, configs: Sequence[DeltaConfig | None]) -> DeltaConfig:
     """The first layer's setting with the widths of codes of all of them."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name in ("key_widths", "value_widths"):
         if getattr(first, name) is not None:
             own = [None if c is None else getattr(c, name) for c in configs]

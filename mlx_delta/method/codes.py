@@ -32,8 +32,8 @@ alike has the same product with them.
 as ``mx.quantize`` does in groups of ``value_group`` numbers: codes without gaps, lowest bits first,
 that stand for ``bias + scale * code``. Each kv head has a width of its own. The words of a token's
 heads lie one after the other, ``width * Dv / 32`` of each, and so do their scales and biases,
-``Dv / group`` of each. Attention may sum turned values up and turn the sum back: the matrix undoes
-itself.
+``Dv / group`` of each. Values of the first tokens (sinks) stand beside, exact, as their keys do.
+Attention may sum turned values up and turn the sum back: the matrix undoes itself.
 """
 
 from __future__ import annotations

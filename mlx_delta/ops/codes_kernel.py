@@ -179,21 +179,22 @@ def decode(
     counts = tuple(widths.get(width, 0) for width in WIDTHS)
     parts = _Parts.of(n_heads // kv_heads * steps, D, group, classes)
     far, near_units = _units(rows, steps, window_blocks)
-    sinks = blocks.sinks if far else None
-    has_sinks = sinks is not None
+    has_sinks = blocks.sinks is not None and far > 0
     share = max(1, gpu_simdgroups() // (B * kv_heads * parts.simdgroups * parts.number))
     far_splits = min(share, -(-far // LEAST_BLOCKS))
     splits = far_splits + has_sinks + min(share, near_units)
-    exact_sinks = filler(blocks.dtype) if sinks is None else sinks
+    n_sinks, sinks = 0, filler(blocks.dtype)
+    if has_sinks and blocks.sinks is not None:
+        n_sinks, sinks = blocks.sinks.shape[2], blocks.sinks
     partial, sums = codes_kernel()(
         inputs=[
             *(queries, far_queries),
             row_numbers(tuple(rows)),
             constant((*counts, 0, 0, 0), mx.int32),
-            *(_order(blocks.coding), blocks.words, blocks.grid, exact_sinks, near, near_values),
+            *(_order(blocks.coding), blocks.words, blocks.grid, sinks, near, near_values),
             *(words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
-            constant(0 if sinks is None else sinks.shape[2], mx.int32),
+            constant(n_sinks, mx.int32),
             *(constant(window_blocks, mx.int32), constant(far_splits, mx.int32)),
         ],
         template=[

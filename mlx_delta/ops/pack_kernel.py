@@ -58,7 +58,7 @@ def encode(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBloc
     """The kernel for :func:`mlx_delta.ops.pack.pack_blocks`."""
     if config.key_bits is None:
         raise ValueError("[delta_encode] needs a setting with key_bits.")
-    size, bits = config.block_size, config.key_bits
+    size, bits = config.block_size, int(config.key_bits)
     check_shapes("delta_encode", {"keys": (keys, (None, None, None, None))})
     B, H, length, D = keys.shape
     blocks, words = length // size, -(-D // SIMD)

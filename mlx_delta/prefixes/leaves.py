@@ -47,13 +47,13 @@ class HeldLeaf:
         keys = [arrays[0], *arrays[end:]]
         names = ["keys", "zeros", "spare"]
         if cache.config.key_format == "codes":
-            names = ["near", "words", "grid", "sinks"]
+            names = ["near", "codes", "grid", "sinks"]
         elif cache.config.key_bits is not None:
             names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         found = dict(zip(names, keys, strict=True))
         values = arrays[1:end]
         if cache.config.value_format == "rotated":
-            *values, found["near_values"] = values
+            *values, found["near_values"], found["value_sinks"] = values
         found |= {f"values{i}": x for i, x in enumerate(values)}
         found = {name: x for name, x in found.items() if x is not None}
         mx.eval(list(found.values()))
@@ -66,8 +66,8 @@ class HeldLeaf:
             "type": self.header.get("type"),
             "types": {name: type_name(x) for name, x in found.items()},
         }
-        if "words" in found:
-            self.entry["rows"] = found["words"].shape[3]
+        if "codes" in found:
+            self.entry["rows"] = found["codes"].shape[3]
         if "near_values" in found:
             self.entry["columns"] = found["values0"].shape[3]
         self.full_from = self._full_from()
@@ -107,10 +107,11 @@ class HeldLeaf:
         """What is stored of block ``i``."""
         span = slice(i * self.size, (i + 1) * self.size)
         piece = {n: x[0, :, span] for n, x in self.arrays.items() if n.startswith("values")}
-        if "sinks" in self.arrays and span.start < self.config.sinks:
-            piece["sinks"] = self.arrays["sinks"][0, :, span]
+        for name in ("sinks", "value_sinks"):
+            if name in self.arrays and span.start < self.config.sinks:
+                piece[name] = self.arrays[name][0, :, span]
         if self.config.key_format == "codes":
-            return piece | {name: self.arrays[name][0, :, i] for name in ("words", "grid")}
+            return piece | {name: self.arrays[name][0, :, i] for name in ("codes", "grid")}
         piece["zeros"] = self.arrays["zeros"][0, :, i]
         if self.config.key_bits is None:
             return {**piece, "keys": self.arrays["keys"][0, :, span]}
@@ -213,23 +214,20 @@ class HeldLeaf:
         if "near_values" in types:
             put("near_values", padded(end["near_values"], (window + 2) * size, 1))
             header |= {"value_firsts": [first], "coded_values": [len(blocks)]}
-            values.append("near_values")
-        if "sinks" in types:
-            sinks = np.zeros((heads, config["sinks"], head_dim), near.dtype)
-            parts = [block["sinks"] for block in blocks if "sinks" in block]
-            if len(blocks) * size < config["sinks"]:  # then full keys begin at 0
-                parts.append(near[:, len(blocks) * size : config["sinks"]])
-            known = np.concatenate(parts, axis=1)
-            sinks[:, : known.shape[1]] = known
-            put("sinks", sinks)
-        if "words" in types:
-            shapes = {"words": (entry["rows"], size), "grid": (2, head_dim)}
-            for name, shape in shapes.items():
-                none = np.zeros((heads, 0, *shape), np.uint32 if name == "words" else near.dtype)
+            values += ["near_values", "value_sinks"]
+        for name, full in (("sinks", "near"), ("value_sinks", "near_values")):
+            if name in types:
+                put(name, _first_tokens(name, blocks, end[full], len(blocks) * size, config))
+        if "codes" in types:
+            nothing = {
+                "codes": np.zeros((heads, 0, entry["rows"], size), np.uint32),
+                "grid": np.zeros((heads, 0, 2, head_dim), near.dtype),
+            }
+            for name, none in nothing.items():
                 found = [block[name][:, None] for block in blocks]
                 put(name, np.concatenate([none, *found], axis=1))
             header["coded"] = [len(blocks)]
-            order = ["near", *values, "words", "grid", "sinks"]
+            order = ["near", *values, "codes", "grid", "sinks"]
             return _from_state(header, [made.get(name) for name in order])
         room = max(LEAST_BLOCKS, len(blocks))
         per_block: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -255,6 +253,28 @@ class HeldLeaf:
         header["ends"] = [ends]
         order = ["near", *values, "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         return _from_state(header, [made.get(name) for name in order])
+
+
+def _first_tokens(
+    name: str, blocks: Sequence[Piece], near: np.ndarray, known: int, config: dict[str, Any]
+) -> np.ndarray:
+    """Exact keys or values of the first tokens, [Hkv, n_sinks, D].
+
+    Args:
+        name: Theirs, in blocks.
+        blocks: From the text's first on.
+        near: Full ones after the blocks.
+        known: Tokens of the blocks.
+        config: The setting.
+    """
+    count = config["sinks"]
+    found = np.zeros((near.shape[0], count, near.shape[2]), near.dtype)
+    parts = [near[:, :0], *(block[name] for block in blocks if name in block)]
+    if known < count:  # then full ones begin at 0
+        parts.append(near[:, known:count])
+    tokens = np.concatenate(parts, axis=1)
+    found[:, : tokens.shape[1]] = tokens
+    return found
 
 
 def _from_state(header: dict[str, Any], buffers: list[Any]) -> DeltaKVCache:

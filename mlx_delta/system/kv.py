@@ -6,13 +6,13 @@ from typing import Any
 
 from mlx_delta.wording import nearest
 
-# Bytes and KL divergence from dense attention on SmolLM2-135M-Instruct: docs/cache.md.
+# Bytes and KL divergence from dense attention on SmolLM2-135M-Instruct: docs/results.md.
 KV: dict[str, dict[str, Any]] = {
     "small": {
         "key_format": "codes",
-        "key_bits": 2.75,
+        "key_bits": 3,
         "value_format": "rotated",
-        "value_bits": 2.5,
+        "value_bits": 3,
     },
     "balanced": {
         "key_format": "codes",

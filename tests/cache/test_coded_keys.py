@@ -64,7 +64,9 @@ def far_values(config: DeltaConfig) -> np.ndarray:
             for w, s, b in zip(words, *grid, strict=True)
         ]
         found.append(np.stack(rows) @ ref.hadamard(32))
-    return np.stack(found)
+    values = np.stack(found)
+    values[:, : config.sinks] = TEXT[2][0, :, : config.sinks]
+    return values
 
 
 @each_coding
@@ -145,7 +147,7 @@ def replaced(state, index: int, value) -> list:
     return [*state[:index], value, *state[index + 1 :]]
 
 
-# header, near, words of values, scales, biases, near values, words, grid, sinks
+# header, near, words of values, scales, biases, near values, their sinks, words, grid, sinks
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -167,17 +169,18 @@ def replaced(state, index: int, value) -> list:
         (lambda s: setting(s, key_widths=None), "words do not fit"),
         (lambda s: setting(s, value_widths=[[3, 3]]), "saved values do not fit"),
         (lambda s: setting(s, value_widths=[[3, 6, 3]]), "value_widths are of 3 kv heads"),
-        (lambda s: setting(s, value_format="plain", value_bits=4, value_widths=None), "9 parts"),
-        (lambda s: s[:-1], "8 parts"),
+        (lambda s: setting(s, value_format="plain", value_bits=4, value_widths=None), "10 parts"),
+        (lambda s: s[:-1], "9 parts"),
+        (lambda s: replaced(s, 6, s[6][:, :, :1]), "saved values do not fit"),
         (lambda s: replaced(s, 1, s[1].astype(mx.float32)), "near do not fit"),
         (lambda s: replaced(s, 5, s[5][:, :, :8]), "saved values do not fit"),
         (lambda s: replaced(s, 3, s[3].astype(mx.float32)), "saved values do not fit"),
         (lambda s: replaced(s, 2, s[2][..., :1]), "saved values do not fit"),
-        (lambda s: replaced(s, 6, s[6][:, :, :, :1]), "words do not fit"),
-        (lambda s: replaced(s, 6, s[6].astype(mx.int32)), "words do not fit"),
-        (lambda s: replaced(s, 7, None), "lacks one of its buffers"),
-        (lambda s: replaced(s, 7, s[7][:, :, :1]), "grid do not fit"),
-        (lambda s: replaced(s, 8, None), "sinks do not fit"),
+        (lambda s: replaced(s, 7, s[7][:, :, :, :1]), "words do not fit"),
+        (lambda s: replaced(s, 7, s[7].astype(mx.int32)), "words do not fit"),
+        (lambda s: replaced(s, 8, None), "lacks one of its buffers"),
+        (lambda s: replaced(s, 8, s[8][:, :, :1]), "grid do not fit"),
+        (lambda s: replaced(s, 9, None), "sinks do not fit"),
     ],
 )
 def test_a_damaged_state_is_refused(break_it, message):

@@ -22,13 +22,16 @@ from tests.attention.test_hybrid import attend, inputs
 from tests.tiny import SMALL, llama_model, tokens
 
 LENGTH = 620
-TEXT = inputs(LENGTH)
+TEXT = inputs(LENGTH, dim=32)
 SETTINGS = {
     "window": SMALL,
     "no window": DeltaConfig(block_size=8, window=0),
     "chain": DeltaConfig(block_size=8, window=0, keyframes=False, run_value="first"),
     "packed": dataclasses.replace(SMALL, key_bits=16, value_bits=16),
     "packed, no window": DeltaConfig(block_size=8, window=0, key_bits=4),
+    "codes": dataclasses.replace(
+        SMALL, key_format="codes", key_bits=4, value_format="rotated", value_bits=3
+    ),
 }
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig, DeltaKVCache, load
-from mlx_delta.attention.probe import near_and_causal, shifted_scores
+from mlx_delta.attention.probe import near_and_causal, shifted_output, shifted_scores
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import DenseText
 from mlx_delta.calibrate.gradients import far_gradients
@@ -66,10 +66,34 @@ def test_a_shift_has_the_gradient_of_far_keys_that_move():
     np.testing.assert_allclose(mx.grad(probed)(mx.zeros_like(keys)), wanted, atol=1e-5)
 
 
-def test_only_keys_that_are_seen_as_far_have_gradients():
+def test_a_shift_has_the_gradient_of_far_values_that_move():
+    rng = np.random.default_rng(0)
+    scores, values = (
+        mx.array(rng.normal(size=shape).astype(np.float32))
+        for shape in ((1, 2, 3, 40, 40), (1, 2, 40, 5))
+    )
+    near, causal = near_and_causal(40, SMALL_RUNS)
+    far = mx.logical_and(causal, mx.logical_not(near))
+    weights = mx.softmax(mx.where(causal, scores, -mx.inf), axis=-1)
+
+    def probed(shift: mx.array) -> mx.array:
+        output = weights @ values[:, :, None]
+        return mx.sin(shifted_output(output, shift, weights, far)).sum()
+
+    def moved(shift: mx.array) -> mx.array:
+        seen = mx.where(far, weights, 0) @ (values + shift)[:, :, None]
+        return mx.sin(seen + mx.where(far, 0, weights) @ values[:, :, None]).sum()
+
+    wanted = mx.grad(moved)(mx.zeros_like(values))
+    assert float(mx.abs(wanted).max()) > 0.01
+    np.testing.assert_allclose(mx.grad(probed)(mx.zeros_like(values)), wanted, atol=1e-5)
+
+
+def test_only_keys_and_values_that_are_seen_as_far_have_gradients():
     model = llama_model(SMALL_RUNS)
-    squares, _ = far_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
-    assert [x.shape for x in squares] == [(2, 64, 16)] * 2
+    of_both = far_gradients(model, tokens(64)[0].tolist(), SMALL_RUNS, [0, 2], seed=0)
+    squares = [x for found in of_both for x in found]
+    assert [x.shape for x in squares] == [(2, 64, 16)] * 4
     for each in squares:
         each = np.array(each)
         assert not each[:, :3].any()  # sinks
@@ -208,3 +232,34 @@ def test_what_can_not_be_is_said(path, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
     assert not (path / FILE_NAME).exists()
+
+
+def test_codes_are_calibrated_anew_and_the_rest_stays(path, capsys):
+    """A model of an older version, whose sensitivities say nothing of codes."""
+    rng = np.random.default_rng(0)
+    old = Sensitivities(
+        [rng.lognormal(0, 1, (2, 16)) for _ in range(3)], [(0, 0, 0), (0.1, 0.5, 0.01)]
+    )
+    old.save(path / FILE_NAME)
+    config = json.loads((path / "config.json").read_text())
+    config["delta"] |= {"level": 0.05, "sensitivities": FILE_NAME}
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    assert run("--model", path, "--codes") == 0, capsys.readouterr().err
+    assert json.loads((path / "config.json").read_text()) == config
+    new = Sensitivities.read(path / FILE_NAME)
+    for mine, theirs in zip(old.layers, new.layers, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert new.curve == old.curve
+    assert all(x.shape == (2, 16) and (x > 0).all() for x in new.spread)
+    assert all(x.shape == (2,) and (x > 0).all() for x in new.value_costs)
+    keys = watch(load(path)[0], tokens(64)[0].tolist(), SMALL_RUNS).keys
+    for own, found in zip(keys, new.spread, strict=True):  # of another text
+        deviation = np.array(own).reshape(2, 8, 8, 16).std(axis=2)
+        np.testing.assert_allclose(np.sqrt(np.square(deviation).mean(axis=1)), found, rtol=1)
+    assert run("--model", path, "--codes", "--uncorrected") == 1
+    assert "--uncorrected says nothing about codes" in capsys.readouterr().err
+
+
+def test_codes_need_what_was_calibrated(path, capsys):
+    assert run("--model", path, "--codes") == 1
+    assert "--codes needs sensitivities that were measured" in capsys.readouterr().err

@@ -42,7 +42,8 @@ class TestChatApp:
 
     def test_a_talk(self, module, model):
         async def talk() -> None:
-            app = module.ChatApp(str(model), None, 12)
+            app, failures = module.ChatApp(str(model), None, 12), []
+            asyncio.get_running_loop().set_exception_handler(lambda _, x: failures.append(x))
             async with app.run_test() as pilot:
                 line = app.query_one(module.Input)
                 await until(pilot, lambda: not line.disabled)
@@ -74,6 +75,8 @@ class TestChatApp:
 
                 await pilot.press(*"Bye", "enter")  # leaving while it answers
                 await until(pilot, lambda: app._text)
+                await pilot.press("ctrl+q")
+            assert failures == []  # of what the answer still had to say
             assert not app._thread._thread.is_alive()
 
         asyncio.run(asyncio.wait_for(talk(), 60))

@@ -22,7 +22,8 @@ ONE = coded(((4, 64),), (4, 4))
 
 def one(length: int, **changes: Any) -> CodedCase:
     """A case with four queries to a simdgroup, all of which take the same compiled kernel."""
-    return CodedCase(ONE, (length,), **{"heads": (8, 2), "dtype": mx.float16, **changes})
+    default = {"setting": ONE, "heads": (8, 2), "dtype": mx.float16}
+    return CodedCase(lengths=(length,), **{**default, **changes})
 
 
 @every_run

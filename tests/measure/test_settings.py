@@ -101,6 +101,15 @@ def test_layers_get_their_own_thresholds():
     assert [cache.config.threshold for cache in caches] == [0.1, 0.2, 0.3]
 
 
+def test_a_short_name_stands_for_fields_and_others_may_follow():
+    caches = parse_setting("delta:kv=balanced,sinks=2", SMALL).make_caches(llama_model())
+    config = caches[0].config
+    assert (config.key_format, config.value_format, config.sinks) == ("codes", "rotated", 2)
+    assert parse_setting("delta:kv=exact", SMALL).delta.key_bits is None
+    with pytest.raises(ValueError, match="unknown kind 'tiny'; known are small, balanced, exact"):
+        parse_setting("delta:kv=tiny", SMALL)
+
+
 def test_sliding_layers_keep_mlx_lms_cache_whatever_the_setting():
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     model = llama_model(layer_types=types, sliding_window=24)
