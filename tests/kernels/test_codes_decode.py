@@ -204,7 +204,7 @@ def small_case() -> None:
         ends = [(start + case.steps - first, n) for start, n, first, _ in rows]
         room, n = (max(x) for x in zip(*ends, strict=True))
         far = [x[:, :, : 64 * n] for x in (values.words, values.scales, values.biases)]
-        values = codes_kernel.CodedValues(*far, values.near, values.widths)
+        values = codes_kernel.CodedValues(*far, values.near, values.sinks, values.widths)
         return decode(queries, rows, blocks.first(n), near[:, :, :room], values, *rest)
 
     with (
