@@ -6,7 +6,7 @@
 // kind, 64 at once:
 //
 //   far    blocks of codes, divided among the first splits
-//   sinks  exact keys of the first tokens, with values of codes (one split)
+//   sinks  exact keys and values of the first tokens (one split)
 //   near   exact keys and values of 16 bits, block by block (the last splits)
 //
 // Lanes own tokens while scores are computed, so that nothing is summed up over lanes but once a
@@ -107,6 +107,7 @@ inline void codes_decode(
     const device S* sinks,
     const device S* near,
     const device V* near_values,
+    const device V* sink_values,  // exact ones, where values are codes
     const device uint* value_words,
     const device V* scales,  // or the values, without codes
     const device V* biases,
@@ -168,7 +169,7 @@ inline void codes_decode(
   begin += share * each;
   end = min(begin + each, end);
   const bool is_far = kind == CODED_FAR;
-  const bool coded_values = Coded && kind != CODED_NEAR;
+  const bool coded_values = Coded && is_far;
 
   // This lane's channels: the factor on the query, and where it goes. Far ones in the order of the
   // words, whose rows are filled up to pairs with zeros; others as they come.
@@ -209,6 +210,7 @@ inline void codes_decode(
       ? sinks + long(head) * sizes.sinks * D
       : near + (long(head) * sizes.room - near_first) * D;
   near_values += (long(head) * sizes.value_room - value_first) * D;
+  sink_values += long(head) * sizes.sinks * D;
   const int own = lane % Own;
   const int sub = min(lane / Own, Step - 1);
   const int width = Coded ? heads[2 * kv_head] : 16;
@@ -268,8 +270,10 @@ inline void codes_decode(
       add_if_coded<2, ValueWidths, Queries, Groups, Step, Bytes>(
           width, state, from, sizes.value_words, mine, own, sub);
     } else {
-      const int tokens = min(CODED_TOKENS, last_position + 1 - token);
-      const device V* all = kind == CODED_NEAR ? near_values : scales;
+      const bool beside = Coded && kind == CODED_SINKS;
+      const int last = beside ? sizes.sinks - 1 : last_position;
+      const int tokens = min(CODED_TOKENS, last + 1 - token);
+      const device V* all = beside ? sink_values : kind == CODED_NEAR ? near_values : scales;
       const device V* from = all + long(token) * D + own * 8;
       add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
     }

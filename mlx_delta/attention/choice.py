@@ -61,8 +61,6 @@ def _refusal(queries: mx.array, step: Step, blocks: PackedBlocks | CodedBlocks) 
     if isinstance(blocks, CodedBlocks):
         if not isinstance(values, TurnedView) and values.quantized:
             return f"keys are codes of several widths, and values {values.bits}-bit codes"
-        if isinstance(values, TurnedView) and values.sinks.shape[2]:
-            return "values of the first tokens stand beside the codes, which the kernel reads alone"
         return codes_kernel.refusal(queries, blocks, values.head_dim)
     if turned:
         return "values are turned, and keys held"

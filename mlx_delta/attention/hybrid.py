@@ -151,7 +151,7 @@ def _decode(
         if isinstance(values, TurnedView):
             firsts = tuple(values.firsts)
             stored: mx.array | codes_kernel.CodedValues = codes_kernel.CodedValues(
-                *values.codes, values.near, values.widths
+                *values.codes, values.near, values.sinks, values.widths
             )
         else:
             firsts, stored = (0,) * len(step.starts), values.buffers[0]

@@ -53,7 +53,7 @@ BODY = """
     codes_decode<
         T, S, V, KeyWidths, ValueWidths, Group, D, Queries, Bytes, HasSinks, HasMask>(
         queries, far_queries, rows, counts, order, words, grid, sinks, near, near_values,
-        value_words, scales, biases, heads, mask, scale, sizes, partial, sums,
+        sink_values, value_words, scales, biases, heads, mask, scale, sizes, partial, sums,
         scaled + simdgroup * slots, plain + simdgroup * plainly, weights + simdgroup * weighed,
         thread_index_in_simdgroup,
         int(threadgroup_position_in_grid.y) / heads_of_all * Simdgroups + simdgroup,
@@ -80,6 +80,7 @@ class CodedValues:
         scales: [B, 1, capacity, Hkv * groups] of the storage type.
         biases: As ``scales``.
         near: [B, Hkv, room, D] of the storage type.
+        sinks: [B, Hkv, n_sinks, D], exact values of the first tokens; as many as exact keys.
         widths: Bits of a code of each kv head.
     """
 
@@ -87,6 +88,7 @@ class CodedValues:
     scales: mx.array
     biases: mx.array
     near: mx.array
+    sinks: mx.array
     widths: tuple[int, ...]
 
 
@@ -98,7 +100,16 @@ def codes_kernel() -> Any:
         name="codes_decode",
         input_names=[
             *("queries", "far_queries", "rows", "counts", "order", "words", "grid", "sinks"),
-            *("near", "near_values", "value_words", "scales", "biases", "heads", "mask"),
+            *(
+                "near",
+                "near_values",
+                "sink_values",
+                "value_words",
+                "scales",
+                "biases",
+                "heads",
+                "mask",
+            ),
             *("scale", "n_sinks", "window_blocks", "far_splits"),
         ],
         output_names=["partial", "sums"],
@@ -183,16 +194,17 @@ def decode(
     share = max(1, gpu_simdgroups() // (B * kv_heads * parts.simdgroups * parts.number))
     far_splits = min(share, -(-far // LEAST_BLOCKS))
     splits = far_splits + has_sinks + min(share, near_units)
-    n_sinks, sinks = 0, filler(blocks.dtype)
+    n_sinks, sinks, sink_values = 0, filler(blocks.dtype), filler(near_values.dtype)
     if has_sinks and blocks.sinks is not None:
         n_sinks, sinks = blocks.sinks.shape[2], blocks.sinks
+        sink_values = values.sinks if isinstance(values, CodedValues) else sink_values
     partial, sums = codes_kernel()(
         inputs=[
             *(queries, far_queries),
             row_numbers(tuple(rows)),
             constant((*counts, 0, 0, 0), mx.int32),
             *(_order(blocks.coding), blocks.words, blocks.grid, sinks, near, near_values),
-            *(words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
+            *(sink_values, words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
             constant(n_sinks, mx.int32),
             *(constant(window_blocks, mx.int32), constant(far_splits, mx.int32)),
@@ -214,7 +226,7 @@ def decode(
     )
     threads = -(-D // SIMD) * SIMD
     (out,) = combine_kernel()(
-        inputs=[partial, sums, constant(far_splits + has_sinks, mx.int32)],
+        inputs=[partial, sums, constant(far_splits, mx.int32)],
         template=[("T", queries.dtype), ("D", D), ("Piece", piece)],
         grid=(threads, B * n_heads * steps, 1),
         threadgroup=(threads, 1, 1),
@@ -297,7 +309,8 @@ def _check(
     types = {"sinks": blocks.dtype, "near": blocks.dtype}
     check_shapes(name, shapes, types)
     if isinstance(values, CodedValues):
-        _check_values(name, values, B, kv_heads, D)
+        n_sinks = 0 if blocks.sinks is None else blocks.sinks.shape[2]
+        _check_values(name, values, (B, kv_heads, n_sinks, D))
     if (reason := refusal(queries, blocks, D)) is not None:
         raise ValueError(f"[{name}] {reason}.")
     _, n_heads, steps, _ = queries.shape
@@ -335,7 +348,8 @@ def _check(
             )
 
 
-def _check_values(name: str, values: CodedValues, B: int, kv_heads: int, D: int) -> None:
+def _check_values(name: str, values: CodedValues, sinks: tuple[int, int, int, int]) -> None:
+    B, kv_heads, _, D = sinks
     if len(values.widths) != kv_heads or any(width not in WIDTHS for width in values.widths):
         raise ValueError(f"[{name}] widths {values.widths} do not fit {kv_heads} kv heads.")
     tokens = values.words.shape[2] if values.words.ndim == 4 else None
@@ -345,9 +359,13 @@ def _check_values(name: str, values: CodedValues, B: int, kv_heads: int, D: int)
     check_shapes(
         name,
         {
+            "sinks": (values.sinks, sinks),
             "words": (values.words, (B, 1, tokens, sum(D * w // 32 for w in values.widths))),
             "scales": (values.scales, (B, 1, tokens, groups)),
             "biases": (values.biases, (B, 1, tokens, groups)),
         },
-        {"words": mx.uint32, "scales": values.near.dtype, "biases": values.near.dtype},
+        {
+            **{"words": mx.uint32, "scales": values.near.dtype, "biases": values.near.dtype},
+            "sinks": values.near.dtype,
+        },
     )

@@ -46,7 +46,7 @@ def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Wal
     near = mx.zeros((1, heads, 128, D), HALF)
     scales = mx.zeros((1, 1, 256, heads * D // 64), HALF)
     words = mx.zeros((1, 1, 256, heads * D * width // 32), mx.uint32)
-    values = codes_kernel.CodedValues(words, scales, scales, near, (width,) * heads)
+    values = codes_kernel.CodedValues(words, scales, scales, near, near[:, :, :4], (width,) * heads)
     queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
     with captured(Bytes=by_bytes) as found:
         rows = [(320, 4, 256, 256)]

@@ -29,8 +29,8 @@ def find_disassembler() -> str | None:
         return path
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or [] if spec is not None else []:
-        for path in sorted(Path(folder).glob("*/bin/nvdisasm")):
-            return str(path)
+        for file in sorted(Path(folder).glob("*/bin/nvdisasm")):
+            return str(file)
     return None
 
 

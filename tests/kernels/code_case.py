@@ -109,7 +109,9 @@ class CodedCase(Case):
             ref.decode_value(np.array(words[t]), scales[t], biases[t], (width,), self.head_dim)[0]
             for t in range(length)
         ]
-        return near, np.array(far) @ ref.hadamard(self.head_dim)
+        coded = np.array(far) @ ref.hadamard(self.head_dim)
+        coded[: self.setting.sinks] = near[: self.setting.sinks]
+        return near, coded
 
 
 def check(bench: MetalBench, case: CodedCase, mask: bool = False, **options: Any) -> None:

@@ -22,7 +22,8 @@ ONE = coded(((4, 64),), (4, 4))
 
 def one(length: int, **changes: Any) -> CodedCase:
     """A case with four queries to a simdgroup, all of which take the same compiled kernel."""
-    return CodedCase(ONE, (length,), **{"heads": (8, 2), "dtype": mx.float16, **changes})
+    default = {"setting": ONE, "heads": (8, 2), "dtype": mx.float16}
+    return CodedCase(lengths=(length,), **{**default, **changes})
 
 
 @every_run
@@ -157,7 +158,6 @@ MUTATIONS = [
     Mutation("the future", "place + i <= position && ", ""),
     Mutation("both forms of a block", " && block < far;", ";"),
     Mutation("coded sinks", "is_sink == (kind == CODED_SINKS)", "true"),
-    Mutation("far blocks seen by all", "block >= least_far ||", "false ||"),
     Mutation("mask not looked at", "if (HasMask && seen) {", "if (false) {"),
     Mutation("mask of another step", "* sizes.queries + step;", "* sizes.queries;"),
     Mutation("no rescaling of outputs", "state.output[j][k] *= shrink;", ""),
@@ -185,9 +185,11 @@ def small_case() -> None:
     """Every part of the kernel: queries on both sides of a border, rows that differ, groups."""
     setting = coded(((6, 32), (4, 44), (2, 20)), (2, 3))
     case = CodedCase(setting, (130, 195), 5, (2, 2), 96, mx.float16)
-    # One row looks at all its keys alike; scores of the other rise by more than the slack.
-    factors = mx.array([0.2, 3.0], mx.float16)[:, None, None, None]
-    case.queries = case.queries * factors
+    # One row looks at all its keys alike; scores of the other rise by more than the slack from its
+    # first block to its second.
+    case.queries = case.queries * mx.array([0.2, 3.0], mx.float16)[:, None, None, None]
+    small = (mx.arange(195) < 64) & (mx.arange(2)[:, None] == 1)
+    case.keys = mx.where(small[:, None, :, None], case.keys * 0.1, case.keys)
     cache = case.cache()
     mask = cache.make_mask(case.steps)
     mask = mask & ((mx.arange(mask.shape[-1]) + mx.arange(case.steps)[:, None]) % 5 != 2)
@@ -202,7 +204,7 @@ def small_case() -> None:
         ends = [(start + case.steps - first, n) for start, n, first, _ in rows]
         room, n = (max(x) for x in zip(*ends, strict=True))
         far = [x[:, :, : 64 * n] for x in (values.words, values.scales, values.biases)]
-        values = codes_kernel.CodedValues(*far, values.near, values.widths)
+        values = codes_kernel.CodedValues(*far, values.near, values.sinks, values.widths)
         return decode(queries, rows, blocks.first(n), near[:, :, :room], values, *rest)
 
     with (
@@ -227,12 +229,14 @@ COMBINE_MUTATIONS = [
 
 
 def plain_case() -> None:
-    """Channels that do not fill the lanes, and values as they are."""
-    case = CodedCase(coded(((4, 40), (3, 40)), None), (200,), 1, (4, 2), 80, mx.float16)
+    """Channels that do not fill the lanes, values as they are; neither mask nor sinks."""
+    setting = coded(((4, 40), (3, 40)), None, sinks=0)
+    case = CodedCase(setting, (129,), 2, (4, 2), 80, mx.float16)
     assert_close(case.step(case.cache()), case.expected(), case)
 
 
 PLAIN_MUTATIONS = [
+    Mutation("far blocks seen by all", "block >= least_far ||", "false ||"),
     Mutation(
         "grid past the last channel", "if (d < D) {\n      const float", "{\n      const float"
     ),
