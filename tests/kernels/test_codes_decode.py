@@ -175,7 +175,7 @@ MUTATIONS = [
     Mutation("one head's words", "+ heads[2 * kv_head + 1]", ""),
     Mutation("outputs of half the lanes", "half_way = coded_step<D>() / 2", "half_way = 0"),
     Mutation("output of no query", "if (q >= all_queries) {", "if (false) {"),
-    Mutation("values behind the last", "min(CODED_TOKENS, last_position + 1 - token)", "64"),
+    Mutation("values behind the last", "min(CODED_TOKENS, last + 1 - token)", "64"),
     Mutation("keys behind the last", "sinks - 1 : last_position", "sinks - 1 : 1 << 20"),
     Mutation("one row's near keys", "long(head) * sizes.room - near_first", "-near_first"),
 ]  # fmt: skip
