@@ -31,8 +31,11 @@ def nothing_launched(**_: object) -> None:
 
 @pytest.fixture(autouse=True)
 def no_launch():
-    """Any launch is a mistake, on whatever machine."""
-    with mock.patch.object(mx.fast, "metal_kernel", lambda **_: nothing_launched):
+    """Any launch is a mistake, on whatever machine; and what is packed stays packed."""
+    with (
+        mock.patch.object(mx.fast, "metal_kernel", lambda **_: nothing_launched),
+        mock.patch("mlx_delta.cache.written_out.has_kernels", lambda: True),
+    ):
         builders = (decode_kernel.decode_kernel, decode_kernel.reduce_kernel)
         for builder in (*builders, pack_kernel.encode_kernel, pack_kernel.unpack_kernel):
             builder.cache_clear()

@@ -183,7 +183,7 @@ def test_a_cache_that_asks_for_tiles_gets_the_kernels(bench: MetalBench, key_bit
 
 def test_what_the_kernels_do_not_take_is_said_once():
     step = mock.Mock()
-    step.stored_values.head_dim = 64
+    step.stored_values.head_dim, step.stored_values.differs = 64, False
     choice._warn.cache_clear()
     with mock.patch.object(mx.metal, "is_available", lambda: True):
         assert choice.tiles_by_kernel(mx.zeros((1, 2, 64, 64)), step, 1.0)
