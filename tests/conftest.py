@@ -12,7 +12,7 @@ import pytest
 import mlx_delta  # noqa: F401
 
 # Of the mistakes planted for one test, every so many-th one.
-MISTAKES = 6
+MISTAKES = 9
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
