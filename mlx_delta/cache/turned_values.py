@@ -35,8 +35,7 @@ class TurnedValues:
         codes: Words, scales and biases, each of [B, 1, capacity, ..], of far tokens.
         near: The last values.
         sinks: [B, Hkv, n_sinks, Dv], exact values of the first tokens. Most of the attention is
-            often theirs, so that an error of theirs is not averaged away: coded in 4 bits, they
-            alone cost four times what all others do.
+            often theirs, so that an error of theirs is not averaged away.
         counts: Blocks of each row that are coded.
     """
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +26,6 @@ from .recall import Recall, make_recall
 from .salience import measure_salience
 from .weights import Watched, Way, correct_layers, measure_recall, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
-
-Mode = Literal["optimal", "greedy"]
 
 LENGTH = 1024  # tokens of a window
 CORRECTED = 512  # of them that are read once more for each layer

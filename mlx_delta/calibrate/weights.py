@@ -30,9 +30,8 @@ from .recall import Recall
 Way = Literal["gradients", "queries"]
 
 MOST_CORRECTION = 8.0  # of a layer, either way
-# Of the weights, that comes from what has to be recalled. SmolLM2-135M, .70 of deltas zero: without
-# any .0098 nats are lost where facts are asked for, with .7 .0055, and with salience of both .0028;
-# in prose .00077, .00084 and .00083.
+# Of the weights, that comes from what has to be recalled: of 0, .3 and .7 the one that lost least
+# where facts were asked for (SmolLM2-135M), at hardly more in prose. docs/calibrate.md has figures.
 RECALLED = 0.7
 LEAST_SHARE = 1e-6  # of a layer's mean weight, for channels that nothing depends on
 
