@@ -35,7 +35,7 @@ struct CodedSizes {
   int groups;  // query heads to a kv head
   int queries;  // a row, of one head
   int blocks;  // capacity in coded blocks
-  int word_rows;  // to a block
+  int word_rows;  // to a block, of all kv heads
   int room;  // capacity in near keys
   int value_room;  // and in near values
   int tokens;  // capacity in values of codes
@@ -88,7 +88,7 @@ template <
     typename T,  // queries
     typename S,  // stored keys and grids
     typename V,  // values of 16 bits, scales and biases
-    int KeyWidths,  // which widths classes have, a bit each: 1 << width
+    int Kinds,  // of rows of words of keys, a bit each: 1 << kind
     int ValueWidths,  // the same for values; 0: all of them have 16 bits
     int Group,  // values that share a scale; D without codes
     int D,
@@ -100,7 +100,7 @@ inline void codes_decode(
     const device T* queries,
     const device T* far_queries,  // turned as the coded keys are, or the same
     const device int* rows,
-    const device int* counts,  // [8]: channels of width 8, 6, 4, 3 and 2
+    const device int* counts,  // [kv heads][8]: rows of each kind, and the first one's number
     const device int* order,
     const device uint* words,
     const device S* grid,
@@ -117,7 +117,7 @@ inline void codes_decode(
     CodedSizes sizes,
     device float* partial,
     device float* sums,
-    threadgroup float4* scaled,  // [coded_slots<KeyWidths, D>()] queries, times steps of the grid
+    threadgroup float4* scaled,  // [coded_slots<Kinds, D>()] queries, times steps of the grid
     threadgroup float4* plain,  // [D] and as they are, in the order
     threadgroup float4* weights,  // [D / Group * CODED_TOKENS]
     int lane,
@@ -137,6 +137,7 @@ inline void codes_decode(
   const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
   const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
+  counts += kv_head * CODED_COUNTS;
   const int window = sizes.window_blocks;
 
   // A position before the text is padding: it sees key 0, for want of any.
@@ -181,7 +182,7 @@ inline void codes_decode(
     unit[i] = 1.0f;
   }
   if (is_far) {
-    const int slots = place_channels<KeyWidths, Chunks, Bytes>(counts, lane, slot, unit);
+    const int slots = place_channels<Kinds, Chunks, Bytes>(counts, lane, slot, unit);
     const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int i = lane; i < slots; i += 32) {
       put<Queries>(scaled, i, none);
@@ -204,7 +205,7 @@ inline void codes_decode(
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
 
-  words += long(head) * sizes.blocks * sizes.word_rows * CODED_TOKENS;
+  words += (long(row) * sizes.blocks * sizes.word_rows + counts[CODED_KINDS]) * CODED_TOKENS;
   grid += long(head) * sizes.blocks * 2 * D;
   const device S* exact_keys = kind == CODED_SINKS
       ? sinks + long(head) * sizes.sinks * D
@@ -233,7 +234,7 @@ inline void codes_decode(
     float score[2][Queries];
     if (is_far) {
       const device uint* own_words = words + long(block) * sizes.word_rows * CODED_TOKENS;
-      coded_scores<S, KeyWidths, D, Queries, Bytes>(
+      coded_scores<S, Kinds, D, Queries, Bytes>(
           counts, own_words, grid + long(block) * 2 * D, plain, slot, unit, scaled, lane, score);
     } else {
       const int last = kind == CODED_SINKS ? sizes.sinks - 1 : last_position;

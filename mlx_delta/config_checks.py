@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .sensitivities import Sensitivities
-from .widths import VALUE_WIDTHS, WIDTHS
+from .widths import VALUE_WIDTHS, rows_of
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
@@ -209,9 +209,9 @@ def _fits_layer(name: str, widths: Any) -> bool:
         return False
     if name == "value_widths":
         return all(type(width) is int and width in VALUE_WIDTHS for width in widths)
-    if not all(isinstance(head, str) and set(head) <= set(map(str, WIDTHS)) for head in widths):
+    if not all(isinstance(head, str) and rows_of(head) is not None for head in widths):
         return False
-    return bool(widths[0]) and len({"".join(sorted(head)) for head in widths}) == 1
+    return len(set(map(len, widths))) == 1
 
 
 def _check_prefill(config: DeltaConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -10,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_delta.kernels import kernel_source
-from mlx_delta.method.codes import Classes, hadamard_size
-from mlx_delta.widths import WIDTHS
+from mlx_delta.method.codes import hadamard_size
+from mlx_delta.widths import FIELDS, VALUE_WIDTHS
 
 from .codes import CodedBlocks, Coding
 from .decode_kernel import mask_input, row_numbers
@@ -37,21 +38,21 @@ THREADGROUP_BYTES = 32768
 LEAST_BLOCKS = 2
 
 BODY = """
-    constexpr int slots = coded_room<Queries>(coded_slots<KeyWidths, D>());
+    constexpr int slots = coded_room<Queries>(coded_slots<Kinds, D>());
     constexpr int weighed = coded_room<Queries>(D / Group * CODED_TOKENS);
     threadgroup float4 scaled[Simdgroups * slots];
     constexpr int plainly = coded_room<Queries>(D);
     threadgroup float4 plain[Simdgroups * plainly];
     threadgroup float4 weights[Simdgroups * weighed];
     CodedSizes sizes = {
-        words_shape[1], queries_shape[1] / words_shape[1], queries_shape[2], words_shape[2],
-        words_shape[3], near_shape[2], near_values_shape[2], scales_shape[2],
+        grid_shape[1], queries_shape[1] / grid_shape[1], queries_shape[2], words_shape[1],
+        words_shape[2], near_shape[2], near_values_shape[2], scales_shape[2],
         value_words_shape[3], n_sinks, window_blocks, far_splits, int(threadgroups_per_grid.z),
         mask_shape[0], mask_shape[2]};
-    int heads_of_all = queries_shape[0] * words_shape[1];
+    int heads_of_all = queries_shape[0] * grid_shape[1];
     int simdgroup = simdgroup_index_in_threadgroup;
     codes_decode<
-        T, S, V, KeyWidths, ValueWidths, Group, D, Queries, Bytes, HasSinks, HasMask>(
+        T, S, V, Kinds, ValueWidths, Group, D, Queries, Bytes, HasSinks, HasMask>(
         queries, far_queries, rows, counts, order, words, grid, sinks, near, near_values,
         sink_values, value_words, scales, biases, heads, mask, scale, sizes, partial, sums,
         scaled + simdgroup * slots, plain + simdgroup * plainly, weights + simdgroup * weighed,
@@ -133,8 +134,8 @@ def combine_kernel() -> Any:
 def refusal(queries: mx.array, blocks: CodedBlocks, value_dim: int) -> str | None:
     """Why the kernel does not take queries [B, Hq, L, D] over such blocks; ``None`` if it does."""
     D = queries.shape[3]
-    if blocks.words.shape[4] != TOKENS:
-        return f"coded blocks have {blocks.words.shape[4]} tokens, not {TOKENS}"
+    if blocks.words.shape[3] != TOKENS:
+        return f"coded blocks have {blocks.words.shape[3]} tokens, not {TOKENS}"
     if value_dim != D:
         return f"values have another dimension ({value_dim}) than keys ({D})"
     if D not in HEAD_DIMS:
@@ -170,7 +171,7 @@ def decode(
     """
     _check(queries, rows, blocks, near, values, mask, window_blocks)
     B, n_heads, steps, D = queries.shape
-    kv_heads, classes = blocks.words.shape[1], blocks.coding.classes
+    kv_heads, coding = blocks.grid.shape[1], blocks.coding
     far_queries = queries
     if blocks.coding.turned:
         far_queries = turn(queries.astype(mx.float32)).astype(queries.dtype)
@@ -186,9 +187,10 @@ def decode(
         words, scales = filler(mx.uint32).reshape(1, 1, 1, -1), values
         biases = filler(values.dtype)
         heads = [(16, 0)] * kv_heads
-    widths = dict(classes)
-    counts = tuple(widths.get(width, 0) for width in WIDTHS)
-    parts = _Parts.of(n_heads // kv_heads * steps, D, group, classes)
+    counts = tuple(
+        (*rows, first, 0) for rows, first in zip(coding.rows, coding.first_rows, strict=False)
+    )
+    parts = _Parts.of(n_heads // kv_heads * steps, D, group, coding.kinds)
     far, near_units = _units(rows, steps, window_blocks)
     has_sinks = blocks.sinks is not None and far > 0
     share = max(1, gpu_simdgroups() // (B * kv_heads * parts.simdgroups * parts.number))
@@ -202,7 +204,7 @@ def decode(
         inputs=[
             *(queries, far_queries),
             row_numbers(tuple(rows)),
-            constant((*counts, 0, 0, 0), mx.int32),
+            constant(counts, mx.int32),
             *(_order(blocks.coding), blocks.words, blocks.grid, sinks, near, near_values),
             *(sink_values, words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
@@ -211,7 +213,7 @@ def decode(
         ],
         template=[
             *(("T", queries.dtype), ("S", blocks.dtype), ("V", scales.dtype)),
-            ("KeyWidths", sum(1 << width for width in widths)),
+            ("Kinds", sum(1 << kind for kind in coding.kinds)),
             *(("ValueWidths", value_widths), ("Group", group), ("D", D)),
             *(("Queries", parts.queries), ("Simdgroups", parts.simdgroups)),
             *(("Bytes", False), ("HasSinks", has_sinks), ("HasMask", mask is not None)),
@@ -257,12 +259,12 @@ class _Parts:
     number: int
 
     @classmethod
-    def of(cls, queries: int, head_dim: int, group: int, classes: Classes) -> _Parts:
+    def of(cls, queries: int, head_dim: int, group: int, kinds: Sequence[int]) -> _Parts:
         """The division of so many queries: as many side by side as threadgroup memory allows."""
         total = -(-queries // SIMDGROUP_QUERIES)
         own = -(-queries // total)
-        # The queries in the order of the words, whose rows are filled up to pairs, and the weights.
-        places = 2 * head_dim + sum(2 * (32 // width) - 1 for width, _ in classes)
+        # The queries in the order of the words, whose rows are in pairs, and the weights.
+        places = 2 * head_dim + sum(2 * kind for kind in kinds)
         places += TOKENS * head_dim // group
         room = 16 * places if own >= 3 else 4 * own * places + 32
         simdgroups = min(total, MOST_SIMDGROUPS, THREADGROUP_BYTES // room)
@@ -292,15 +294,20 @@ def _check(
 ) -> None:
     """Refuse what would make the kernel read past an array's end."""
     name, D, coding = "codes_decode", blocks.head_dim, blocks.coding
-    check_shapes(name, {"words": (blocks.words, (None,) * 5)}, {"words": mx.uint32})
-    B, kv_heads, capacity, _, _ = blocks.words.shape
+    check_shapes(
+        name,
+        {"words": (blocks.words, (None,) * 4), "grid": (blocks.grid, (None,) * 5)},
+        {"words": mx.uint32},
+    )
+    B, kv_heads, capacity, _, _ = blocks.grid.shape
     orders = len(coding.order) == kv_heads and all(len(order) == D for order in coding.order)
-    if not orders or sum(count for _, count in coding.classes) != D:
-        raise ValueError(f"[{name}] classes {coding.classes} do not fit {kv_heads} heads of {D}.")
+    pairs = [sum(map(operator.mul, FIELDS, rows)) for rows in coding.rows]
+    if not orders or pairs != [D // 2] * kv_heads:
+        raise ValueError(f"[{name}] rows {coding.rows} do not fit {kv_heads} heads of {D}.")
     exact = values.near if isinstance(values, CodedValues) else values
     shapes: dict[str, Any] = {
         "queries": (queries, (B, None, None, D)),
-        "words": (blocks.words, (B, kv_heads, capacity, coding.rows, None)),
+        "words": (blocks.words, (B, capacity, coding.all_rows, None)),
         "grid": (blocks.grid, (B, kv_heads, capacity, 2, D)),
         "sinks": (blocks.sinks, None if blocks.sinks is None else (B, kv_heads, None, D)),
         "near": (near, (B, kv_heads, None, D)),
@@ -350,7 +357,7 @@ def _check(
 
 def _check_values(name: str, values: CodedValues, sinks: tuple[int, int, int, int]) -> None:
     B, kv_heads, _, D = sinks
-    if len(values.widths) != kv_heads or any(width not in WIDTHS for width in values.widths):
+    if len(values.widths) != kv_heads or any(width not in VALUE_WIDTHS for width in values.widths):
         raise ValueError(f"[{name}] widths {values.widths} do not fit {kv_heads} kv heads.")
     tokens = values.words.shape[2] if values.words.ndim == 4 else None
     groups = values.scales.shape[-1]
