@@ -7,6 +7,7 @@ both are chosen by measurement.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,15 @@ class CodesCalibration:
     config: DeltaConfig
     tried: tuple[Tried, ...]
     length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the sensitivities as plain JSON values."""
+        spread = self.config.loaded_sensitivities.spread
+        return {
+            "length": self.length,
+            "spread": [None if x is None else x.tolist() for x in spread],
+            "tried": [dataclasses.asdict(x) for x in self.tried],
+        }
 
 
 def with_codes(
@@ -138,7 +148,7 @@ def calibrate_codes(
             f"[calibrate] two windows of {length} tokens are needed but the text has one; give a "
             "longer --text or a smaller --length."
         )
-    sizes = _Sizes.of(model, windows[0][:1], base)
+    sizes = Sizes.of(model, windows[0][:1], base)
     if share is not None:
         sizes.check(share)
     steps = 1 + (MOST_SPLITS + (BISECTIONS if kl is not None else 0) if wished else 0)
@@ -150,13 +160,13 @@ def calibrate_codes(
         if not wished:
             return CodesCalibration(config, (), length)
         text_read = DenseText(model, windows[1], length // 2)
-        search = _Search(text_read, config, sizes, bar)
+        search = Search(text_read, config, sizes, bar)
         best = search.with_share(share) if share is not None else search.with_divergence(kl or 0)
     return CodesCalibration(search.setting(best), (*search.tried, best), length)
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What keys and values take besides their codes.
 
     Attributes:
@@ -172,7 +182,7 @@ class _Sizes:
     value_grid: float
 
     @classmethod
-    def of(cls, model: nn.Module, window: Sequence[int], config: DeltaConfig) -> _Sizes:
+    def of(cls, model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Sizes:
         """Of a model with caches of a setting."""
         keys: list[int] = []
         values: dict[int, int] = {}
@@ -198,15 +208,11 @@ class _Sizes:
         least, most = MEAN_BITS
         grids = self.keys * self.key_grid + self.values * self.value_grid
         room = DENSE_BITS * (self.keys + self.values) * share - grids
-        of_values = (room - self.keys * split) / (self.keys + self.values)
-        of_keys = of_values + split
-        if not least <= of_keys <= most:
-            of_keys = min(max(of_keys, least), most)
-            of_values = (room - self.keys * of_keys) / self.values
-        elif not least <= of_values <= most:
-            of_values = min(max(of_values, least), most)
-            of_keys = (room - self.values * of_values) / self.keys
-        return of_keys, of_values
+        low = max(least, (room - self.values * most) / self.keys)
+        high = min(most, (room - self.values * least) / self.keys)
+        of_keys = (room + self.values * split) / (self.keys + self.values)
+        of_keys = min(max(of_keys, low), high)
+        return of_keys, (room - self.keys * of_keys) / self.values
 
     def check(self, share: float) -> None:
         """Refuse a share that no codes have.
@@ -222,11 +228,11 @@ class _Sizes:
             )
 
 
-class _Search:
+class Search:
     """Bits of keys and values by measurement."""
 
     def __init__(
-        self, text: DenseText, config: DeltaConfig, sizes: _Sizes, progress: Callable[[], None]
+        self, text: DenseText, config: DeltaConfig, sizes: Sizes, progress: Callable[[], None]
     ):
         self._text, self._config, self._sizes = text, config, sizes
         self._progress = progress
@@ -302,3 +308,31 @@ class _Search:
             else:
                 low = share
         return best
+
+
+def report(found: CodesCalibration) -> list[str]:
+    """What to print: what was tried, and the widths of each layer's codes."""
+    config, lines = found.config, []
+    if found.tried:
+        lines.append(f"The second half of {found.length} tokens:")
+        lines.append("key_bits  value_bits  bytes       KL   top-1")
+        lines += map(_row, found.tried[:-1])
+        lines += ["Chosen:", _row(found.tried[-1])]
+    else:
+        fields = {"key_format": "codes", "value_format": "rotated", "key_bits": 3, "value_bits": 3}
+        config = config.changed(**fields, key_widths=None, value_widths=None)
+    chosen = config.with_widths()
+    assert chosen.key_widths is not None and chosen.value_widths is not None
+    bits = f"{config.key_bits} and {config.value_bits} bits"
+    lines.append(f"Layers, mean widths of each head's keys, and widths of its values, at {bits}:")
+    for i, (keys, values) in enumerate(zip(chosen.key_widths, chosen.value_widths, strict=True)):
+        if keys is not None and values is not None:
+            means = [np.mean([int(digit) for digit in head]) for head in keys]
+            cells = " ".join(f"{mean:.2f}" for mean in means)
+            lines.append(f"{i:5d}  {cells}  {' '.join(map(str, values))}")
+    return lines
+
+
+def _row(tried: Tried) -> str:
+    found = f"{tried.found.divergence:7.5f}  {tried.found.top1:6.3f}"
+    return f"{tried.key_bits:8.3f}  {tried.value_bits:10.3f}  {tried.share:5.3f}  {found}"
