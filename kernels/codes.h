@@ -45,6 +45,7 @@ template <int Width>
 constexpr int pair_shift(int p) {
   return Width == 8 ? -8 * p
       : Width == 6  ? -6 * p
+      : Width == 5  ? 5 - 5 * p
       : Width == 4  ? (p < 2 ? 2 : -6)
       : Width == 3  ? (p < 2 ? 3 : p < 4 ? -3 : -6)
                     : (p < 3 ? 4 : p < 6 ? -2 : -8);
@@ -163,8 +164,8 @@ inline float2 field_pair(uint word, int p) {
 
 // --- a token's value (V): codes without gaps, of which a lane has eight --------------------------
 
-// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 6 or
-// 8.
+// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 5, 6
+// or 8.
 template <int Width>
 constexpr int value_pieces() {
   return Width > 4 ? 2 : 1;
@@ -183,7 +184,7 @@ inline Pieces load_codes(const device uint* row, int own) {
   read.word[0] = from[0];
   if (Width == 8) {
     read.word[1] = from[1];
-  } else if (Width == 6 || Width == 3) {
+  } else if (Width == 6 || Width == 5 || Width == 3) {
     // The last lane's codes may end with the first word.
     read.word[1] = from[bit % 32 + 8 * Width > 32 ? 1 : 0];
   } else {
@@ -200,11 +201,12 @@ inline Pieces align_codes(Pieces read, int own) {
     const uint codes = (read.word[0] >> shift) & 0xffffu;
     read.word[0] = codes | (codes << 8);  // codes 4 to 7 to where a word has 8 to 11
   }
-  if (Width == 6 || Width == 3) {
+  if (Width == 6 || Width == 5 || Width == 3) {
     const uint low = (read.word[0] >> shift) | ((read.word[1] << 1) << (31 - shift));
     const uint high = read.word[1] >> shift;
+    constexpr int four = (4 * Width) & 31;  // bits of a piece
     read.word[0] = low;
-    read.word[1] = (low >> 24) | (high << 8);
+    read.word[1] = (low >> four) | (high << (32 - four));
   }
   return read;
 }

@@ -264,6 +264,8 @@ inline void codes_decode(
           width, state, from, sizes.value_words, mine, own, sub);
       add_if_coded<6, ValueWidths, Queries, Groups, Step, Bytes>(
           width, state, from, sizes.value_words, mine, own, sub);
+      add_if_coded<5, ValueWidths, Queries, Groups, Step, Bytes>(
+          width, state, from, sizes.value_words, mine, own, sub);
       add_if_coded<4, ValueWidths, Queries, Groups, Step, Bytes>(
           width, state, from, sizes.value_words, mine, own, sub);
       add_if_coded<3, ValueWidths, Queries, Groups, Step, Bytes>(
@@ -287,6 +289,7 @@ inline void codes_decode(
   if (coded_values) {
     from_fields<8, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<6, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<5, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<4, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<3, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<2, ValueWidths, Queries, Groups, Bytes>(width, state, fields);

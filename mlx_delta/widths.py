@@ -37,7 +37,7 @@ FIELDS: dict[int, tuple[int, ...]] = {
     8: (2, 2, 2, 2, 2, 2, 2, 2),
 }
 WIDTHS = (8, 6, 5, 4, 3, 2)  # of keys' codes
-VALUE_WIDTHS = (8, 6, 4, 3, 2)  # mx.quantize's
+VALUE_WIDTHS = WIDTHS  # those of mx.quantize
 _BISECTIONS = 60
 
 # How many rows of words of each kind a head has, in the order of FIELDS.

@@ -23,6 +23,7 @@ MIXED = (
     {8: 6},
     {2: 24},
     {3: 5, 6: 4, 5: 1, 4: 1},
+    {4: 12},
 )
 ONE = coded({4: 8}, (4, 4))
 
@@ -46,7 +47,7 @@ def test_lengths(bench: MetalBench, length):
 @pytest.mark.parametrize(
     ("kinds", "values", "head_dim", "heads", "dtype"),
     [
-        (MIXED, (8, 6, 4, 3, 2), 96, (15, 5), mx.float32),
+        (MIXED, (8, 6, 5, 4, 3, 2), 96, (18, 6), mx.float32),
         ((), (4, 4), 128, (2, 2), mx.bfloat16),  # keys are turned
         (({4: 10}, {5: 8}), None, 80, (4, 2), mx.float16),  # values are plain
         ({5: 8, 6: 4, 8: 8}, (4,), 256, (4, 1), mx.float16),

@@ -70,13 +70,13 @@ def test_without_widths_keys_are_turned_first(head_dim):
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_values_are_coded_as_specified(length):
-    widths = (3, 3, 8, 2, 6, 4)
+    widths = (3, 3, 8, 2, 6, 4, 5)
     assert set(widths) == set(VALUE_WIDTHS)
-    values = np.random.default_rng(0).normal(size=(2, 6, length, 96)).astype(np.float16)
+    values = np.random.default_rng(0).normal(size=(2, 7, length, 96)).astype(np.float16)
     found = turned.encode_values(mx.array(values), widths)
     words, scales, biases = (np.array(x) for x in found)
     assert words.shape == (2, 1, length, sum(ref.value_words(96, widths)))
-    assert scales.shape == biases.shape == (2, 1, length, 6 * 3)
+    assert scales.shape == biases.shape == (2, 1, length, 7 * 3)
     decoded = as_float(turned.decode_values(found, widths, 96, mx.float32))
     for row, token in np.ndindex(2, length):
         own = (x[row, 0, token] for x in (words, scales, biases))
