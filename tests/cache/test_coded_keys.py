@@ -135,6 +135,18 @@ def test_bytes_are_those_of_codes():
     assert cache.nbytes == (64 * 64 * dense * 9 / 32) + room
 
 
+def test_bytes_are_those_of_the_arrays():
+    """Heads of four and of three rows of words: nothing is padded between them."""
+    cache = fed_cache()
+    _, near, *values, words, grid, sinks = cache.compact().state
+    *coded, near_values, value_sinks = values
+    blocks = LENGTH // 8 - CODES.window_blocks
+    assert words.shape == (1, blocks, 4 + 3, 8) and coded[0].shape[2] == 8 * blocks
+    far = sum(x.nbytes for x in (words, grid, sinks, *coded, value_sinks))
+    seen = LENGTH - 8 * blocks
+    assert cache.read_bytes() == far + near[:, :, :seen].nbytes + near_values[:, :, :seen].nbytes
+
+
 def changed(state, **changes) -> list:
     return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
 

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
+from mlx_delta.models.parts import share_of_heads
 from mlx_delta.ops import codes, turned
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.widths import VALUE_WIDTHS
@@ -47,6 +48,19 @@ def test_keys_are_coded_as_specified(kind):
             ref.decode_block(stored, order, rows, kind),
         )
     assert differing <= words.size // 50
+
+
+def test_words_of_a_share_of_heads_are_those_of_the_whole():
+    config = DeltaConfig(key_format="codes", key_bits=4, key_widths=(WIDTHS,))
+    keys = mx.array(smooth_keys((1, 2, 32, 32))).astype(mx.float16)
+    whole = codes.code_blocks(keys, codes.Coding.of(config, 2, 32), 16)
+    shares = [
+        codes.code_blocks(keys[:, i : i + 1], codes.Coding.of(own, 1, 32), 16)
+        for i, own in enumerate(share_of_heads(config, rank, 2) for rank in range(2))
+    ]
+    for part, axis in ((0, 2), (1, 1)):
+        joined = mx.concatenate([share[part] for share in shares], axis=axis)
+        assert mx.array_equal(joined, whole[part])
 
 
 @pytest.mark.parametrize("head_dim", [32, 48])
