@@ -250,9 +250,10 @@ def test_answers_that_take_too_long_end_with_an_error(parrot_provider):
         parrot_provider.model.hold.steps.release(3)
         read_until(connection, b'"0,"')
         assert not server.engine.drain(0.05)
-        parrot_provider.model.hold.paused = False
         thread = threading.Thread(target=server.engine.stop_and_join)
         thread.start()
+        wait_for(lambda: server.engine._stop)  # else the answer may be done before
+        parrot_provider.model.hold.paused = False
         parrot_provider.model.hold.steps.release(2)
         found = read_until(connection, b"shutting down")
         assert json.loads(found.split(b"data: ")[-1])["error"]["type"] == "server_error"
