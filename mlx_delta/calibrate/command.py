@@ -155,7 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (wrong := wrong_wish(args)) is not None:
+        parser.error(wrong)
     return run_command(
         lambda: run(args),
         smaller="use a smaller --length or a smaller model",
@@ -217,22 +220,25 @@ def run(args: argparse.Namespace) -> None:
         print(f"Written to {path / 'config.json'}.")
 
 
+def wrong_wish(args: argparse.Namespace) -> str | None:
+    """What is wrong with what is asked for; ``None`` if nothing is."""
+    wishes = {"--sparsity": args.sparsity, "--loss": args.loss, "--tiles": args.tiles}
+    wishes |= {"--codes": args.codes or None, "--kl": args.kl}
+    given = [flag for flag, value in wishes.items() if value is not None]
+    if len(given) != 1 and given != ["--codes", "--kl"]:
+        known = "--sparsity, --kl, --loss, --tiles or --codes"
+        return f"give one of {known} but got {' and '.join(given) or 'none'}"
+    if args.bytes is not None and given != ["--codes"]:
+        return "--bytes goes with --codes, and without --kl"
+    return None
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that the mode has no use for.
 
     Raises:
         ValueError: There is one.
     """
-    wishes = {"--sparsity": args.sparsity, "--loss": args.loss, "--tiles": args.tiles}
-    wishes |= {"--codes": args.codes or None, "--kl": args.kl}
-    given = [flag for flag, value in wishes.items() if value is not None]
-    if not given or len(given) > 1 and given != ["--codes", "--kl"]:
-        raise ValueError(
-            f"give one of --sparsity, --kl, --loss, --tiles or --codes but got "
-            f"{' and '.join(given) or 'none'}."
-        )
-    if args.bytes is not None and (not args.codes or args.kl is not None):
-        raise ValueError("--bytes goes with --codes and without --kl.")
     run_flags = {"--kl": args.kl, "--weights": args.weights, "--uncorrected": args.uncorrected}
     run_flags["--prose-only"] = args.prose_only
     threshold_flags = {"--loss": args.loss, "--cost": args.cost, "--windows": args.windows}

@@ -24,9 +24,10 @@ A block of ``n`` keys [n, D] of one kv head is stored as
 - a **grid** [2, D], ``low`` and ``step`` of each channel in the order, values of the 16-bit type.
 
 The grid is the line through a channel's keys that errs least, ``fit_grid``: the few largest keys of
-a block may lie beyond it, by less than half the range. A key is ``low + step * code``, rounded to
-the storage type. Exact keys of the first tokens (sinks) stand beside the blocks, and are read
-instead of their codes.
+a block may lie beyond it, by less than half the range. Tokens that stand out from their block,
+which are those that attention looks for, count more, ``token_weights``. A key is
+``low + step * code``, rounded to the storage type. Exact keys of the first tokens (sinks) stand
+beside the blocks, and are read instead of their codes.
 
 Without calibrated widths keys can be **turned** first: multiplied by the matrix of ``hadamard``
 along the head, which makes channels alike. What is stored then are turned keys; a query turned
@@ -53,6 +54,7 @@ from mlx_delta.widths import FIELDS, Rows, rows_of
 from .storage import block_grid, decode_values, encode_values, round_to
 
 FITS = 4  # times that a grid is fitted to the codes it gives
+MOST_WEIGHT = 8.0  # of a token, of the mean one's; and one over it the least
 
 
 @dataclass(frozen=True)
@@ -114,20 +116,36 @@ def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
     """``low`` and ``step`` of each channel, float32 [2, D], for keys [n, D] and widths [D].
 
     From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, and
-    then the line through keys over codes with the least squared error.
+    then the line through keys over codes with the least squared error, tokens weighted.
     """
     grid = block_grid(keys, bits, dtype)
+    shares = token_weights(keys, grid)[:, None]
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(keys, grid, bits).astype(np.float32)
-            mean_code, mean_key = codes.mean(axis=0), keys.mean(axis=0)
-            apart = codes - mean_code
-            squares, products = (apart**2).sum(axis=0), (apart * (keys - mean_key)).sum(axis=0)
+            mean_code, mean_key = (shares * codes).sum(axis=0), (shares * keys).sum(axis=0)
+            apart = shares * (codes - mean_code)
+            squares = (apart * (codes - mean_code)).sum(axis=0)
+            products = (apart * (keys - mean_key)).sum(axis=0)
             step = round_to(products / np.where(squares > 0, squares, 1), dtype)
             low = round_to(mean_key - step * mean_code, dtype)
         usable = (squares > 0) & (step > 0) & np.isfinite(step) & np.isfinite(low)
         grid = np.where(usable, np.stack([low, step]), grid)
     return grid
+
+
+def token_weights(keys: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """How much each of a block's keys [n, D] counts, float32 [n] that sum up to 1.
+
+    By the square of its distance from their mean, in steps of the grid: channels that the model
+    minds more have smaller ones.
+    """
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        apart = np.where(grid[1] > 0, (keys - keys.mean(axis=0)) / grid[1], 0)
+    squares = np.square(apart).sum(axis=1)
+    mean = squares.mean()
+    weights = np.clip(squares / (mean if mean > 0 else 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
+    return (weights / weights.sum()).astype(np.float32)
 
 
 def code_block(keys: np.ndarray, order: np.ndarray, rows: Rows, dtype: str) -> CodedBlock:

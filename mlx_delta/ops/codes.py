@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.codes import FITS, order_of, slots_of
+from mlx_delta.method.codes import FITS, MOST_WEIGHT, order_of, slots_of
 from mlx_delta.widths import FIELDS, Rows, even_key_widths
 
 from .pack import LARGEST, block_grid, encode_values, to_storage, with_sinks
@@ -197,19 +197,30 @@ def fit_grid(blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype) -> mx.array:
     """
     grid = block_grid(blocks, widths[:, None], dtype)
     widths = widths[:, None, None]
-    mean_key = blocks.mean(axis=3)
+    shares = token_weights(blocks, grid)[..., None]
+    mean_key = (shares * blocks).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = encode_values(blocks, grid, widths).astype(mx.float32)
-        mean_code = codes.mean(axis=3)
-        apart = codes - mean_code[:, :, :, None]
-        squares = mx.square(apart).sum(axis=3)
-        products = (apart * (blocks - mean_key[:, :, :, None])).sum(axis=3)
+        mean_code = (shares * codes).sum(axis=3, keepdims=True)
+        apart = shares * (codes - mean_code)
+        squares = (apart * (codes - mean_code)).sum(axis=3)
+        products = (apart * (blocks - mean_key)).sum(axis=3)
         step = _rounded(products / mx.where(squares > 0, squares, 1), dtype)
-        low = _rounded(mean_key - step * mean_code, dtype)
+        low = _rounded(mean_key[:, :, :, 0] - step * mean_code[:, :, :, 0], dtype)
         usable = (squares > 0) & (step > 0) & (step < mx.inf) & (mx.abs(low) < mx.inf)
         fitted = mx.stack([low, step], axis=3).astype(dtype)
         grid = mx.where(usable[:, :, :, None], fitted, grid)
     return grid
+
+
+def token_weights(blocks: mx.array, grid: mx.array) -> mx.array:
+    """How much each key of a block counts, float32 [B, Hkv, blocks, block_size], for such keys."""
+    step = grid[:, :, :, 1:].astype(mx.float32)
+    apart = (blocks - blocks.mean(axis=3, keepdims=True)) / step
+    squares = mx.square(mx.where(step > 0, apart, 0)).sum(axis=-1)
+    mean = squares.mean(axis=-1, keepdims=True)
+    weights = mx.clip(squares / mx.where(mean > 0, mean, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -79,7 +79,7 @@ def test_bits_for_wanted_bytes_are_written(path, capsys):
     [
         (["--codes", "--uncorrected"], "--uncorrected says nothing about codes"),
         (["--codes", "--bytes", "0.1"], "bytes must be between 0.2812 and 0.6562 of those"),
-        (["--codes", "--bytes", "0.3", "--kl", "0.1"], "--bytes goes with --codes and without"),
+        (["--codes", "--bytes", "0.3", "--kl", "0.1"], "--bytes goes with --codes, and without"),
         (["--bytes", "0.3", "--kl", "0.1"], "--bytes goes with --codes"),
         (["--codes", "--kl", "0"], "KL, in nats per token, must be > 0 but got 0"),
         (["--codes", "--tiles"], "not allowed with argument --codes"),

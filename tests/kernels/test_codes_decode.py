@@ -159,7 +159,6 @@ MUTATIONS = [
     Mutation("rows not in pairs", "slots += (word_rows + 1) / 2 * 4", "slots += word_rows * 2"),
     Mutation("one head's rows", "+ counts[CODED_KINDS]", ""),
     Mutation("one head's counts", "counts += kv_head * CODED_COUNTS;", ""),
-    Mutation("rows of kinds that are not there", "if (rows > 0) {", "{"),
     Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
     Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
     Mutation("words past the last row", "at = min(at + 2 * CODED_TOKENS, last);", "at += 128;"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -74,6 +76,30 @@ def test_a_fitted_grid_errs_less_than_one_over_the_range():
         return float(np.square(decode_values(codes, grid, "float16") - KEYS).mean())
 
     assert error(fitted) < 0.85 * error(plain)
+
+
+def test_tokens_that_stand_out_count_more_and_err_less():
+    rng = np.random.default_rng(3)
+    keys = rng.normal(size=(64, 32)).astype(np.float32)
+    keys[17] *= 4
+    bits = np.full(32, 3)
+    grid = block_grid(keys, bits, "float16")
+    weights = ref.token_weights(keys, grid)
+    assert weights.argmax() == 17 and weights.sum() == pytest.approx(1)
+    assert weights.max() <= ref.MOST_WEIGHT**2 * weights.min() * 1.0001
+    fitted = ref.fit_grid(keys, bits, "float16")
+    with mock.patch.object(ref, "token_weights", lambda keys, _: np.full(len(keys), 1 / len(keys))):
+        alike = ref.fit_grid(keys, bits, "float16")
+    errors = [
+        np.square(decode_values(encode_values(keys, x, bits), x, "float16") - keys)[17].sum()
+        for x in (fitted, alike)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    keys[3, 5] = np.inf  # of a channel that is lost, nothing is to be seen
+    without = np.delete(np.arange(32), 5)
+    own = ref.token_weights(keys, block_grid(keys, bits, "float16"))
+    np.testing.assert_array_equal(own, ref.token_weights(keys[:, without], grid[:, without]))
+    np.testing.assert_array_equal(ref.token_weights(np.ones((8, 4)), np.zeros((2, 4))), 1 / 8)
 
 
 def test_grids_of_keys_that_hardly_vary():
