@@ -98,7 +98,8 @@ def test_tokens_that_stand_out_count_more_and_err_less():
     keys[3, 5] = np.inf  # of a channel that is lost, nothing is to be seen
     without = np.delete(np.arange(32), 5)
     own = ref.token_weights(keys, block_grid(keys, bits, "float16"))
-    np.testing.assert_array_equal(own, ref.token_weights(keys[:, without], grid[:, without]))
+    others = ref.token_weights(keys[:, without], grid[:, without])
+    np.testing.assert_allclose(own, others, rtol=1e-5)
     np.testing.assert_array_equal(ref.token_weights(np.ones((8, 4)), np.zeros((2, 4))), 1 / 8)
 
 
