@@ -7,7 +7,8 @@ over a block, under the root. One price per bit, the same over the whole model, 
 widths; the price is the one at which the mean is the wanted one. ``p`` is .75 for keys (of .5, .75
 and 1 the one with the least divergence: .0011, .0009 and .0009 for SmolLM2-135M's keys in 3 bits).
 For values, whose grids are a token's, ``u`` is the mean over tokens of squared gradients times
-squared values: of the tokens that most is asked of values are often small, and so are errors.
+squared values, to the power .75: where most is asked of a token its value is often small, and so
+are errors.
 
 Keys' codes stand in words, both channels of a RoPE pair in the two halves of one. A half has codes
 of ``FIELDS``, which fill it: so a head's widths are those of whole rows of words, and any number of

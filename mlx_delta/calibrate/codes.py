@@ -30,7 +30,9 @@ from .weights import Watched, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
 LENGTH = 1024  # tokens of a window
-VALUE_POWER = 1.0  # of what errors of values cost, for their widths
+# Of what errors of values cost, for their widths. Of .75 and 1 the one with the lesser divergence:
+# .00053 and .00065 for values of SmolLM2-135M in 3 bits.
+VALUE_POWER = 0.75
 SPLIT_STEP = 0.5  # bits of a key's number more than of a value's, by which they are tried
 MOST_SPLITS = 6
 BISECTIONS = 6
