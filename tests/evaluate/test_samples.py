@@ -345,9 +345,9 @@ def test_what_can_not_differ_from_dense_is_taken_over_and_checked(
     task = ChoiceTask(tokenizer, files["winogrande"], None, 8)
     original = task.measure
 
-    def measure(model, setting, group, dense):
+    def measure(model, setting, group):
         measured.append((setting.kind, sorted(group)))
-        return original(model, setting, group, dense)
+        return original(model, setting, group)
 
     monkeypatch.setattr(task, "measure", measure)
     one = session(model, tokenizer, [DENSE, wide])
