@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(SETTINGS),
         metavar="SETTING",
         help="dense, stock (dense by MLX's own attention), delta, "
-        "delta:threshold=1.25,key_bits=4, delta:tiles=0.85, paper, window-only, kv8, kv4, "
+        "delta:threshold=1.25,key_bits=4, delta:tiles=0.95, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
