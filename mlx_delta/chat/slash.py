@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
+from mlx_delta.measure.settings import scratch_nbytes
 from mlx_delta.measure.sparsity import measure_sparsity
 from mlx_delta.models.common import model_setting
 from mlx_delta.wording import nearest
@@ -185,6 +186,11 @@ class Slash:
                 f"cache: {conversation.cached} tokens, {size / 1e6:.2f} MB (dense: "
                 f"{dense / 1e6:.2f} MB), {sparsity:.3f} of the products skipped"
             )
+            if scratch := scratch_nbytes(caches):
+                yield (
+                    f"besides: {scratch / 1e6:.2f} MB written out while decoding, as there is no "
+                    "GPU to read packed keys"
+                )
         if conversation.draft_caches:
             size = sum(cache.nbytes for cache in conversation.draft_caches)
             yield f"draft model's cache: {size / 1e6:.2f} MB"

@@ -24,6 +24,7 @@ from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
 from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
+from mlx_delta.measure.usual import usual_setting
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
@@ -38,7 +39,7 @@ from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
 from .memory import check_memory
 from .processes import Processes
-from .report import Report
+from .report import Report, said_of_reading
 from .saved import (
     Fed,
     check_model_fits,
@@ -245,7 +246,10 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     if args.delta_paper:
         return DeltaConfig.paper().changed(**given)
     if not given and wish is None:
-        return MODEL_SETTING
+        usual, why = usual_setting(model)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
+        return usual
     path = find_model(model)
     own = read_setting(path, read_config(path)) or DeltaConfig()
     if wish is not None:
@@ -257,20 +261,6 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
             )
         given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
     return own.changed(**given)
-
-
-def said_of_reading(
-    args: argparse.Namespace, whole: list[int], fed: Fed, cached: int, caches: list[Any]
-) -> str:
-    """What is printed of a prompt that was read and kept."""
-    places = [place for place in (args.save_prompt_cache, args.cache_dir) if place is not None]
-    known = f", {cached} of them known already" if cached else ""
-    speed = f", {fed.tokens / fed.seconds:.3f} tokens-per-sec" if fed.tokens else ""
-    return (
-        f"Prompt: {len(whole)} tokens{known}{speed}\n"
-        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB\n"
-        f"Cache: {sum(c.nbytes for c in caches) / 1e6:.2f} MB, in {' and '.join(places)}"
-    )
 
 
 def together(*callbacks: Callable[[int, int], Any]) -> Callable[[int, int], None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
 from mlx_delta.config import DeltaConfig
+from mlx_delta.measure.settings import scratch_nbytes
 from mlx_delta.measure.sparsity import Sparsity, measure_density, measure_sparsity
 
 from .saved import Fed
@@ -35,6 +38,7 @@ class Report:
     seed: int | None = None
     tile_density: float | None = None  # of a prefill by tiles
     share_bytes: list[int] = field(default_factory=list)  # of each process's cache
+    scratch_bytes: int = 0  # of what caches keep written out besides, where no kernel reads them
 
     @classmethod
     def of(
@@ -74,6 +78,7 @@ class Report:
             seconds=seconds,
             sparsity=measure_sparsity(caches, cached_tokens + prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
+            scratch_bytes=scratch_nbytes(caches),
             dense_cache_bytes=sum(
                 c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in leaves(caches)
             ),
@@ -92,8 +97,7 @@ class Report:
             f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
             f"(paper's formula: {s.paper:.3f})",
             *([] if self.tile_density is None else [f"Tiles: {self.tile_density:.3f} computed"]),
-            f"Cache: {self.cache_bytes / megabyte:.2f} MB "
-            f"(dense: {self.dense_cache_bytes / megabyte:.2f} MB)",
+            cache_line(self.cache_bytes, self.dense_cache_bytes, self.scratch_bytes),
         ]
         if len(self.share_bytes) > 1:
             shares = ", ".join(f"{size / megabyte:.2f}" for size in self.share_bytes)
@@ -142,6 +146,7 @@ class Report:
             "tile_density": self.tile_density,
             "cache_bytes": self.cache_bytes,
             "dense_cache_bytes": self.dense_cache_bytes,
+            "scratch_bytes": self.scratch_bytes,
             "peak_memory_gb": self.peak_memory_gb,
             "finish_reason": self.finish_reason,
             "seconds": self.seconds,
@@ -155,6 +160,31 @@ class Report:
             values["dense_text"] = dense.text
             values["first_difference"] = self.first_difference(dense)
         return values
+
+
+def said_of_reading(
+    args: argparse.Namespace, whole: list[int], fed: Fed, cached: int, caches: list[Any]
+) -> str:
+    """What is printed of a prompt that was read and kept."""
+    places = [place for place in (args.save_prompt_cache, args.cache_dir) if place is not None]
+    known = f", {cached} of them known already" if cached else ""
+    speed = f", {fed.tokens / fed.seconds:.3f} tokens-per-sec" if fed.tokens else ""
+    return (
+        f"Prompt: {len(whole)} tokens{known}{speed}\n"
+        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB\n"
+        f"Cache: {sum(c.nbytes for c in caches) / 1e6:.2f} MB, in {' and '.join(places)}"
+    )
+
+
+def cache_line(size: int, dense: int, scratch: int) -> str:
+    """What caches take, of what dense ones would; and what is in memory besides."""
+    line = f"Cache: {size / 1e6:.2f} MB (dense: {dense / 1e6:.2f} MB)"
+    if scratch:
+        line += (
+            f", and {scratch / 1e6:.2f} MB written out while decoding, as there is no GPU to read "
+            "packed ones"
+        )
+    return line
 
 
 def _setting(delta: DeltaConfig | None) -> dict[str, Any] | None:
