@@ -25,7 +25,7 @@ from mlx_delta.ops.backend import has_kernels
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
 from mlx_delta.system.tuning import Tuning, write_tuning
 
 from .decode import DecodeBenchmark, decode_notes, decode_tables, decode_values
@@ -45,7 +45,7 @@ from .tune import (
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that mlx_lm.benchmark has too are named as there."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.benchmark",
         formatter_class=HelpFormatter,
         description="Time ways to keep keys and values on one model, taking turns; or compute how "

@@ -76,12 +76,12 @@ class Tried:
         more = self.cache.size() - tokens
         if more > 0:
             self.cache.trim(min(more, self.cache.exact_trim()))
+        self.dense.trim(max(0, self.dense.offset - self.cache.size()))
         while self.cache.size() < tokens:
             new = self._new(min(CHUNK, tokens - self.cache.size()))
             self.cache.updates(*new)
             self.dense.update_and_fetch(*new)
             mx.eval(self.cache.state, self.dense.state)
-        self.dense.trim(max(0, self.dense.offset - tokens))
 
     def attend(self, path: str) -> mx.array:
         """One token's attention by a path; the cache has one more then."""
@@ -119,7 +119,11 @@ def tried_shapes(model: nn.Module) -> list[Tried]:
             assert heads is not None
             config = setting.for_layer(index, len(layers))
             shape = Shape(store_name(config), heads.queries, heads.kv_heads, heads.key_dim)
-            found.setdefault(shape, Tried(shape, config, heads, dtype))
+            tried = Tried(shape, config, heads, dtype)
+            with suppress(ValueError):  # a dimension that has no codes
+                if shape not in found:
+                    tried.fill(1)
+                    found[shape] = tried
     return list(found.values())
 
 

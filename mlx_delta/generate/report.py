@@ -38,6 +38,7 @@ class Report:
     seed: int | None = None
     tile_density: float | None = None  # of a prefill by tiles
     share_bytes: list[int] = field(default_factory=list)  # of each process's cache
+    coded: bool = False  # keys are codes and nothing is held, so that there is no sparsity to tell
     scratch_bytes: int = 0  # of what caches keep written out besides, where no kernel reads them
 
     @classmethod
@@ -65,6 +66,7 @@ class Report:
             draft_caches: A draft model's, if there is one.
         """
         prompt_tokens = fed.tokens + response.prompt_tokens
+        held = [c for c in leaves(caches) if isinstance(c, HeldKeys)]
         prompt_seconds = fed.seconds + response.prompt_tokens / response.prompt_tps
         return cls(
             text=text,
@@ -78,6 +80,7 @@ class Report:
             seconds=seconds,
             sparsity=measure_sparsity(caches, cached_tokens + prompt_tokens),
             cache_bytes=sum(c.nbytes for c in caches),
+            coded=bool(held) and all(c.config.key_format == "codes" for c in held),
             scratch_bytes=scratch_nbytes(caches),
             dense_cache_bytes=sum(
                 c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in leaves(caches)
@@ -89,13 +92,16 @@ class Report:
     def lines(self, dense: Report | None = None) -> list[str]:
         """mlx-lm's three lines, one for sparsity, one for the cache, and the comparison's."""
         s, megabyte = self.sparsity, 1e6
+        sparsity = (
+            f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
+            f"(paper's formula: {s.paper:.3f})"
+        )
         lines = [
             f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec",
             f"Generation: {self.generation_tokens} tokens, "
             f"{self.generation_tps:.3f} tokens-per-sec",
             f"Peak memory: {self.peak_memory_gb:.3f} GB",
-            f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
-            f"(paper's formula: {s.paper:.3f})",
+            *([] if self.coded else [sparsity]),
             *([] if self.tile_density is None else [f"Tiles: {self.tile_density:.3f} computed"]),
             cache_line(self.cache_bytes, self.dense_cache_bytes, self.scratch_bytes),
         ]
