@@ -39,7 +39,7 @@ from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
 from .memory import check_memory
 from .processes import Processes
-from .report import Report, said_of_reading
+from .report import Report, Watched, said_of_reading
 from .saved import (
     Fed,
     check_model_fits,
@@ -185,8 +185,8 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
             raise failed
         return
 
-    def came(token: int) -> None:
-        answer.append(token)
+    def came(response: GenerationResponse) -> None:
+        answer.append(response.token)
         if kept is not None and len(answer) == 1:
             kept.keep(answer, end=False)  # an answer may be interrupted
         watch.token(len(answer))
@@ -210,16 +210,16 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
     report = dataclasses.replace(
         report, seed=seed, share_bytes=processes.of_each(report.cache_bytes)
     )
-    dense = None
+    dense, watched = None, Watched(answer, tokenizer)
     if compared is not None:
         mx.random.seed(seed or 0)
-        dense = produce(model, tokenizer, whole, compared, options, header, show=False)
+        dense = produce(model, tokenizer, whole, compared, options, header, False, came=watched)
     if args.json:
         ran = setting_of(caches, getattr(model, "args", None))
-        print(json.dumps(report.to_dict(name, ran, dense), ensure_ascii=False))
+        print(json.dumps(report.to_dict(name, ran, dense, watched.odds), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
-        print("\n".join(report.lines(dense)))
+        print("\n".join(report.lines(dense, watched.said)))
     if failed is not None:
         raise failed
 
@@ -337,7 +337,7 @@ def produce(
     fed: Fed = Fed(),  # noqa: B008 (frozen)
     cached: int = 0,
     draft_caches: list[Any] | None = None,
-    came: Callable[[int], None] = lambda _: None,
+    came: Callable[[GenerationResponse], None] = lambda _: None,
 ) -> Report:
     """Generate, printing the text as it comes, and take stock.
 
@@ -352,7 +352,7 @@ def produce(
         fed: What was fed before.
         cached: Tokens that came from a prompt cache.
         draft_caches: The draft model's, if there is one.
-        came: Called with each token of the answer.
+        came: Called with mlx-lm's response for each token of the answer.
     """
     start = time.perf_counter()
     bar = None
@@ -380,7 +380,7 @@ def produce(
                 header()
         text += response.text
         ids.append(response.token)
-        came(response.token)
+        came(response)
         if show:
             print(response.text, end="", flush=True)
     if show:

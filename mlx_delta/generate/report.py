@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
@@ -16,6 +17,40 @@ from mlx_delta.measure.settings import scratch_nbytes
 from mlx_delta.measure.sparsity import Sparsity, measure_density, measure_sparsity
 
 from .saved import Fed
+
+
+class Watched:
+    """Follows a second generation, token by token, to where it first differs from the first.
+
+    Args:
+        tokens: The first one's.
+        tokenizer: To write the two tokens.
+
+    Attributes:
+        odds: What the second one gave its own token there and the first one's; ``None``: they do
+            not differ, or one only ends sooner.
+        said: The same in words.
+    """
+
+    def __init__(self, tokens: list[int], tokenizer: TokenizerWrapper):
+        self.odds: tuple[float, float] | None = None
+        self.said = ""
+        self._tokens = tokens
+        self._tokenizer = tokenizer
+        self._count = 0
+
+    def __call__(self, response: GenerationResponse) -> None:
+        """Look at the next token."""
+        index, self._count = self._count, self._count + 1
+        if self.said or index >= len(self._tokens) or response.token == self._tokens[index]:
+            return
+        pair = response.token, self._tokens[index]
+        own, other = (float(mx.exp(response.logprobs[t].astype(mx.float32))) for t in pair)
+        texts = [self._tokenizer.decode([token]) for token in pair]
+        self.odds = own, other
+        self.said = (
+            f"there dense attention gives {own:.3f} to {texts[0]!r} and {other:.3f} to {texts[1]!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,8 +124,13 @@ class Report:
             tile_density=measure_density(caches),
         )
 
-    def lines(self, dense: Report | None = None) -> list[str]:
-        """mlx-lm's three lines, one for sparsity, one for the cache, and the comparison's."""
+    def lines(self, dense: Report | None = None, odds: str = "") -> list[str]:
+        """mlx-lm's three lines, one for sparsity, one for the cache, and the comparison's.
+
+        Args:
+            dense: What was generated without the delta.
+            odds: What it thought of the two tokens where it first differs, in words.
+        """
         s, megabyte = self.sparsity, 1e6
         sparsity = (
             f"Sparsity: {s.prefill:.3f} prefill, {s.decode:.3f} decode, {s.overall:.3f} overall "
@@ -113,7 +153,7 @@ class Report:
         if self.seed is not None:
             lines.append(f"Seed: {self.seed} (--seed {self.seed} repeats this text)")
         if dense is not None:
-            lines.append(self._comparison(dense))
+            lines.append(self._comparison(dense, odds))
         return lines
 
     def first_difference(self, dense: Report) -> int | None:
@@ -124,17 +164,21 @@ class Report:
                 return i
         return None if len(self.tokens) == len(dense.tokens) else shorter
 
-    def _comparison(self, dense: Report) -> str:
+    def _comparison(self, dense: Report, odds: str) -> str:
         index = self.first_difference(dense)
         if index is None:
             return f"Compare: the same {len(self.tokens)} tokens without the delta"
         return (
-            f"Compare: differs from token {index + 1} of {len(self.tokens)} on; "
-            f"without the delta:\n{dense.text}"
+            f"Compare: differs from token {index + 1} of {len(self.tokens)} on"
+            f"{': ' if odds else ''}{odds}; without the delta:\n{dense.text}"
         )
 
     def to_dict(
-        self, model: str, delta: DeltaConfig | None, dense: Report | None = None
+        self,
+        model: str,
+        delta: DeltaConfig | None,
+        dense: Report | None = None,
+        odds: tuple[float, float] | None = None,
     ) -> dict[str, Any]:
         """The same as plain JSON values; ``delta`` is the setting that the caches ran with."""
         values: dict[str, Any] = {
@@ -165,6 +209,7 @@ class Report:
         if dense is not None:
             values["dense_text"] = dense.text
             values["first_difference"] = self.first_difference(dense)
+            values["odds_there"] = odds
         return values
 
 

@@ -127,6 +127,10 @@ def test_compare_shows_the_first_difference(run):
     _, out, _ = run("-p", PROMPT, "--compare", "--delta-threshold", "5", *DELTA)
     wanted = f"Compare: differs from token {values['first_difference'] + 1} of 10 on"
     assert wanted in out and dense["text"] in out
+    likeliest, ours = values["odds_there"]
+    assert 0 <= ours <= likeliest <= 1 and same["odds_there"] is None
+    assert f"of 10 on: there dense attention gives {likeliest:.3f} to " in out
+    assert f" and {ours:.3f} to " in out
 
 
 def test_a_seed_makes_sampling_repeatable(run):
