@@ -9,7 +9,7 @@ from mlx_delta.loading import MODEL_SETTING, find_model, read_config, read_setti
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.kv import kv_fields
-from mlx_delta.system.tuning import NOISE, Shape, Tuning, read_tuning, store_name
+from mlx_delta.system.tuning import NOISE, Shape, Tuning, read_tuning, store_name, tables_count
 
 KIND = "balanced"
 _NAMES = ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -28,7 +28,7 @@ def usual_setting(model: str) -> tuple[Any, str]:
     Returns:
         What ``load`` takes as ``delta``, and a sentence; empty where there was nothing to choose.
     """
-    if not has_kernels():
+    if not has_kernels() or not tables_count():
         return MODEL_SETTING, ""
     path = find_model(model)
     config = read_config(path)

@@ -174,10 +174,15 @@ def table_file() -> Path:
     return cache_folder() / "tuning" / f"{plain}-mlx-{mlx_version()}.json"
 
 
+def tables_count() -> bool:
+    """Whether tables may decide anything."""
+    return os.environ.get("MLX_DELTA_TUNING", "").lower() != "off"
+
+
 @cache
 def read_tuning() -> Tuning:
     """This machine's table, read once; an empty one where there is none that can be used."""
-    if os.environ.get("MLX_DELTA_TUNING", "").lower() == "off":
+    if not tables_count():
         return Tuning()
     file = table_file()
     try:

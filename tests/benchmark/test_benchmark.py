@@ -30,16 +30,6 @@ NAMES = ["dense", "delta", "delta:key_bits=4", "kv8", "rotating:32", "window-onl
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llama_model(head_dim=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return tokens(400)[0].tolist()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a context of 128, and a text."""
     changes = {"head_dim": 64, "max_position_embeddings": 128, "num_hidden_layers": 2}

@@ -11,19 +11,9 @@ import pytest
 from mlx_delta.benchmark.command import main
 from mlx_delta.benchmark.decode import DecodeBenchmark, DecodeRow, decode_tables, fill
 from mlx_delta.measure.settings import cache_nbytes, parse_settings
-from tests.tiny import SMALL, llama_model, tokens, write_llama
+from tests.tiny import SMALL, write_llama
 
 NAMES = ["dense", "delta", "delta:kv=balanced", "kv4", "rotating:32", "window-only", "paper"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return llama_model(head_dim=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return tokens(400)[0].tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,6 +30,7 @@ def on_a_gpu(monkeypatch):
     """A made-up device with kernels and this table."""
 
     def use(table):
+        monkeypatch.delenv("MLX_DELTA_TUNING")
         monkeypatch.setattr(usual, "has_kernels", lambda: True)
         monkeypatch.setattr(usual, "read_tuning", lambda: table)
 
@@ -67,6 +68,12 @@ def test_in_full_where_nothing_was_measured_of_this_shape(on_a_gpu, capsys, tabl
     on_a_gpu(table)
     assert chosen() == MODEL_SETTING
     assert "`python -m mlx_delta.benchmark --tune --model demo` measures" in capsys.readouterr().err
+
+
+def test_nothing_is_chosen_or_said_where_tables_do_not_count(on_a_gpu, monkeypatch, capsys):
+    on_a_gpu(measured(0.1))
+    monkeypatch.setenv("MLX_DELTA_TUNING", "off")
+    assert chosen() == MODEL_SETTING and capsys.readouterr().err == ""
 
 
 def test_without_a_gpu_nothing_is_chosen_or_said(monkeypatch, capsys):
