@@ -120,7 +120,7 @@ def test_commands(chat, tmp_path):
     assert "taken back: Hi" in out and "1 message with its answer" in out
     assert "key_bits=16" in out and "temp=0.5" in out and "top_k=3" in out
     assert "key_format=codes" in out and "value_bits=3" in out
-    assert "besides: 0.20 MB written out while decoding, as there is no GPU" in out
+    assert "besides: 0.39 MB written out while decoding, as there is no GPU" in out
     assert "delta: off" in out and "conversation: 0 tokens of 2048, 0 messages" in out
     written = json.loads(file.read_text())
     assert [m["content"] for m in written["messages"]][0] == "Hello"

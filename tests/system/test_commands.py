@@ -62,7 +62,7 @@ def test_defaults_are_added_where_help_lacks_them():
         (["--kv", "foo"], ["argument --kv: invalid choice: 'foo' (choose from ", "balanced"]),
         (
             ["--kv", "balanced", "--key-bits", "3"],
-            ["unrecognized arguments: --key-bits 3 (did you mean --delta-key-bits"],
+            ["unrecognized arguments: --key-bits 3 (did you mean ", "--delta-key-bits"],
         ),
         (["--kv"], ["argument --kv: expected one argument"]),
     ],
