@@ -263,9 +263,10 @@ class DeltaConfig:
         """
         own: dict[str, Any] = {}
         if self.sensitivities is not None:
-            own["sensitivities"] = self.loaded_sensitivities.for_layer(layer, n_layers)
-        if self.key_format == "codes":
-            own["sensitivities"] = None  # the widths say all
+            found = self.loaded_sensitivities.for_layer(layer, n_layers)
+            # Without any of this layer, codes are rotated.
+            known = found.layers[0] is not None or self.key_format != "codes"
+            own["sensitivities"] = found if known else None
         config = self.with_widths()
         for name in ("threshold", "tiles", "key_widths", "value_widths"):
             values = getattr(config, name)
@@ -275,8 +276,8 @@ class DeltaConfig:
                         f"[DeltaConfig] {name} has {len(values)} values but the model has "
                         f"{n_layers} layers."
                     )
-                found = values[layer]
-                own[name] = (found,) if isinstance(found, tuple) else found
+                value = values[layer]
+                own[name] = (value,) if isinstance(value, tuple) else value
         return dataclasses.replace(self, **own) if own else self
 
     def with_widths(self) -> DeltaConfig:

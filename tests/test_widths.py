@@ -133,7 +133,7 @@ def test_a_setting_gives_each_layer_its_own_widths():
     assert none.key_widths is None and none.value_widths is None
     sizes = [sum(map(int, "".join(x.key_widths[0]))) for x in (first, last)]
     assert sizes[0] < sizes[1] and sum(first.value_widths[0]) < sum(last.value_widths[0])
-    assert first.sensitivities is None, "the widths say all"
+    assert none.sensitivities is None and first.sensitivities == Sensitivities([weights[0]])
     assert DeltaConfig.from_dict(first.to_dict()) == first == first.for_layer(0, 1)
     assert choose_key_widths(Sensitivities(weights), 3) is None
 

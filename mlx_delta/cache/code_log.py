@@ -69,7 +69,10 @@ class CodeLog:
 
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Put the blocks of keys behind the ``done`` ones that each of these rows has."""
-        words, grid = code_blocks(keys, self.coding, config.block_size)
+        felt = None
+        if config.sensitivities is not None:
+            felt, _ = config.sensitivities_of_layer(self.grid.shape[1], self.head_dim)
+        words, grid = code_blocks(keys, self.coding, config.block_size, felt)
         target = done + words.shape[1]
         room = -(-target // BLOCK_STEP) * BLOCK_STEP
         # Handles of their own: a step may still read the old ones.

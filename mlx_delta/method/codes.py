@@ -53,7 +53,7 @@ from mlx_delta.widths import FIELDS, Rows, rows_of
 
 from .storage import block_grid, decode_values, encode_values, round_to
 
-FITS = 4  # times that a grid is fitted to the codes it gives
+FITS = 2  # times that a grid is fitted to the codes it gives
 MOST_WEIGHT = 8.0  # of a token, of the mean one's; and one over it the least
 
 
@@ -112,14 +112,16 @@ def order_of(widths: np.ndarray) -> tuple[np.ndarray, Rows]:
     return np.array(order), rows
 
 
-def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
+def fit_grid(
+    keys: np.ndarray, bits: np.ndarray, dtype: str, felt: np.ndarray | None = None
+) -> np.ndarray:
     """``low`` and ``step`` of each channel, float32 [2, D], for keys [n, D] and widths [D].
 
     From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, and
     then the line through keys over codes with the least squared error, tokens weighted.
     """
     grid = block_grid(keys, bits, dtype)
-    shares = token_weights(keys, grid)[:, None]
+    shares = token_weights(keys, grid, felt)[:, None]
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(keys, grid, bits).astype(np.float32)
@@ -134,24 +136,27 @@ def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
     return grid
 
 
-def token_weights(keys: np.ndarray, grid: np.ndarray) -> np.ndarray:
+def token_weights(keys: np.ndarray, grid: np.ndarray, felt: np.ndarray | None = None) -> np.ndarray:
     """How much each of a block's keys [n, D] counts, float32 [n] that sum up to 1.
 
-    By the square of its distance from their mean, in steps of the grid: channels that the model
-    minds more have smaller ones.
+    By the square of its distance from their mean, each channel's times how much the model minds
+    its errors, ``felt`` [D]. Where that is not known, in steps of the grid.
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        apart = np.where(grid[1] > 0, (keys - keys.mean(axis=0)) / grid[1], 0)
-    squares = np.square(apart).sum(axis=1)
+        apart = keys - keys.mean(axis=0)
+        each = np.square(apart / grid[1]) if felt is None else felt * np.square(apart)
+    squares = np.where(grid[1] > 0, each, 0).sum(axis=1)
     mean = squares.mean()
     weights = np.clip(squares / (mean if mean > 0 else 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
     return (weights / weights.sum()).astype(np.float32)
 
 
-def code_block(keys: np.ndarray, order: np.ndarray, rows: Rows, dtype: str) -> CodedBlock:
+def code_block(
+    keys: np.ndarray, order: np.ndarray, rows: Rows, dtype: str, felt: np.ndarray | None = None
+) -> CodedBlock:
     """Store keys [n, D], float32 values of the 16-bit type ``dtype``, in this order [D]."""
     keys, slots = keys[:, order], slots_of(rows)
-    grid = fit_grid(keys, slots.width, dtype)
+    grid = fit_grid(keys, slots.width, dtype, None if felt is None else felt[order])
     codes = encode_values(keys, grid, slots.width)
     words = np.zeros((sum(rows), len(keys)), np.uint32)
     for code, row, shift in zip(codes.T, slots.row, slots.shift, strict=True):

@@ -115,13 +115,16 @@ class CodedBlocks:
         return replace(self, words=words, grid=grid)
 
 
-def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx.array]:
+def code_blocks(
+    keys: mx.array, coding: Coding, size: int, felt: np.ndarray | None = None
+) -> tuple[mx.array, mx.array]:
     """Code the keys of whole blocks.
 
     Args:
         keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
         coding: Of the layer.
         size: Tokens in a block.
+        felt: How much the model minds errors of each channel, [Hkv, D]; ``None``: not known.
 
     Returns:
         Words and grid, as of :class:`CodedBlocks`.
@@ -132,8 +135,11 @@ def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx
         keys = to_storage(turn(keys.astype(mx.float32)).astype(dtype))
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     blocks = mx.take_along_axis(blocks, mx.array(coding.order)[None, :, None, None], axis=-1)
-    places = _places(coding)
-    grid = fit_grid(blocks, places.widths, dtype)
+    places, weights = _places(coding), None
+    if felt is not None and not coding.turned:
+        own = np.take_along_axis(felt, np.array(coding.order), axis=1)
+        weights = mx.array(own.astype(np.float32))[:, None, None]
+    grid = fit_grid(blocks, places.widths, dtype, weights)
     codes = encode_values(blocks, grid, places.widths[:, None, None]) << places.shifts
     # All heads' channels of a block, of which each word takes its own.
     codes = codes.transpose(0, 2, 1, 4, 3).reshape(B, -1, H * D, size)
@@ -190,14 +196,16 @@ def _places(coding: Coding) -> _Places:
     )
 
 
-def fit_grid(blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype) -> mx.array:
+def fit_grid(
+    blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype, felt: mx.array | None
+) -> mx.array:
     """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D].
 
-    ``widths``: int [Hkv, D].
+    ``widths``: int [Hkv, D]; ``felt``: [Hkv, 1, 1, D], or not known.
     """
     grid = block_grid(blocks, widths[:, None], dtype)
     widths = widths[:, None, None]
-    shares = token_weights(blocks, grid)[..., None]
+    shares = token_weights(blocks, grid, felt)[..., None]
     mean_key = (shares * blocks).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = encode_values(blocks, grid, widths).astype(mx.float32)
@@ -213,11 +221,12 @@ def fit_grid(blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return grid
 
 
-def token_weights(blocks: mx.array, grid: mx.array) -> mx.array:
+def token_weights(blocks: mx.array, grid: mx.array, felt: mx.array | None) -> mx.array:
     """How much each key of a block counts, float32 [B, Hkv, blocks, block_size], for such keys."""
     step = grid[:, :, :, 1:].astype(mx.float32)
-    apart = (blocks - blocks.mean(axis=3, keepdims=True)) / step
-    squares = mx.square(mx.where(step > 0, apart, 0)).sum(axis=-1)
+    apart = blocks - blocks.mean(axis=3, keepdims=True)
+    each = mx.square(apart / step) if felt is None else felt * mx.square(apart)
+    squares = mx.where(step > 0, each, 0).sum(axis=-1)
     mean = squares.mean(axis=-1, keepdims=True)
     weights = mx.clip(squares / mx.where(mean > 0, mean, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
     return weights / weights.sum(axis=-1, keepdims=True)

@@ -88,7 +88,9 @@ def test_tokens_that_stand_out_count_more_and_err_less():
     assert weights.argmax() == 17 and weights.sum() == pytest.approx(1)
     assert weights.max() <= ref.MOST_WEIGHT**2 * weights.min() * 1.0001
     fitted = ref.fit_grid(keys, bits, "float16")
-    with mock.patch.object(ref, "token_weights", lambda keys, _: np.full(len(keys), 1 / len(keys))):
+    with mock.patch.object(
+        ref, "token_weights", lambda keys, *_: np.full(len(keys), 1 / len(keys))
+    ):
         alike = ref.fit_grid(keys, bits, "float16")
     errors = [
         np.square(decode_values(encode_values(keys, x, bits), x, "float16") - keys)[17].sum()
@@ -100,6 +102,14 @@ def test_tokens_that_stand_out_count_more_and_err_less():
     own = ref.token_weights(keys, block_grid(keys, bits, "float16"))
     others = ref.token_weights(keys[:, without], grid[:, without])
     np.testing.assert_allclose(own, others, rtol=1e-5)
+    keys[3, 5] = 0
+    keys[40, 9] = 9  # in a channel that the model minds, or does not
+    grid = block_grid(keys, bits, "float16")
+    seen, unseen = (
+        ref.token_weights(keys, grid, np.where(np.arange(32) == minded, 1.0, 1e-6))
+        for minded in (9, 8)
+    )
+    assert seen[40] == seen.max() and unseen[40] < unseen.max() / 2
     np.testing.assert_array_equal(ref.token_weights(np.ones((8, 4)), np.zeros((2, 4))), 1 / 8)
 
 

@@ -24,20 +24,21 @@ def as_float(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32))
 
 
+@pytest.mark.parametrize("felt", [None, smooth_keys((1, 1, 2, 32))[0, 0] ** 2], ids=["", "felt"])
 @pytest.mark.parametrize("kind", HALVES)
-def test_keys_are_coded_as_specified(kind):
+def test_keys_are_coded_as_specified(kind, felt):
     config = DeltaConfig(key_format="codes", key_bits=4, key_widths=(WIDTHS,))
     keys = mx.array(smooth_keys((2, 2, 48, 32))).astype(HALVES[kind])
     coding = codes.Coding.of(config, 2, 32)
     assert coding.rows == ((1, 1, 0, 1, 1, 0), (0, 0, 2, 0, 0, 1))
-    words, grid = codes.code_blocks(keys, coding, 16)
+    words, grid = codes.code_blocks(keys, coding, 16, felt)
     assert words.shape == (2, 3, 4 + 3, 16)
     found = as_float(unpack(codes.CodedBlocks(words, grid, None, coding, 32), 3))
     differing = 0
     for row, head, block in np.ndindex(2, 2, 3):
         own = as_float(keys[row, head, block * 16 : block * 16 + 16])
         order, rows = np.array(coding.order[head]), coding.rows[head]
-        wanted = ref.code_block(own, order, rows, kind)
+        wanted = ref.code_block(own, order, rows, kind, None if felt is None else felt[head])
         # Sums in another order may round a grid otherwise, and few codes with it.
         of_head = np.array(words[row, block, slice(*coding.first_rows[head : head + 2])])
         stored = ref.CodedBlock(of_head, as_float(grid[row, head, block]))
