@@ -76,7 +76,7 @@ def test_a_fitted_grid_errs_less_than_one_over_the_range():
         squares = np.square(decode_values(codes, grid, "float16") - KEYS).mean(axis=1)
         return float((ref.token_weights(KEYS, plain) * squares).sum())
 
-    assert error(fitted) < 0.85 * error(plain)
+    assert error(fitted) < 0.9 * error(plain)
 
 
 def test_tokens_that_stand_out_count_more_and_err_less():
