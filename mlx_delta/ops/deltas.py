@@ -1,0 +1,374 @@
+"""Held keys with masks by channel: storing whole blocks, and reading them, with MLX operations.
+
+They agree with :mod:`mlx_delta.method.deltas`: bit for bit but for grids, whose sums may be added
+up in another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_delta.config import DeltaConfig
+from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, SPARSE, lane_order, mask_words
+from mlx_delta.widths import even_lane_widths
+
+from .pack import LARGEST, block_grid, encode_values, with_sinks
+from .runs import cut_merged
+
+KINDS = (0, 1, 2, 3)
+KIND_LANES = 16  # whose kinds share a word
+
+
+@dataclass(frozen=True)
+class LaneCoding:
+    """How the held keys of a layer are stored.
+
+    Attributes:
+        order: Each head's channels as they are stored, Hkv times D.
+        widths: Bits of the codes of each head's lanes, Hkv times D / 8.
+    """
+
+    order: tuple[tuple[int, ...], ...]
+    widths: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(config: DeltaConfig, n_heads: int, head_dim: int) -> LaneCoding:
+        """Of a setting of one layer, for keys of this shape."""
+        widths = None if config.key_widths is None else config.key_widths[0]
+        assert config.key_bits is not None
+        return _coding(widths, config.key_bits, n_heads, head_dim)
+
+    def worst_words(self, size: int) -> int:
+        """Words that a block of so many tokens has at most."""
+        lanes = len(self.widths[0])
+        return -(-lanes // KIND_LANES) + max(map(sum, self.widths)) * size * LANE // 32
+
+
+@lru_cache(maxsize=256)
+def _coding(widths: tuple[str, ...] | None, bits: float, n_heads: int, head_dim: int) -> LaneCoding:
+    if widths is None:
+        numbers = even_lane_widths(n_heads, head_dim, bits)
+    else:
+        numbers = np.array([list(map(int, head)) for head in widths])
+    found = [lane_order(own) for own in numbers]
+    return LaneCoding(
+        tuple(tuple(order.tolist()) for order, _ in found),
+        tuple(tuple(own.tolist()) for _, own in found),
+    )
+
+
+@dataclass(frozen=True)
+class DeltaBlocks:
+    """All far blocks of a layer, as the kernel reads them.
+
+    Attributes:
+        payload: uint32 [B, capacity]; each block of each head has a run of words of its own.
+        offsets: int32 [B, Hkv, blocks]; the first word of that run.
+        low: [B, Hkv, blocks, D] of the storage type, channels in the order.
+        steps: uint8 [B, Hkv, blocks, D], likewise.
+        sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens, which are read instead of
+            what is stored of them; ``None`` without sinks.
+        coding: What the words are.
+        size: Tokens of a block.
+    """
+
+    payload: mx.array
+    offsets: mx.array
+    low: mx.array
+    steps: mx.array
+    sinks: mx.array | None
+    coding: LaneCoding
+    size: int
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.low.shape[3]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The storage type, float16 or bfloat16."""
+        return self.low.dtype
+
+    def first(self, blocks: int) -> DeltaBlocks:
+        """The first blocks only."""
+        return self._blocks(slice(0, blocks), self.sinks)
+
+    def part(self, begin: int, end: int) -> DeltaBlocks:
+        """Blocks ``begin`` to ``end`` only."""
+        sinks = self.sinks
+        if sinks is not None:
+            first = begin * self.size
+            sinks = sinks[:, :, first:] if first < sinks.shape[2] else None
+        return self._blocks(slice(begin, end), sinks)
+
+    def _blocks(self, some: slice, sinks: mx.array | None) -> DeltaBlocks:
+        found = {name: getattr(self, name)[:, :, some] for name in ("offsets", "low", "steps")}
+        return replace(self, sinks=sinks, **found)
+
+    def after(self, other: mx.array) -> DeltaBlocks:
+        """The same, to be read once another array is computed."""
+        payload, offsets = mx.depends([self.payload, self.offsets], [other])
+        return replace(self, payload=payload, offsets=offsets)
+
+
+class StoredDeltas(NamedTuple):
+    """What the encoder makes of whole blocks, before their words are put end to end.
+
+    Attributes:
+        words: uint32 [B, Hkv, blocks, worst_words]; zeros behind a block's words.
+        counts: int32 [B, Hkv, blocks], words of each.
+        zeros: int32 [B, Hkv, blocks], numbers that begin no run.
+        low: As of :class:`DeltaBlocks`.
+        steps: As of :class:`DeltaBlocks`.
+    """
+
+    words: mx.array
+    counts: mx.array
+    zeros: mx.array
+    low: mx.array
+    steps: mx.array
+
+
+def store_deltas(
+    keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
+) -> StoredDeltas:
+    """Hold and store the keys of whole blocks.
+
+    Args:
+        keys: [B, Hkv, blocks * block_size, D], float16 or bfloat16, after RoPE.
+        config: The setting of this layer.
+        coding: Of the layer.
+        first_block: Which block of the text the first one is.
+    """
+    B, H, length, D = keys.shape
+    size, order = config.block_size, np.array(coding.order)
+    blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
+    blocks = _without_sinks(blocks, config.sinks - first_block * size)
+    blocks = mx.take_along_axis(blocks, mx.array(order)[None, :, None, None], axis=-1)
+    weights, salience = (
+        np.take_along_axis(x, order, axis=1) for x in config.sensitivities_of_layer(H, D)
+    )
+    optimal = config.threshold_mode == "optimal"
+    cuts = cut_merged(blocks, weights, salience, config.run_level, optimal, (1, 2, 4))
+    widths = np.array(coding.widths)
+    kinds = _choose_kinds([begins for _, begins in cuts], widths, size)
+    of_channels = mx.repeat(kinds, LANE, axis=3)[:, :, :, None]
+    values, begins = blocks, mx.ones(blocks.shape, mx.bool_)
+    for kind, (means, starts) in zip(KINDS[1:], cuts, strict=True):
+        values = mx.where(of_channels == kind, means, values)
+        begins = mx.where(of_channels == kind, starts, begins)
+    bits = np.repeat(widths, LANE, axis=1)
+    low, steps = _fit_grid(values, bits, keys.dtype)
+    codes = _encode(values, low, steps, bits)
+    words, counts = _write(codes, begins, kinds, widths, coding.worst_words(size))
+    zeros = mx.logical_not(begins).sum(axis=(3, 4)).astype(mx.int32)
+    return StoredDeltas(words, counts, zeros, low, steps)
+
+
+def _without_sinks(blocks: mx.array, sinks: int) -> mx.array:
+    """Blocks in which the first tokens of the text are like the one after them."""
+    B, H, n, size, D = blocks.shape
+    if sinks <= 0 or not n:
+        return blocks
+    index = np.arange(n * size).reshape(n, size)
+    for block in index:
+        own = min(sinks - block[0], size)
+        if own > 0:
+            block[:own] = block[min(own, size - 1)]
+    flat = blocks.reshape(B, H, n * size, D)
+    return flat[:, :, mx.array(index.reshape(-1))].reshape(blocks.shape)
+
+
+def _choose_kinds(begins: list[mx.array], widths: np.ndarray, size: int) -> mx.array:
+    """The kind of each lane, int32 [B, Hkv, blocks, lanes]."""
+    runs = [x.reshape(*x.shape[:4], -1, LANE).sum(axis=(3, 5)).astype(mx.int32) for x in begins]
+    share = runs[0] / (size * LANE)
+    kinds = mx.where(share <= SPARSE[3], 3, mx.where(share <= SPARSE[2], 2, 1))
+    own = mx.where(kinds == 3, runs[2], mx.where(kinds == 2, runs[1], runs[0]))
+    masks = [sum(mask_words(k, min(CHUNK, size - t)) for t in range(0, size, CHUNK)) for k in KINDS]
+    each = mx.array(widths, mx.int32)[:, None]
+    smaller = 32 * mx.array(masks, mx.int32)[kinds] + own * each < size * LANE * each
+    return mx.where(smaller, kinds, 0).astype(mx.int32)
+
+
+def _fit_grid(values: mx.array, bits: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """``low`` and steps, [B, Hkv, blocks, D], for float32 values [.., block_size, D]."""
+    across = bits[:, None]
+    grid = block_grid(values, across, dtype)
+    low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
+    mean = values.mean(axis=3)
+    for _ in range(FITS):
+        codes = _encode(values, low, short, bits).astype(mx.float32)
+        mean_code = codes.mean(axis=3)
+        apart = codes - mean_code[:, :, :, None]
+        squares = mx.square(apart).sum(axis=3)
+        products = (apart * (values - mean[:, :, :, None])).sum(axis=3)
+        fitted = _short_steps(products / mx.where(squares > 0, squares, 1))
+        best = mean - _whole_steps(fitted) * mean_code
+        usable = (squares > 0) & (fitted > 0) & (mx.abs(best) < mx.inf)
+        best = mx.clip(best, -LARGEST[dtype], LARGEST[dtype]).astype(dtype)
+        low, short = mx.where(usable, best, low), mx.where(usable, fitted, short)
+    return low, short
+
+
+def _short_steps(steps: mx.array) -> mx.array:
+    bits = mx.where(steps >= 0, steps, 0).astype(mx.float16).view(mx.uint16).astype(mx.int32)
+    return mx.minimum((bits + 64) >> 7, LARGEST_STEP).astype(mx.uint8)
+
+
+def _whole_steps(short: mx.array) -> mx.array:
+    return (short.astype(mx.uint16) << 7).view(mx.float16).astype(mx.float32)
+
+
+def _encode(values: mx.array, low: mx.array, short: mx.array, bits: np.ndarray) -> mx.array:
+    grid = mx.stack([low.astype(mx.float32), _whole_steps(short)], axis=3)
+    return encode_values(values, grid, bits[:, None, None])
+
+
+class _Layout(NamedTuple):
+    """Where the parts of blocks lie.
+
+    Attributes:
+        mask_at: int32 [B, Hkv, blocks, chunks, lanes]; the first word of each lane's mask.
+        mask_words: int32 of that shape; how many.
+        codes_at: int32 [B, Hkv, blocks], the first word of the codes.
+    """
+
+    mask_at: mx.array
+    mask_words: mx.array
+    codes_at: mx.array
+
+
+def _layout(kinds: mx.array, size: int) -> _Layout:
+    spans = [min(CHUNK, size - first) for first in range(0, size, CHUNK)]
+    table = mx.array([[mask_words(kind, span) for kind in KINDS] for span in spans], mx.int32)
+    words = mx.stack([own[kinds] for own in table], axis=3)
+    flat = words.reshape(*words.shape[:3], -1)
+    ends = mx.cumsum(flat, axis=3) + -(-kinds.shape[3] // KIND_LANES)
+    return _Layout((ends - flat).reshape(words.shape), words, ends[..., -1])
+
+
+def _write(
+    codes: mx.array, begins: mx.array, kinds: mx.array, widths: np.ndarray, room: int
+) -> tuple[mx.array, mx.array]:
+    """Words [B, Hkv, blocks, room] of blocks, and how many each has."""
+    B, H, n, size, D = codes.shape
+    lanes, layout = D // LANE, _layout(kinds, size)
+    chunks = layout.mask_at.shape[3]
+    rest = chunks * CHUNK - size
+
+    def by_lane(x: mx.array) -> mx.array:
+        """[.., size, D] as [.., chunks, lanes, CHUNK, LANE]."""
+        x = mx.pad(x, [(0, 0)] * 3 + [(0, rest), (0, 0)])
+        return x.reshape(B, H, n, chunks, CHUNK, lanes, LANE).swapaxes(4, 5)
+
+    codes, stored = by_lane(codes), by_lane(begins)
+    each = mx.array(widths, mx.int32)[None, :, None, None, :, None, None]
+    bits = (stored * each).reshape(B, H, n, -1)
+    ends = mx.cumsum(bits, axis=3)
+    at = (ends - bits) + 32 * layout.codes_at[..., None]
+    own = mx.where(stored, codes, 0).reshape(at.shape)
+    shift = (at & 31).astype(mx.uint32)
+    # A code may go on in the next word; of those that do not, nothing is left for it.
+    over = (own >> 1) >> (31 - shift)
+    bytes_of = (stored.astype(mx.uint32) << mx.arange(LANE, dtype=mx.uint32)).sum(axis=6)
+    masks = mx.zeros((*layout.mask_at.shape, 4), mx.uint32)
+    for kind in KINDS[1:]:
+        rows = bytes_of[..., :: 1 << (kind - 1)]
+        rows = mx.pad(rows, [(0, 0)] * 5 + [(0, -rows.shape[5] % 4)])
+        words = (rows.reshape(*rows.shape[:5], -1, 4) << mx.arange(0, 32, 8)).sum(axis=6)
+        words = mx.pad(words, [(0, 0)] * 5 + [(0, 4 - words.shape[5])])
+        masks = mx.where((kinds == kind)[:, :, :, None, :, None], words, masks)
+    index = mx.arange(4)
+    # What is not there goes to one place behind all words, which is cut off.
+    mask_at = mx.where(
+        index < layout.mask_words[..., None], layout.mask_at[..., None] + index, room + 1
+    )
+    head = mx.pad(kinds.astype(mx.uint32), [(0, 0)] * 3 + [(0, -lanes % KIND_LANES)])
+    head = (
+        head.reshape(B, H, n, -1, KIND_LANES) << (2 * mx.arange(KIND_LANES, dtype=mx.uint32))
+    ).sum(axis=4)
+    head_at = mx.broadcast_to(mx.arange(head.shape[3]), head.shape)
+    parts = [(at >> 5, own << shift), ((at >> 5) + 1, over)]
+    parts += [(mask_at.reshape(B, H, n, -1), masks.reshape(B, H, n, -1)), (head_at, head)]
+    places = mx.concatenate([place.astype(mx.int32) for place, _ in parts], axis=3)
+    values = mx.concatenate([value.astype(mx.uint32) for _, value in parts], axis=3)
+    room_of_all = room + 2
+    base = room_of_all * mx.arange(B * H * n, dtype=mx.int32).reshape(B, H, n, 1)
+    words = mx.zeros(B * H * n * room_of_all, mx.uint32)
+    words = words.at[(places + base).reshape(-1)].add(values.reshape(-1))
+    counts = layout.codes_at + ((ends[..., -1] + 31) >> 5)
+    return words.reshape(B, H, n, room_of_all)[..., :room], counts.astype(mx.int32)
+
+
+def read_structure(blocks: DeltaBlocks) -> tuple[mx.array, mx.array, mx.array]:
+    """What the masks of blocks say.
+
+    Returns:
+        Which codes there are, boolean [B, Hkv, blocks, chunks, lanes, 16, 8]; in the order of the
+        stream, the bit after the end of each, int32 of that shape; and words of each block, int32
+        [B, Hkv, blocks].
+    """
+    B, H, n = blocks.offsets.shape
+    lanes, size = blocks.head_dim // LANE, blocks.size
+    chunks = -(-size // CHUNK)
+    head = _read(
+        blocks,
+        mx.broadcast_to(mx.arange(-(-lanes // KIND_LANES)), (B, H, n, -(-lanes // KIND_LANES))),
+    )
+    kinds = (head[..., None] >> (2 * mx.arange(KIND_LANES, dtype=mx.uint32))) & 3
+    kinds = kinds.reshape(B, H, n, -1)[..., :lanes].astype(mx.int32)
+    layout = _layout(kinds, size)
+    words = _read(blocks, layout.mask_at[..., None] + mx.arange(4))
+    rows = (words[..., None] >> mx.arange(0, 32, 8, dtype=mx.uint32)) & 255
+    rows = rows.reshape(B, H, n, chunks, lanes, CHUNK)
+    of_lane = kinds[:, :, :, None, :, None]
+    token = mx.arange(CHUNK)
+    bytes_of = mx.where(of_lane == 0, mx.array(255, mx.uint32), rows)
+    for kind in KINDS[2:]:
+        apart = 1 << (kind - 1)
+        spread = mx.where(token % apart == 0, rows[..., token // apart], mx.array(0, mx.uint32))
+        bytes_of = mx.where(of_lane == kind, spread, bytes_of)
+    inside = token + CHUNK * mx.arange(chunks)[:, None, None] < size
+    bytes_of = mx.where(inside, bytes_of, mx.array(0, mx.uint32))
+    stored = ((bytes_of[..., None] >> mx.arange(LANE, dtype=mx.uint32)) & 1) > 0
+    each = mx.array(blocks.coding.widths, mx.int32)[None, :, None, None, :, None, None]
+    flat = (stored * each).reshape(B, H, n, -1)
+    ends = mx.cumsum(flat, axis=3) + 32 * layout.codes_at[..., None]
+    return stored, ends.reshape(stored.shape), (ends[..., -1] + 31) >> 5
+
+
+def _read(blocks: DeltaBlocks, places: mx.array) -> mx.array:
+    """Words of blocks at places [B, Hkv, blocks, ..] behind their offsets; none past the end."""
+    B, H, n = blocks.offsets.shape
+    offsets = blocks.offsets.reshape(B, H, n, *[1] * (places.ndim - 3))
+    index = mx.minimum(places + offsets, blocks.payload.shape[1] - 1)
+    found = mx.take_along_axis(blocks.payload, index.reshape(B, -1), axis=1)
+    return found.reshape(index.shape)
+
+
+def read_deltas(blocks: DeltaBlocks) -> mx.array:
+    """Held keys of all blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
+    B, H, n = blocks.offsets.shape
+    D, size, coding = blocks.head_dim, blocks.size, blocks.coding
+    stored, ends, _ = read_structure(blocks)
+    each = mx.array(coding.widths, mx.int32)[None, :, None, None, :, None, None]
+    # A code's place grows with its token: the latest one is that of the highest place.
+    at = mx.where(stored, ends - each, 0).swapaxes(4, 5).reshape(B, H, n, -1, D)[:, :, :, :size]
+    at = mx.cummax(at, axis=3)
+    word = at >> 5
+    shift = (at & 31).astype(mx.uint32)
+    codes = (_read(blocks, word) >> shift) | ((_read(blocks, word + 1) << 1) << (31 - shift))
+    most = (1 << np.repeat(np.array(coding.widths), LANE, axis=1)) - 1
+    codes = (codes & mx.array(most, mx.uint32)[:, None, None]).astype(mx.float32)
+    low, step = blocks.low.astype(mx.float32), _whole_steps(blocks.steps)
+    held = mx.minimum(low[:, :, :, None] + codes * step[:, :, :, None], LARGEST[blocks.dtype])
+    back = mx.array(np.argsort(np.array(coding.order), axis=1))
+    held = mx.take_along_axis(held, back[None, :, None, None], axis=4)
+    return with_sinks(held.reshape(B, H, n * size, D).astype(blocks.dtype), blocks.sinks)
