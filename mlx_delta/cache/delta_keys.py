@@ -126,7 +126,7 @@ class DeltaKeys(PackedKeys):
             own = counts[row, :, :done]
             fits = (own > 0).all() and (own <= log.stride).all()
             # Of blocks that would lie past the end, what is read of them says nothing.
-            fits = fits and int(own.sum(dtype=np.int64)) <= room
+            fits = fits and int(own.sum(dtype=np.int64)) + log.spare * bool(done) <= room
             if not fits or not np.array_equal(own, said[row, :, :done]):
                 raise ValueError(
                     f"[{name}] saved counts of row {row} do not fit its masks and its payload of "

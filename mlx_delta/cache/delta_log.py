@@ -22,6 +22,8 @@ class DeltaLog(PayloadLog):
     Its parts are the words of each block, its grid's ``low`` and ``steps``, and the zero deltas.
     """
 
+    spare = 1
+
     @classmethod
     def make(cls, config: DeltaConfig, shape: tuple[int, int, int], dtype: mx.Dtype) -> DeltaLog:
         """An empty log for [B, Hkv, D] keys of a setting of one layer."""

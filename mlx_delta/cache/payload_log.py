@@ -33,6 +33,8 @@ class PayloadLog:
         ends: For each row, the end of each block's words.
     """
 
+    spare = 0  # words behind the last block's that a kernel may read
+
     def __init__(
         self,
         kind: Any,
@@ -224,7 +226,7 @@ class PayloadLog:
         self.settle()
         one, blocks = slice(index, index + 1), max(LEAST_BLOCKS, len(self.ends[index]))
         parts = {name: mx.contiguous(part[one, :, :blocks]) for name, part in self.parts.items()}
-        payload = mx.contiguous(self.payload[one, : self._end(index)])
+        payload = mx.contiguous(self.payload[one, : self._end(index) + self.spare])
         offsets = self._host_offsets[one, :, :blocks].copy()
         return type(self)(self.kind, parts, payload, offsets, [list(self.ends[index])])
 

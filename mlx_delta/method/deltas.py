@@ -6,12 +6,11 @@ eight neighbours of it are a **lane**, and share one width of 2 to 8 bits. So on
 walks through its channels token by token, and no ranks are worked out. A block of ``n`` keys [n, D]
 is a run of uint32 words:
 
-- **kinds**: two bits for each lane, lowest first, 16 lanes to a word. 0: every token has all of the
-  lane's codes. 1, 2, 3: only those of runs that begin, and runs begin at every token, every second
-  or every fourth.
-- **masks**: of each 16 tokens (the last ones of a block may be 8), lane by lane, a byte for each
-  token at which runs may begin, four to a word; bit ``i``: a run of the lane's channel ``i``
-  begins. All do with a block's first token. Lanes of kind 0 have none.
+- **which lanes are held**: a bit for each, lowest first, 32 to a word. Of the others every token has
+  all codes.
+- **masks**: of each 16 tokens (the last ones of a block may be 8), held lane by held lane, a byte
+  for each token, four to a word; bit ``i``: a run of the lane's channel ``i`` begins. All do with a
+  block's first token.
 - **codes**: of each 16 tokens, lane by lane, token by token, the codes of the runs that begin,
   lowest channel first, as one stream of bits, lowest first, without gaps.
 
@@ -20,11 +19,10 @@ which only the eight bits from the highest bit of its exponent to the third of i
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
 The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
-Runs are cut as in :mod:`mlx_delta.method.runs`. A lane whose runs are few is cut anew, as if two or
-four tokens were one, their weighted mean: of its mask a half or a quarter is left. A lane that
-would take no less as runs than as the codes of all its keys is stored as those, so no block is
-larger than plain codes of these widths are. Exact keys of the first tokens (sinks) stand beside the
-blocks, and are read instead of their codes; for a block they count as the key after them.
+Runs are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less as runs than as the
+codes of all its keys is stored as those, so no block is larger than plain codes of these widths
+are. Exact keys of the first tokens (sinks) stand beside the blocks, and are read instead of their
+codes; for a block they count as the key after them.
 """
 
 from __future__ import annotations
@@ -34,16 +32,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
-from .storage import block_grid, decode_values, encode_values, round_to
+from .storage import block_grid, decode_values, encode_values, pack_words, round_to
 
 LANE = 8  # channels
 CHUNK = 16  # tokens whose masks, and whose codes, lie side by side
 FITS = 4  # times that a grid is fitted to the codes it gives
-MOST_KIND = 3
 LARGEST_STEP = 0xF7  # of float16's finite ones
-# A lane is cut anew at every second token, or every fourth, if at most such a share of its numbers
-# begin runs.
-SPARSE = {2: 0.2, 3: 0.08}
 
 
 @dataclass(frozen=True)
@@ -100,53 +94,16 @@ def fit_grid(values: np.ndarray, bits: np.ndarray, dtype: str) -> tuple[np.ndarr
     return low.astype(np.float32), short
 
 
-def cut_merged(
-    keys: np.ndarray,
-    weights: np.ndarray,
-    salience: np.ndarray,
-    level: float,
-    optimal: bool,
-    merged: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What keys [n, D] are held as, and which elements begin a run, if ``merged`` tokens are one.
-
-    Of so many tokens the weighted mean stands for all, and counts as much as they together.
-    """
-    tokens = token_weights(keys, weights, salience)
-    together = tokens.reshape(-1, merged).sum(axis=1, dtype=np.float32)
-    if merged > 1:
-        weighted = (keys * tokens[:, None]).reshape(-1, merged, keys.shape[1])
-        keys = weighted.sum(axis=1, dtype=np.float32) / together[:, None]
-    cut = optimal_starts if optimal else greedy_starts
-    starts = cut(keys, weights, together, level)
-    means = weighted_means(keys, starts, together)
-    begins = np.zeros((len(tokens), keys.shape[1]), bool)
-    begins[::merged] = starts
-    return np.repeat(means, merged, axis=0), begins
-
-
-def mask_words(kind: int, tokens: int) -> int:
-    """Words of a lane's mask for so many tokens, at most 16."""
-    return -(-tokens // (4 << (kind - 1))) if kind else 0
-
-
-def lane_kinds(begins: dict[int, np.ndarray], widths: np.ndarray) -> np.ndarray:
-    """The kind of each lane, int [lanes].
+def held_lanes(begins: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Which lanes are smaller with a mask, boolean [lanes].
 
     Args:
-        begins: For each kind but 0 which elements begin a run, [n, D] in the order.
+        begins: Which elements begin a run, [n, D] in the order.
         widths: Of the lanes.
     """
-    n = len(begins[1])
-    share = begins[1].reshape(n, -1, LANE).mean(axis=(0, 2))
-    kinds = np.where(share <= SPARSE[3], 3, np.where(share <= SPARSE[2], 2, 1))
-    for lane, width in enumerate(widths):
-        kind = int(kinds[lane])
-        runs = begins[kind][:, lane * LANE : (lane + 1) * LANE].sum()
-        masks = sum(mask_words(kind, min(CHUNK, n - t)) for t in range(0, n, CHUNK))
-        if 32 * masks + runs * width >= n * LANE * width:
-            kinds[lane] = 0
-    return kinds
+    n = len(begins)
+    runs = begins.reshape(n, -1, LANE).sum(axis=(0, 2))
+    return LANE * n + runs * widths < LANE * n * widths
 
 
 def pack_block(
@@ -175,42 +132,34 @@ def pack_block(
     keys, weights, salience = (x[..., order] for x in (keys, weights, salience))
     keys = keys.copy()
     keys[:sinks] = keys[min(sinks, len(keys) - 1)]
-    cuts = {
-        kind: cut_merged(keys, weights, salience, level, optimal, 1 << (kind - 1))
-        for kind in range(1, MOST_KIND + 1)
-    }
-    kinds = lane_kinds({kind: begins for kind, (_, begins) in cuts.items()}, of_lanes)
-    values, begins = keys.copy(), np.ones(keys.shape, bool)
-    for kind, (means, starts) in cuts.items():
-        own = np.repeat(kinds == kind, LANE)
-        values[:, own], begins[:, own] = means[:, own], starts[:, own]
+    tokens = token_weights(keys, weights, salience)
+    begins = (optimal_starts if optimal else greedy_starts)(keys, weights, tokens, level)
+    held = held_lanes(begins, of_lanes)
+    own = np.repeat(held, LANE)
+    begins = begins | ~own
+    values = np.where(own, weighted_means(keys, begins, tokens), keys)
     bits = np.repeat(of_lanes, LANE)
     low, steps = fit_grid(values, bits, dtype)
     codes = encode_values(values, np.stack([low, whole_steps(steps)]), bits)
-    return DeltaBlock(_write(codes, begins, kinds, of_lanes), low, steps)
+    return DeltaBlock(_write(codes, begins, held, of_lanes), low, steps)
 
 
 def _write(
-    codes: np.ndarray, begins: np.ndarray, kinds: np.ndarray, widths: np.ndarray
+    codes: np.ndarray, begins: np.ndarray, held: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
     """The words of a block."""
-    words = [0] * -(-len(kinds) // 16)
-    for lane, kind in enumerate(kinds):
-        words[lane // 16] |= int(kind) << (2 * (lane % 16))
+    words = pack_words(held, 1).tolist()
     stream = place = 0
     for first in range(0, len(codes), CHUNK):
         chunk = slice(first, first + CHUNK)
-        for lane, (kind, width) in enumerate(zip(kinds, widths, strict=True)):
+        for lane, width in enumerate(widths.tolist()):
             channels = slice(lane * LANE, (lane + 1) * LANE)
             own = begins[chunk, channels]
-            if kind:
-                rows = own[:: 1 << (kind - 1)]
-                masks = np.zeros(4 * mask_words(int(kind), len(own)), np.uint8)
-                masks[: len(rows)] = np.packbits(rows, axis=1, bitorder="little")[:, 0]
-                words += masks.view(np.uint32).tolist()
+            if held[lane]:
+                words += np.packbits(own, bitorder="little").view(np.uint32).tolist()
             for code in codes[chunk, channels][own]:  # token by token, channel by channel
                 stream |= int(code) << place
-                place += int(width)
+                place += width
     count = -(-place // 32)
     return np.concatenate(
         [np.array(words, np.uint32), np.frombuffer(stream.to_bytes(4 * count, "little"), "<u4")]
@@ -221,35 +170,29 @@ def unpack_block(block: DeltaBlock, n: int, widths: np.ndarray, dtype: str) -> n
     """Keys [n, D] of a block, float32 values of the 16-bit type."""
     order, of_lanes = lane_order(widths)
     lanes = len(of_lanes)
-    at = -(-lanes // 16)
-    kinds = [
-        int(block.words[lane // 16] >> np.uint32(2 * (lane % 16))) & 3 for lane in range(lanes)
-    ]
-    masks: dict[tuple[int, int], np.ndarray] = {}
+    at = -(-lanes // 32)
+    begins = np.ones((n, lanes, LANE), bool)
     for first in range(0, n, CHUNK):
-        for lane, kind in enumerate(kinds):
-            count = mask_words(kind, min(CHUNK, n - first))
-            masks[first, lane] = block.words[at : at + count].view(np.uint8)
-            at += count
-    stream = int.from_bytes(block.words[at:].tobytes(), "little")
-    codes = np.zeros((n, lanes * LANE), np.uint32)
-    for first in range(0, n, CHUNK):
-        for lane, (kind, width) in enumerate(zip(kinds, of_lanes.tolist(), strict=True)):
-            for t in range(first, min(first + CHUNK, n)):
-                apart = 1 << max(0, kind - 1)
-                mask = (
-                    0xFF
-                    if not kind
-                    else 0
-                    if t % apart
-                    else int(masks[first, lane][(t - first) // apart])
+        span = min(CHUNK, n - first)
+        for lane in range(lanes):
+            if block.words[lane // 32] >> np.uint32(lane % 32) & 1:
+                mask = block.words[at : at + span // 4].view(np.uint8)
+                begins[first : first + span, lane] = np.unpackbits(
+                    mask[:, None], axis=1, bitorder="little"
                 )
-                for channel in range(lane * LANE, (lane + 1) * LANE):
-                    if mask >> (channel - lane * LANE) & 1:
-                        codes[t, channel] = stream & ((1 << width) - 1)
+                at += span // 4
+    stream = int.from_bytes(block.words[at:].tobytes(), "little")
+    codes = np.zeros((n, lanes, LANE), np.uint32)
+    for first in range(0, n, CHUNK):
+        for lane, width in enumerate(of_lanes.tolist()):
+            for t in range(first, min(first + CHUNK, n)):
+                for i in range(LANE):
+                    if begins[t, lane, i]:
+                        codes[t, lane, i] = stream & ((1 << width) - 1)
                         stream >>= width
                     else:
-                        codes[t, channel] = codes[t - 1, channel]
-    keys = np.empty(codes.shape, np.float32)
-    keys[:, order] = decode_values(codes, np.stack([block.low, whole_steps(block.steps)]), dtype)
+                        codes[t, lane, i] = codes[t - 1, lane, i]
+    grid = np.stack([block.low, whole_steps(block.steps)])
+    keys = np.empty((n, lanes * LANE), np.float32)
+    keys[:, order] = decode_values(codes.reshape(n, -1), grid, dtype)
     return keys

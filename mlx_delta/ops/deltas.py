@@ -6,6 +6,7 @@ up in another order.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,14 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, SPARSE, lane_order, mask_words
+from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, lane_order
 from mlx_delta.widths import even_lane_widths
 
 from .pack import LARGEST, block_grid, encode_values, with_sinks
-from .runs import cut_merged
+from .runs import hold_runs
 
-KINDS = (0, 1, 2, 3)
-KIND_LANES = 16  # whose kinds share a word
+WORD = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LaneCoding:
     def worst_words(self, size: int) -> int:
         """Words that a block of so many tokens has at most."""
         lanes = len(self.widths[0])
-        return -(-lanes // KIND_LANES) + max(map(sum, self.widths)) * size * LANE // 32
+        return -(-lanes // WORD) + max(map(sum, self.widths)) * size * LANE // 32
 
 
 @lru_cache(maxsize=256)
@@ -147,26 +147,20 @@ def store_deltas(
         first_block: Which block of the text the first one is.
     """
     B, H, length, D = keys.shape
-    size, order = config.block_size, np.array(coding.order)
+    size = config.block_size
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     blocks = _without_sinks(blocks, config.sinks - first_block * size)
-    blocks = mx.take_along_axis(blocks, mx.array(order)[None, :, None, None], axis=-1)
-    weights, salience = (
-        np.take_along_axis(x, order, axis=1) for x in config.sensitivities_of_layer(H, D)
-    )
-    optimal = config.threshold_mode == "optimal"
-    cuts = cut_merged(blocks, weights, salience, config.run_level, optimal, (1, 2, 4))
+    runs = hold_runs(blocks, dataclasses.replace(config, sinks=0), first_block)
+    index = mx.array(coding.order)[None, :, None, None]
+    blocks, means, begins = (mx.take_along_axis(x, index, axis=-1) for x in (blocks, *runs[:2]))
     widths = np.array(coding.widths)
-    kinds = _choose_kinds([begins for _, begins in cuts], widths, size)
-    of_channels = mx.repeat(kinds, LANE, axis=3)[:, :, :, None]
-    values, begins = blocks, mx.ones(blocks.shape, mx.bool_)
-    for kind, (means, starts) in zip(KINDS[1:], cuts, strict=True):
-        values = mx.where(of_channels == kind, means, values)
-        begins = mx.where(of_channels == kind, starts, begins)
+    held = _held_lanes(begins, widths)
+    own = mx.repeat(held, LANE, axis=3)[:, :, :, None]
+    values, begins = mx.where(own, means, blocks), begins | mx.logical_not(own)
     bits = np.repeat(widths, LANE, axis=1)
     low, steps = _fit_grid(values, bits, keys.dtype)
     codes = _encode(values, low, steps, bits)
-    words, counts = _write(codes, begins, kinds, widths, coding.worst_words(size))
+    words, counts = _write(codes, begins, held, widths, coding.worst_words(size))
     zeros = mx.logical_not(begins).sum(axis=(3, 4)).astype(mx.int32)
     return StoredDeltas(words, counts, zeros, low, steps)
 
@@ -185,16 +179,11 @@ def _without_sinks(blocks: mx.array, sinks: int) -> mx.array:
     return flat[:, :, mx.array(index.reshape(-1))].reshape(blocks.shape)
 
 
-def _choose_kinds(begins: list[mx.array], widths: np.ndarray, size: int) -> mx.array:
-    """The kind of each lane, int32 [B, Hkv, blocks, lanes]."""
-    runs = [x.reshape(*x.shape[:4], -1, LANE).sum(axis=(3, 5)).astype(mx.int32) for x in begins]
-    share = runs[0] / (size * LANE)
-    kinds = mx.where(share <= SPARSE[3], 3, mx.where(share <= SPARSE[2], 2, 1))
-    own = mx.where(kinds == 3, runs[2], mx.where(kinds == 2, runs[1], runs[0]))
-    masks = [sum(mask_words(k, min(CHUNK, size - t)) for t in range(0, size, CHUNK)) for k in KINDS]
-    each = mx.array(widths, mx.int32)[:, None]
-    smaller = 32 * mx.array(masks, mx.int32)[kinds] + own * each < size * LANE * each
-    return mx.where(smaller, kinds, 0).astype(mx.int32)
+def _held_lanes(begins: mx.array, widths: np.ndarray) -> mx.array:
+    """Which lanes are smaller with a mask, boolean [B, Hkv, blocks, lanes]."""
+    size, each = begins.shape[3], mx.array(widths, mx.int32)[:, None]
+    runs = begins.reshape(*begins.shape[:4], -1, LANE).sum(axis=(3, 5)).astype(mx.int32)
+    return LANE * size + runs * each < size * LANE * each
 
 
 def _fit_grid(values: mx.array, bits: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -231,117 +220,92 @@ def _encode(values: mx.array, low: mx.array, short: mx.array, bits: np.ndarray) 
     return encode_values(values, grid, bits[:, None, None])
 
 
-class _Layout(NamedTuple):
-    """Where the parts of blocks lie.
+def _mask_places(held: mx.array, size: int) -> tuple[mx.array, mx.array]:
+    """Where masks lie in a block.
 
-    Attributes:
-        mask_at: int32 [B, Hkv, blocks, chunks, lanes]; the first word of each lane's mask.
-        mask_words: int32 of that shape; how many.
-        codes_at: int32 [B, Hkv, blocks], the first word of the codes.
+    Returns:
+        The first word of each lane's mask, int32 [B, Hkv, blocks, chunks, lanes]; and the first one
+        of the codes, int32 [B, Hkv, blocks].
     """
-
-    mask_at: mx.array
-    mask_words: mx.array
-    codes_at: mx.array
-
-
-def _layout(kinds: mx.array, size: int) -> _Layout:
-    spans = [min(CHUNK, size - first) for first in range(0, size, CHUNK)]
-    table = mx.array([[mask_words(kind, span) for kind in KINDS] for span in spans], mx.int32)
-    words = mx.stack([own[kinds] for own in table], axis=3)
+    spans = [min(CHUNK, size - first) // 4 for first in range(0, size, CHUNK)]
+    words = mx.stack([held.astype(mx.int32) * span for span in spans], axis=3)
     flat = words.reshape(*words.shape[:3], -1)
-    ends = mx.cumsum(flat, axis=3) + -(-kinds.shape[3] // KIND_LANES)
-    return _Layout((ends - flat).reshape(words.shape), words, ends[..., -1])
+    ends = mx.cumsum(flat, axis=3) + -(-held.shape[3] // WORD)
+    return (ends - flat).reshape(words.shape), ends[..., -1]
 
 
 def _write(
-    codes: mx.array, begins: mx.array, kinds: mx.array, widths: np.ndarray, room: int
+    codes: mx.array, begins: mx.array, held: mx.array, widths: np.ndarray, room: int
 ) -> tuple[mx.array, mx.array]:
     """Words [B, Hkv, blocks, room] of blocks, and how many each has."""
     B, H, n, size, D = codes.shape
-    lanes, layout = D // LANE, _layout(kinds, size)
-    chunks = layout.mask_at.shape[3]
-    rest = chunks * CHUNK - size
+    lanes = D // LANE
+    mask_at, codes_at = _mask_places(held, size)
+    chunks = mask_at.shape[3]
 
     def by_lane(x: mx.array) -> mx.array:
         """[.., size, D] as [.., chunks, lanes, CHUNK, LANE]."""
-        x = mx.pad(x, [(0, 0)] * 3 + [(0, rest), (0, 0)])
+        x = mx.pad(x, [(0, 0)] * 3 + [(0, chunks * CHUNK - size), (0, 0)])
         return x.reshape(B, H, n, chunks, CHUNK, lanes, LANE).swapaxes(4, 5)
 
     codes, stored = by_lane(codes), by_lane(begins)
-    each = mx.array(widths, mx.int32)[None, :, None, None, :, None, None]
-    bits = (stored * each).reshape(B, H, n, -1)
-    ends = mx.cumsum(bits, axis=3)
-    at = (ends - bits) + 32 * layout.codes_at[..., None]
+    ends = mx.cumsum((stored * _each(widths)).reshape(B, H, n, -1), axis=3)
+    at = (ends - (stored * _each(widths)).reshape(ends.shape)) + WORD * codes_at[..., None]
     own = mx.where(stored, codes, 0).reshape(at.shape)
     shift = (at & 31).astype(mx.uint32)
     # A code may go on in the next word; of those that do not, nothing is left for it.
     over = (own >> 1) >> (31 - shift)
-    bytes_of = (stored.astype(mx.uint32) << mx.arange(LANE, dtype=mx.uint32)).sum(axis=6)
-    masks = mx.zeros((*layout.mask_at.shape, 4), mx.uint32)
-    for kind in KINDS[1:]:
-        rows = bytes_of[..., :: 1 << (kind - 1)]
-        rows = mx.pad(rows, [(0, 0)] * 5 + [(0, -rows.shape[5] % 4)])
-        words = (rows.reshape(*rows.shape[:5], -1, 4) << mx.arange(0, 32, 8)).sum(axis=6)
-        words = mx.pad(words, [(0, 0)] * 5 + [(0, 4 - words.shape[5])])
-        masks = mx.where((kinds == kind)[:, :, :, None, :, None], words, masks)
-    index = mx.arange(4)
+    bits = stored.astype(mx.uint32).reshape(*mask_at.shape, 4, WORD)
+    masks = (bits << mx.arange(WORD, dtype=mx.uint32)).sum(axis=6)
+    index, inside = mx.arange(4), np.arange(4 * chunks).reshape(chunks, 1, 4) < size // 4
+    there = held[:, :, :, None, :, None] & mx.array(inside)
     # What is not there goes to one place behind all words, which is cut off.
-    mask_at = mx.where(
-        index < layout.mask_words[..., None], layout.mask_at[..., None] + index, room + 1
-    )
-    head = mx.pad(kinds.astype(mx.uint32), [(0, 0)] * 3 + [(0, -lanes % KIND_LANES)])
-    head = (
-        head.reshape(B, H, n, -1, KIND_LANES) << (2 * mx.arange(KIND_LANES, dtype=mx.uint32))
-    ).sum(axis=4)
-    head_at = mx.broadcast_to(mx.arange(head.shape[3]), head.shape)
-    parts = [(at >> 5, own << shift), ((at >> 5) + 1, over)]
-    parts += [(mask_at.reshape(B, H, n, -1), masks.reshape(B, H, n, -1)), (head_at, head)]
-    places = mx.concatenate([place.astype(mx.int32) for place, _ in parts], axis=3)
+    places = mx.where(there, mask_at[..., None] + index, room + 1).reshape(B, H, n, -1)
+    head = mx.pad(held.astype(mx.uint32), [(0, 0)] * 3 + [(0, -lanes % WORD)])
+    head = (head.reshape(B, H, n, -1, WORD) << mx.arange(WORD, dtype=mx.uint32)).sum(axis=4)
+    parts = [
+        (at >> 5, own << shift),
+        ((at >> 5) + 1, over),
+        (places, masks.reshape(places.shape)),
+        (mx.broadcast_to(mx.arange(head.shape[3]), head.shape), head),
+    ]
+    index = mx.concatenate([place.astype(mx.int32) for place, _ in parts], axis=3)
     values = mx.concatenate([value.astype(mx.uint32) for _, value in parts], axis=3)
-    room_of_all = room + 2
-    base = room_of_all * mx.arange(B * H * n, dtype=mx.int32).reshape(B, H, n, 1)
-    words = mx.zeros(B * H * n * room_of_all, mx.uint32)
-    words = words.at[(places + base).reshape(-1)].add(values.reshape(-1))
-    counts = layout.codes_at + ((ends[..., -1] + 31) >> 5)
-    return words.reshape(B, H, n, room_of_all)[..., :room], counts.astype(mx.int32)
+    index = index + (room + 2) * mx.arange(B * H * n, dtype=mx.int32).reshape(B, H, n, 1)
+    words = mx.zeros(B * H * n * (room + 2), mx.uint32)
+    words = words.at[index.reshape(-1)].add(values.reshape(-1))
+    counts = codes_at + ((ends[..., -1] + 31) >> 5)
+    return words.reshape(B, H, n, room + 2)[..., :room], counts.astype(mx.int32)
+
+
+def _each(widths: np.ndarray) -> mx.array:
+    """Widths of lanes, for arrays [B, Hkv, blocks, chunks, lanes, CHUNK, LANE]."""
+    return mx.array(widths, mx.int32)[None, :, None, None, :, None, None]
 
 
 def read_structure(blocks: DeltaBlocks) -> tuple[mx.array, mx.array, mx.array]:
     """What the masks of blocks say.
 
     Returns:
-        Which codes there are, boolean [B, Hkv, blocks, chunks, lanes, 16, 8]; in the order of the
-        stream, the bit after the end of each, int32 of that shape; and words of each block, int32
-        [B, Hkv, blocks].
+        Which codes there are, boolean [B, Hkv, blocks, chunks, lanes, CHUNK, LANE]; the bit after
+        the end of each, int32 of that shape; and the words of each block, int32 [B, Hkv, blocks].
     """
     B, H, n = blocks.offsets.shape
     lanes, size = blocks.head_dim // LANE, blocks.size
-    chunks = -(-size // CHUNK)
-    head = _read(
-        blocks,
-        mx.broadcast_to(mx.arange(-(-lanes // KIND_LANES)), (B, H, n, -(-lanes // KIND_LANES))),
-    )
-    kinds = (head[..., None] >> (2 * mx.arange(KIND_LANES, dtype=mx.uint32))) & 3
-    kinds = kinds.reshape(B, H, n, -1)[..., :lanes].astype(mx.int32)
-    layout = _layout(kinds, size)
-    words = _read(blocks, layout.mask_at[..., None] + mx.arange(4))
-    rows = (words[..., None] >> mx.arange(0, 32, 8, dtype=mx.uint32)) & 255
-    rows = rows.reshape(B, H, n, chunks, lanes, CHUNK)
-    of_lane = kinds[:, :, :, None, :, None]
-    token = mx.arange(CHUNK)
-    bytes_of = mx.where(of_lane == 0, mx.array(255, mx.uint32), rows)
-    for kind in KINDS[2:]:
-        apart = 1 << (kind - 1)
-        spread = mx.where(token % apart == 0, rows[..., token // apart], mx.array(0, mx.uint32))
-        bytes_of = mx.where(of_lane == kind, spread, bytes_of)
-    inside = token + CHUNK * mx.arange(chunks)[:, None, None] < size
-    bytes_of = mx.where(inside, bytes_of, mx.array(0, mx.uint32))
-    stored = ((bytes_of[..., None] >> mx.arange(LANE, dtype=mx.uint32)) & 1) > 0
-    each = mx.array(blocks.coding.widths, mx.int32)[None, :, None, None, :, None, None]
-    flat = (stored * each).reshape(B, H, n, -1)
-    ends = mx.cumsum(flat, axis=3) + 32 * layout.codes_at[..., None]
-    return stored, ends.reshape(stored.shape), (ends[..., -1] + 31) >> 5
+    index = mx.arange(-(-lanes // WORD))
+    head = _read(blocks, mx.broadcast_to(index, (B, H, n, len(index))))
+    held = ((head[..., None] >> mx.arange(WORD, dtype=mx.uint32)) & 1).reshape(B, H, n, -1) > 0
+    held = held[..., :lanes]
+    mask_at, codes_at = _mask_places(held, size)
+    words = _read(blocks, mask_at[..., None] + mx.arange(4))
+    bits = ((words[..., None] >> mx.arange(WORD, dtype=mx.uint32)) & 1) > 0
+    shape = (*mask_at.shape, CHUNK, LANE)
+    bits = bits.reshape(shape) | mx.logical_not(held)[:, :, :, None, :, None, None]
+    inside = np.arange(shape[3] * CHUNK).reshape(shape[3], 1, CHUNK, 1) < size
+    stored = bits & mx.array(inside)
+    ends = mx.cumsum((stored * _each(np.array(blocks.coding.widths))).reshape(B, H, n, -1), axis=3)
+    ends = ends + WORD * codes_at[..., None]
+    return stored, ends.reshape(shape), (ends[..., -1] + 31) >> 5
 
 
 def _read(blocks: DeltaBlocks, places: mx.array) -> mx.array:
@@ -358,7 +322,7 @@ def read_deltas(blocks: DeltaBlocks) -> mx.array:
     B, H, n = blocks.offsets.shape
     D, size, coding = blocks.head_dim, blocks.size, blocks.coding
     stored, ends, _ = read_structure(blocks)
-    each = mx.array(coding.widths, mx.int32)[None, :, None, None, :, None, None]
+    each = _each(np.array(coding.widths))
     # A code's place grows with its token: the latest one is that of the highest place.
     at = mx.where(stored, ends - each, 0).swapaxes(4, 5).reshape(B, H, n, -1, D)[:, :, :, :size]
     at = mx.cummax(at, axis=3)

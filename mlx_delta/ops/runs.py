@@ -7,7 +7,6 @@ MLX's CPU operations take several times as long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -86,25 +85,11 @@ def cut_blocks(
 
     Weights and salience are [M, D], ``sinks`` [M].
     """
-    with np.errstate(all="ignore"):  # NaN and infinities have their own rule
-        tokens = _token_weights(xp, keys, weights, salience)
-    return _cut(xp, keys, tokens, weights, sinks, optimal, level)
-
-
-def _cut(
-    xp: ModuleType,
-    keys: Array,
-    tokens: Array,
-    weights: Array,
-    sinks: np.ndarray,
-    optimal: bool,
-    level: float,
-) -> tuple[Array, Array]:
-    """The same for tokens that count so much, [M, n]."""
     steps = keys.swapaxes(0, 1)  # [n, M, D]
     if xp is np:
         steps = np.ascontiguousarray(steps)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # NaN and infinities have their own rule
+        tokens = _token_weights(xp, keys, weights, salience)
         costs = np.float32(level) / xp.sqrt(xp.maximum(weights, LEAST_WEIGHT))
         if xp is mx and level > 0 and has_runs_kernel(keys.shape[1]):
             return cut_runs(keys, tokens, costs, sinks, optimal)
@@ -120,77 +105,6 @@ def _cut(
             starts = starts | (mx.array(alone) if xp is mx else alone)[..., None]
         means = _weighted_means(xp, steps, starts, tokens)
     return means.swapaxes(0, 1), starts.swapaxes(0, 1)
-
-
-def cut_merged(
-    blocks: mx.array,
-    weights: np.ndarray,
-    salience: np.ndarray,
-    level: float,
-    optimal: bool,
-    merges: Sequence[int],
-) -> list[tuple[mx.array, mx.array]]:
-    """Runs of blocks in which so many tokens are one, for each of some numbers of tokens.
-
-    See :func:`mlx_delta.method.deltas.cut_merged`.
-
-    Args:
-        blocks: float32 [B, Hkv, n_blocks, block_size, D].
-        weights: [Hkv, D].
-        salience: [Hkv, D].
-        level: What a run costs.
-        optimal: Rather than greedy.
-        merges: Divisors of the block size.
-
-    Returns:
-        For each the weighted means, float32, and which elements begin a run, boolean, both shaped
-        as ``blocks``.
-    """
-    B, H, n, size, D = blocks.shape
-    xp = mx if mx.default_device() == mx.Device(mx.gpu) else np
-    keys = (blocks if xp is mx else np.asarray(blocks)).reshape(-1, size, D)
-    spread = [
-        np.broadcast_to(x[None, :, None], (B, H, n, D)).reshape(-1, D) for x in (weights, salience)
-    ]
-    step = len(keys) if xp is mx else max(1, LANES // D)
-    found: list[list[tuple[Array, Array]]] = [[] for _ in merges]
-    for first in range(0, len(keys), step):
-        some = slice(first, first + step)
-        own, along = (x[some] if xp is np else mx.array(x) for x in spread)
-        with np.errstate(all="ignore"):
-            tokens = _token_weights(xp, keys[some], own, along)
-            for merged, parts in zip(merges, found, strict=True):
-                parts.append(_cut_merged(xp, keys[some], tokens, own, optimal, level, merged))
-    return [
-        tuple(
-            mx.array(xp.concatenate([part[i] for part in parts])).reshape(blocks.shape)
-            for i in range(2)
-        )
-        for parts in found
-    ]
-
-
-def _cut_merged(
-    xp: ModuleType,
-    keys: Array,
-    tokens: Array,
-    weights: Array,
-    optimal: bool,
-    level: float,
-    merged: int,
-) -> tuple[Array, Array]:
-    M, size, D = keys.shape
-    alone = np.zeros(M, np.int64)
-    if merged == 1:
-        return _cut(xp, keys, tokens, weights, alone, optimal, level)
-    together = tokens.reshape(M, -1, merged).sum(axis=2)
-    weighted = (keys * tokens[..., None]).reshape(M, -1, merged, D).sum(axis=2)
-    means, starts = _cut(
-        xp, weighted / together[..., None], together, weights, alone, optimal, level
-    )
-    first = np.arange(size)[:, None] % merged == 0
-    first = mx.array(first) if xp is mx else first
-    return xp.repeat(means, merged, 1), xp.repeat(starts, merged, 1) & first
 
 
 def _token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array) -> Array:

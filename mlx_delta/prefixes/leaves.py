@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.delta_log import PARTS as DELTA_PARTS
+from mlx_delta.cache.delta_log import DeltaLog
 from mlx_delta.cache.kinds import value_kind
 from mlx_delta.cache.payload_log import LEAST_BLOCKS
 from mlx_delta.cache.state import STATE_VERSION
@@ -251,7 +252,8 @@ class HeldLeaf:
             if blocks:
                 whole[:, : len(blocks)] = np.stack([block[name] for block in blocks], axis=1)
             put(name, whole)
-        put("payload", np.concatenate([np.zeros(0, np.uint32), *(b["payload"] for b in blocks)]))
+        spare = np.zeros(DeltaLog.spare if "steps" in types else 0, np.uint32)
+        put("payload", np.concatenate([*(b["payload"] for b in blocks), spare]))
         if "steps" in types:
             header["stored"] = [len(blocks)]
             order = ["near", *values, "payload", *DELTA_PARTS, "sinks"]

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_delta import DeltaConfig
 from mlx_delta.ops import codes_kernel, decode_kernel, pack_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
+from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.runs_kernel import cut_runs
 from mlx_delta.ops.ternary_matvec import ternary_matvec
@@ -72,7 +73,7 @@ def every_kernel() -> dict[str, GeneratedKernel]:
         head_dim=64,
     )
     scales = mx.zeros((1, 1, 128, 2), half)
-    values = codes_kernel.CodedValues(
+    values = CodedValues(
         mx.zeros((1, 1, 128, 12), mx.uint32), scales, scales, keys, keys[:, :, :4], (4, 2)
     )
     with captured() as found:
