@@ -6,7 +6,7 @@ eight neighbours of it are a **lane**, and share one width of 2 to 8 bits. So on
 walks through its channels token by token, and no ranks are worked out. A block of ``n`` keys [n, D]
 is a run of uint32 words:
 
-- **which lanes are held**: a bit for each, lowest first, 32 to a word. Of the others every token has
+- **which lanes are held**: a bit for each, lowest first, 32 to a word. Of others every token has
   all codes.
 - **masks**: of each 16 tokens (the last ones of a block may be 8), held lane by held lane, a byte
   for each token, four to a word; bit ``i``: a run of the lane's channel ``i`` begins. All do with a
@@ -79,7 +79,7 @@ def fit_grid(values: np.ndarray, bits: np.ndarray, dtype: str) -> tuple[np.ndarr
     line of that slope.
     """
     low, step = block_grid(values, bits, dtype)
-    short = short_steps(step)
+    low, short = round_to(low, dtype), short_steps(step)
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(values, np.stack([low, whole_steps(short)]), bits)
