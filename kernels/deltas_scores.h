@@ -81,10 +81,10 @@ template <int First, int Count>
 inline void take_codes(thread float (&held)[8], uint bits, uint window, uint width, uint most) {
   UNROLL_ALL
   for (int k = First; k < First + Count; ++k) {
-    const bool begins = bits & (1u << k);
-    const float code = float(as_type<half>(ushort((window & most) | DELTA_FIELD)));
-    held[k] = begins ? code : held[k];
-    window = begins ? window >> width : window;
+    if (bits & (1u << k)) {
+      held[k] = float(as_type<half>(ushort((window & most) | DELTA_FIELD)));
+      window >>= width;
+    }
   }
 }
 
@@ -103,8 +103,9 @@ inline void delta_scores(
   constexpr uint heads = (Own + 31) / 32;  // words that say which lanes are held
   const int own = lane % Own;
   block += min(min(lane / Own, Ahead - 1), count - 1);
-  const device uint* words = far.payload + far.offsets[block];
-  const bool is_held = words[own / 32] >> (own % 32) & 1u;
+  const device uint* payload = far.payload;
+  const uint begin = uint(far.offsets[block]);
+  const bool is_held = payload[begin + own / 32] >> (own % 32) & 1u;
 
   // The grid goes into the queries.
   float query[8][Queries];
@@ -128,8 +129,8 @@ inline void delta_scores(
   }
 
   const uint2 masks_at = before_in_block<D>(is_held ? DELTA_CHUNK / 4 : 0u, lane);
-  const device uint* masks = words + heads + masks_at.x;
-  const device uint* codes = words + heads + CODED_TOKENS / DELTA_CHUNK * masks_at.y;
+  uint masks = begin + heads + masks_at.x;
+  const uint codes = begin + heads + CODED_TOKENS / DELTA_CHUNK * masks_at.y;
   const uint most = (1u << far.width) - 1u;
   uint stream = 0u;  // bits of the codes of all chunks so far
   float held[8];
@@ -143,7 +144,7 @@ inline void delta_scores(
     uint runs = 0u;
     UNROLL_ALL
     for (uint g = 0; g < 4u; ++g) {
-      mask[g] = is_held ? masks[g] : 0xffffffffu;
+      mask[g] = is_held ? payload[masks + g] : 0xffffffffu;
       runs += popcount(mask[g]);
     }
     masks += masks_at.y;
@@ -161,11 +162,11 @@ inline void delta_scores(
         UNROLL_ALL
         for (int t = 0; t < 4; ++t) {
           const uint bits = (four >> (8 * t)) & 0xffu;
-          const device uint* from = codes + (at >> 5);
+          const device uint* from = payload + (codes + (at >> 5));
           const uint window = funnel_right(from[0], from[1], at & 31u);
           if (Wide) {
             at += popcount(bits & 15u) * far.width;
-            const device uint* then = codes + (at >> 5);
+            const device uint* then = payload + (codes + (at >> 5));
             const uint second = funnel_right(then[0], then[1], at & 31u);
             at += popcount(bits & 0xf0u) * far.width;
             take_codes<0, 4>(held, bits, window, far.width, most);
@@ -179,7 +180,7 @@ inline void delta_scores(
           for (int j = 0; j < Queries; ++j) {
             sum[j] = low[j];
             UNROLL_ALL
-            for (int k = 0; k < 8; ++k) {
+            for (int k = 7; k >= 0; --k) {
               sum[j] += query[k][j] * held[k];
             }
           }

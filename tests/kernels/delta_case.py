@@ -21,6 +21,7 @@ from .common import STORED, as_float, on_bench
 def lanes(
     widths: tuple[int, ...] = (4, 4, 4, 4, 4, 4, 4, 4),
     values: tuple[int, ...] | None = (4, 4),
+    others: tuple[int, ...] | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> DeltaConfig:
@@ -28,15 +29,18 @@ def lanes(
 
     Args:
         widths: Of the lanes, each for four channels of either half of a head.
-        values: The width of each kv head's values; ``None``: they are plain.
+        values: The width of each kv head's values; ``None``: they are plain, of two heads.
+        others: The widths of lanes in all heads but the first, if they are others.
         seed: Of the order, which is another one in each head.
         **changes: Other fields.
     """
     settings: dict[str, Any] = {"key_format": "deltas", "key_bits": 4, "sinks": 4, "window": 64}
     rng = np.random.default_rng(seed)
-    half = [str(width) for width in widths for _ in range(4)]
-    heads = [rng.permutation(half) for _ in range(len(values) if values else 2)]
-    settings["key_widths"] = (tuple("".join([*own, *own]) for own in heads),)
+    rows = []
+    for head in range(len(values) if values else 2):
+        own = np.repeat(others if others and head else widths, 4)
+        rows.append("".join(map(str, rng.permutation(own))) * 2)
+    settings["key_widths"] = (tuple(rows),)
     settings["level"] = 0.05
     if values:
         settings |= {"value_format": "rotated", "value_bits": 4, "value_widths": (values,)}
