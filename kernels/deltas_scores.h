@@ -24,7 +24,7 @@ constexpr int delta_ahead() {  // blocks at once
 // Lanes that sum up a token's parts together.
 template <int D>
 constexpr int delta_sharers() {
-  return delta_ahead<D>() == 1 ? 4 : delta_ahead<D>() == 2 ? 2 : 1;
+  return delta_ahead<D>() == 1 && D % 32 == 0 ? 4 : delta_ahead<D>() <= 2 && D % 16 == 0 ? 2 : 1;
 }
 
 // Room for the sums of a strip, and for scores.
@@ -165,16 +165,15 @@ inline void delta_scores(
           const device uint* from = payload + (codes + (at >> 5));
           const uint window = funnel_right(from[0], from[1], at & 31u);
           if (Wide) {
-            at += popcount(bits & 15u) * far.width;
-            const device uint* then = payload + (codes + (at >> 5));
-            const uint second = funnel_right(then[0], then[1], at & 31u);
-            at += popcount(bits & 0xf0u) * far.width;
+            // Four codes have at most 28 bits, eight may have more than a word.
+            const uint after = funnel_right(from[1], from[2], at & 31u);
+            const uint taken = popcount(bits & 15u) * far.width;
             take_codes<0, 4>(held, bits, window, far.width, most);
-            take_codes<4, 4>(held, bits, second, far.width, most);
+            take_codes<4, 4>(held, bits, funnel_right(window, after, taken), far.width, most);
           } else {
-            at += popcount(bits) * far.width;
             take_codes<0, 8>(held, bits, window, far.width, most);
           }
+          at += popcount(bits) * far.width;
           float sum[Queries];
           UNROLL_ALL
           for (int j = 0; j < Queries; ++j) {

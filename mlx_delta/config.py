@@ -115,7 +115,7 @@ class DeltaConfig:
             (:mod:`mlx_delta.method.codes`), ``key_bits`` (2 to 8, such as 3.5) of them on average
             over the model. Without calibrated ones keys are rotated, and get equal codes.
             ``"deltas"``: held, with a threshold_mode that cuts runs, and their values such codes,
-            ``key_bits`` on average over the channels (:mod:`mlx_delta.method.deltas`).
+            ``key_bits`` (2 to 7) on average over the channels (:mod:`mlx_delta.method.deltas`).
         value_format: ``"plain"``: as above. ``"rotated"``: values far from the query are rotated
             and stored as codes, with more bits in kv heads that matter, ``value_bits`` (2 to 8) of
             them on average; near ones are stored in 16 bits. Needs ``key_bits``.

@@ -200,7 +200,7 @@ def _check_storage(config: DeltaConfig) -> None:
 
 
 def _check_mean(name: str, value: Any, kind: str) -> None:
-    least, most = MEAN_BITS
+    least, most = MEAN_BITS if kind != "deltas" else (LANE_WIDTHS[0], LANE_WIDTHS[-1])
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
         which = f"{name.removesuffix('_bits')}_format={kind!r}"

@@ -27,7 +27,7 @@ KeyWidths = tuple[tuple[str, ...] | None, ...]
 ValueWidths = tuple[tuple[int, ...] | None, ...]
 
 WIDTHS = (8, 6, 4, 3, 2)  # of keys' codes; a word has 4, 5, 8, 10 or 16 of them
-LANE_WIDTHS = np.arange(2, 9)  # of held keys' codes, which eight channels share
+LANE_WIDTHS = np.arange(2, 8)  # of held keys' codes, which eight channels share
 VALUE_WIDTHS = (8, 6, 4, 3, 2)  # mx.quantize's
 MOST_CLASSES = 3
 _BISECTIONS = 60

@@ -22,7 +22,7 @@ class DeltaLog(PayloadLog):
     Its parts are the words of each block, its grid's ``low`` and ``steps``, and the zero deltas.
     """
 
-    spare = 1
+    spare = 2
 
     @classmethod
     def make(cls, config: DeltaConfig, shape: tuple[int, int, int], dtype: mx.Dtype) -> DeltaLog:

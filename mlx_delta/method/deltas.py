@@ -2,7 +2,7 @@
 
 This file is the specification of ``key_format="deltas"``; ``ops/deltas.py`` and the kernels must
 agree with it. A head's channels stand in an **order**, by the width of their codes, widest first;
-eight neighbours of it are a **lane**, and share one width of 2 to 8 bits. So one lane of a GPU
+eight neighbours of it are a **lane**, and share one width of 2 to 7 bits. So one lane of a GPU
 walks through its channels token by token, and no ranks are worked out. A block of ``n`` keys [n, D]
 is a run of uint32 words:
 

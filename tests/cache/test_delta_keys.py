@@ -102,7 +102,7 @@ def plus_one(array, *place):
         (lambda s: changed(s, stored=[3]), "3. stored ones"),
         (lambda s: changed(s, encoded=[2]), "near keys from position"),
         (lambda s: changed(s, lengths=[9999]), "9999 tokens"),
-        (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 8"),
+        (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 7"),
         (lambda s: setting(s, key_widths=[["4" * 31 + "3"] * 2]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 16] * 2]), "2 kv heads of 16 channels"),
         (lambda s: setting(s, key_widths=[["4" * 32] * 2]), "counts of row 0 do not fit"),
@@ -130,26 +130,26 @@ def test_a_damaged_state_is_refused(break_it, message):
         DeltaKVCache.from_state(break_it(cache.state))
 
 
-def test_the_last_words_have_one_behind_them():
+def test_the_last_words_have_two_behind_them():
     """Which the kernel reads: also where a row is cut out, or a state has no room to grow."""
     cache = DeltaKVCache(PLAIN)
     attend(cache, TEXT, [LENGTH])
     state = cache.state
     words = int(mx.array(state[4]).sum())
-    tight = replaced(state, 3, state[3][:, : words + 1])
+    tight = replaced(state, 3, state[3][:, : words + 2])
     assert DeltaKVCache.from_state(tight).offset == LENGTH
-    with pytest.raises(ValueError, match=f"its payload of {words} words"):
-        DeltaKVCache.from_state(replaced(state, 3, state[3][:, :words]))
+    with pytest.raises(ValueError, match=f"its payload of {words + 1} words"):
+        DeltaKVCache.from_state(replaced(state, 3, state[3][:, : words + 1]))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "key_bits must be between 2 and 8, with key_format='deltas'"),
-        ({"key_bits": 1.5}, "between 2 and 8, with key_format='deltas', but got 1.5"),
+        ({}, "key_bits must be between 2 and 7, with key_format='deltas'"),
+        ({"key_bits": 1.5}, "between 2 and 7, with key_format='deltas', but got 1.5"),
         ({"key_bits": 4, "threshold": 1.0}, "needs threshold_mode 'optimal' or 'greedy'"),
         ({"key_bits": 4, "key_widths": (("4" * 9,),)}, "must be widths of codes"),
-        ({"key_bits": 4, "key_widths": (("9" * 8,),)}, "must be widths of codes"),
+        ({"key_bits": 4, "key_widths": (("8" * 8,),)}, "must be widths of codes"),
         ({"key_bits": 4, "key_widths": (("4" * 8, "4" * 16),)}, "must be widths of codes"),
     ],
 )

@@ -73,7 +73,7 @@ def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Wal
 
 
 # Bits of lanes, and of values.
-LANE_ROWS: tuple[tuple[tuple[int, ...], int], ...] = (((4,) * 16, 4), ((6, 5, 4, 3) * 4, 3))
+LANE_ROWS: tuple[tuple[tuple[int, ...], int], ...] = (((4,) * 16, 4), ((6, 5, 4, 3) * 4, 4))
 
 
 def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:

@@ -42,7 +42,7 @@ def test_lengths(bench: MetalBench, length):
     [
         ((6, 5, 4, 3, 2, 2, 4, 4, 4, 4, 2, 2), (8, 2), 96, (6, 2), mx.float32),
         ((4, 4, 4, 3, 3, 3, 3, 2, 2, 2), None, 80, (4, 2), mx.float16),  # values are plain
-        ((8, 7, *(3,) * 14), (4, 4), 128, (2, 2), mx.bfloat16),
+        ((7, 5, *(3,) * 14), (4, 4), 128, (2, 2), mx.bfloat16),
         ((4,) * 32, (4,), 256, (4, 1), mx.float16),
     ],
     ids=["D 96", "D 80", "D 128", "D 256"],
@@ -107,9 +107,10 @@ MUTATIONS = [
     Mutation("one width", "window >> width : window", "window >> 4 : window"),
     Mutation("no code taken away", "window >> width : window", "window : window"),
     Mutation("the next code too", "window & most", "window & (most * 2 + 1)"),
-    Mutation("one window for all", "at += popcount(bits & 15u) * far.width;", ""),
+    Mutation("one window for all", "funnel_right(window, after, taken)", "window"),
+    Mutation("no second window", "funnel_right(from[1], from[2], at & 31u)", "0u"),
     Mutation("nothing held", "begins ? code : held[k]", "code"),
-    Mutation("a word only", "from[0], from[1]", "from[0], from[0]"),
+    Mutation("a word only", "from[0], from[1], at", "from[0], from[0], at"),
     Mutation("half of the lanes", "total[j] += simd_shuffle_xor(total[j], ushort(other));", ""),
     Mutation("a strip's scores", "chunk + strip + token", "chunk + token"),
     Mutation("one block's scores", "sub * CODED_TOKENS + chunk", "chunk"),
@@ -140,7 +141,7 @@ def small_case() -> None:
     def tight(queries: Any, rows: Any, blocks: Any, near: Any, *rest: Any) -> Any:
         """With arrays that end where what is looked at does."""
         done = [n for _, n, _, _ in rows]
-        words = max(ends[n - 1] for ends, n in zip(cache._keys.log.ends, done, strict=True)) + 1
+        words = max(ends[n - 1] for ends, n in zip(cache._keys.log.ends, done, strict=True)) + 2
         blocks = dataclasses.replace(blocks.first(max(done)), payload=blocks.payload[:, :words])
         return decode(queries, rows, blocks, near, *rest)
 
