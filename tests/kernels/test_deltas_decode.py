@@ -14,7 +14,7 @@ from mlx_delta.ops import deltas_kernel, far_kernel
 
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
-from .common import UNWRITTEN, every_run, on_bench, source_of, with_kernel
+from .common import CHECKED, FAST, UNWRITTEN, name_of, on_bench, source_of, with_kernel
 from .delta_case import DeltaCase, assert_close, check, lanes
 
 FOUR = lanes()
@@ -26,8 +26,21 @@ def one(length: int, **changes: Any) -> DeltaCase:
     return DeltaCase(lengths=(length,), **{**default, **changes})
 
 
-@every_run
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> None:
+    """For what compiles the kernel once more, and finds what others find."""
+    if not request.config.getoption("--all"):
+        pytest.skip("every form of the kernel takes a minute; --all does")
+
+
+@pytest.mark.parametrize("options", [FAST[0], CHECKED[0]], ids=name_of)
 def test_one_query(bench: MetalBench, options):
+    check(bench, one(300), **options)
+
+
+@pytest.mark.usefixtures("thorough")
+@pytest.mark.parametrize("options", [*FAST[1:], *CHECKED[1:]], ids=name_of)
+def test_other_runs(bench: MetalBench, options):
     check(bench, one(300), **options)
 
 
@@ -37,28 +50,31 @@ def test_lengths(bench: MetalBench, length):
     check(bench, one(length))
 
 
+def test_wide_codes(bench: MetalBench):
+    """Two windows a token, lanes that are too many, rows that differ, and a mask."""
+    setting = lanes((6, 5, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2), (8, 2), (4, *(3,) * 11))
+    check(bench, DeltaCase(setting, (2, 65, 300, 130), 2, (4, 2), 96, mx.float32), mask=True)
+
+
+@pytest.mark.usefixtures("thorough")
 @pytest.mark.parametrize(
     ("widths", "values", "head_dim", "heads", "dtype"),
     [
-        ((6, 5, 4, 3, 2, 2, 4, 4, 4, 4, 2, 2), (8, 2), 96, (6, 2), mx.float32),
         ((4, 4, 4, 3, 3, 3, 3, 2, 2, 2), None, 80, (4, 2), mx.float16),  # values are plain
         ((7, 5, *(3,) * 14), (4, 4), 128, (2, 2), mx.bfloat16),
+        ((4,) * 18, None, 144, (2, 2), mx.float16),
         ((4,) * 32, (4,), 256, (4, 1), mx.float16),
     ],
-    ids=["D 96", "D 80", "D 128", "D 256"],
+    ids=["D 80", "D 128", "D 144", "D 256"],
 )
 def test_forms(bench: MetalBench, widths, values, head_dim, heads, dtype):
     check(bench, DeltaCase(lanes(widths, values), (330,), 1, heads, head_dim, dtype))
 
 
+@pytest.mark.usefixtures("thorough")
 def test_eight_queries_without_sinks(bench: MetalBench):
     """Some of which see a block as it is held, others in full; two simdgroups share a head."""
     check(bench, one(260, steps=8, heads=(2, 2), setting=lanes(sinks=0)))
-
-
-def test_ragged_rows_and_a_mask(bench: MetalBench):
-    setting = lanes((5, 4, 4, 3, 3, 2, 2, 2), others=(4, 4, 4, 4, 3, 3, 2, 2))
-    check(bench, DeltaCase(setting, (2, 65, 300, 130), 2, dtype=mx.float16), mask=True)
 
 
 def test_what_is_not_finite_shows(bench: MetalBench):
