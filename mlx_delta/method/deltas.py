@@ -23,6 +23,14 @@ Runs are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less 
 codes of all its keys is stored as those, so no block is larger than plain codes of these widths
 are. Exact keys of the first tokens (sinks) stand beside the blocks, and are read instead of their
 codes; for a block they count as the key after them.
+
+What was tried, on one window of 2,048 tokens of SmolLM2's, keys only, all bits of far keys counted
+(KL divergence from dense attention in nats, at bits a number): codes without a hold .0066 at 3.0
+and .0026 at 3.5; three quarters of the deltas zero, held values exact .0024, with codes of 4, 3.5
+and 3 bits on average .0027 at 2.64, .0030 at 2.49 and .0038 at 2.35. Equal widths of 4 bits lose
+.0048 at 2.47; widths for which a channel pays by its share of runs, .0065 at 2.21; masks of sparse
+lanes for two or four tokens at once, .0046 at 2.31. A step of 8 bits instead of 16 costs 2 % of the
+loss.
 """
 
 from __future__ import annotations
