@@ -33,17 +33,17 @@ def thorough(request: pytest.FixtureRequest) -> None:
         pytest.skip("every form of the kernel takes a minute; --all does")
 
 
-@pytest.mark.parametrize("options", [FAST[0], CHECKED[0]], ids=name_of)
-def test_one_query(bench: MetalBench, options):
-    check(bench, one(300), **options)
+def test_one_query(bench: MetalBench):
+    check(bench, one(300), **CHECKED[0])
 
 
 @pytest.mark.usefixtures("thorough")
-@pytest.mark.parametrize("options", [*FAST[1:], *CHECKED[1:]], ids=name_of)
+@pytest.mark.parametrize("options", [*FAST, *CHECKED[1:]], ids=name_of)
 def test_other_runs(bench: MetalBench, options):
     check(bench, one(300), **options)
 
 
+@pytest.mark.usefixtures("thorough")
 @pytest.mark.parametrize("length", [191, 193, 600])
 def test_lengths(bench: MetalBench, length):
     """One far block, two, and more than are read at once."""
@@ -53,7 +53,7 @@ def test_lengths(bench: MetalBench, length):
 def test_wide_codes(bench: MetalBench):
     """Two windows a token, lanes that are too many, rows that differ, and a mask."""
     setting = lanes((6, 5, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2), (8, 2), (4, *(3,) * 11))
-    check(bench, DeltaCase(setting, (2, 65, 300, 130), 2, (4, 2), 96, mx.float32), mask=True)
+    check(bench, DeltaCase(setting, (2, 300, 130), 2, (4, 2), 96, mx.float32), mask=True)
 
 
 @pytest.mark.usefixtures("thorough")
@@ -77,6 +77,7 @@ def test_eight_queries_without_sinks(bench: MetalBench):
     check(bench, one(260, steps=8, heads=(2, 2), setting=lanes(sinks=0)))
 
 
+@pytest.mark.usefixtures("thorough")
 def test_what_is_not_finite_shows(bench: MetalBench):
     case = one(200, kind="nan")
     with on_bench(bench):
@@ -84,6 +85,7 @@ def test_what_is_not_finite_shows(bench: MetalBench):
     assert np.isnan(output).all()
 
 
+@pytest.mark.usefixtures("thorough")
 def test_loads_what_it_must_and_no_more(bench: MetalBench):
     """At most 1.2 times the stored bytes of far keys by all threadgroups together."""
     if bench.on_gpu:
@@ -108,20 +110,17 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench):
 BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 SHUFFLED = "simd_shuffle(before, ushort(sub * Own + lane % Own))"
 MUTATIONS = [
-    *(without_barrier(n, BARRIER) for n in (2, 3, 4, 5, 6)),
+    *(without_barrier(n, BARRIER) for n in (2, 3)),
     Mutation("no zero of codes", "- DELTA_ZERO * step", ""),
     Mutation("no low", "low[j] += query[k][j] * base;", ""),
     Mutation("no step", "query[k][j] *= step;", ""),
     Mutation("every lane held", "is_held ? masks[g] : 0xffffffffu", "masks[g]"),
-    Mutation("masks of lanes that have none", "is_held ? DELTA_CHUNK / 4 : 0u", "4u"),
-    Mutation("another lane's kind", ">> (own % 32) & 1u", "& 1u"),
     Mutation("masks of one chunk", "masks += masks_at.y;", ""),
     Mutation("codes of one chunk", "stream += bits_at.y;", ""),
     Mutation("codes of the first lane", "stream + bits_at.x", "stream"),
     Mutation("places in two blocks", "own - first, last - first", "own, last - first"),
     Mutation("lanes that are too many", SHUFFLED, "before"),
     Mutation("one width", "window >> width : window", "window >> 4 : window"),
-    Mutation("no code taken away", "window >> width : window", "window : window"),
     Mutation("the next code too", "window & most", "window & (most * 2 + 1)"),
     Mutation("one window for all", "funnel_right(window, after, taken)", "window"),
     Mutation("no second window", "funnel_right(from[1], from[2], at & 31u)", "0u"),
@@ -136,10 +135,7 @@ MUTATIONS = [
     Mutation("one row's words", "long(head / near_shape[1]) * payload_shape[1]", "0"),
     Mutation("one head's blocks", "offsets + long(head) * low_shape[2]", "offsets"),
     Mutation("one head's low", "low + long(head) * low_shape[2] * D", "low"),
-    Mutation("one head's steps", "steps + long(head) * low_shape[2] * D", "steps"),
     Mutation("one head's widths", "head % near_shape[1] * (D / 8)", "0"),
-    Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
-    Mutation("the future", "place + i <= position && ", ""),
 ]  # fmt: skip
 
 
