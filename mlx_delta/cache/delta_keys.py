@@ -124,9 +124,9 @@ class DeltaKeys(PackedKeys):
         said = np.array(read_structure(blocks)[2]) if blocks is not None else 0 * counts
         for row, done in enumerate(log.blocks):
             own = counts[row, :, :done]
-            fits = (own > 0).all() and (own <= log.stride).all()
+            fits = bool((own > 0).all() and (own <= log.stride).all())
             # Of blocks that would lie past the end, what is read of them says nothing.
-            fits = fits and int(own.sum(dtype=np.int64)) + log.spare * bool(done) <= room
+            fits &= int(own.sum(dtype=np.int64)) + log.spare * bool(done) <= room
             if not fits or not np.array_equal(own, said[row, :, :done]):
                 raise ValueError(
                     f"[{name}] saved counts of row {row} do not fit its masks and its payload of "
