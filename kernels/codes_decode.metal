@@ -1,4 +1,6 @@
-// codes_decode: attention of a few queries straight from coded keys and turned values.
+// codes_decode: attention of a few queries straight from coded keys and turned values. Far keys may
+// be of another form, which brings scores of its own: held ones are deltas_scores.h's, and the
+// kernel with them is called deltas_decode.
 //
 // Grid: x = simdgroups of a threadgroup, y = rows * kv heads * parts of their queries, z = splits.
 // A simdgroup has up to four queries that share a kv head and works by itself: simdgroups of one
