@@ -26,7 +26,7 @@ import results_page  # noqa: E402  (beside this file)
 
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
-DELTA = ("delta", "delta:sparsity=0.75", "delta:kv=balanced", "delta:kv=small")
+DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated", "delta:kv=balanced", "delta:kv=small")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ RUNS = (
     ),
     Run(
         "smollm2-needles", "smollm2", ("needles",),
-        ("dense", "delta", "delta:sparsity=0.75", *PAPER, "kv4", "kv4-rotated"),
-        ("--needles", "word", "--samples", "2"),
+        ("dense", "delta", "delta:prefill=tiles,level=0", "uncalibrated", *PAPER, "kv4"),
+        ("--needles", "word", "--samples", "5"),
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),
@@ -90,11 +90,11 @@ RUNS = (
         ("--windows", "10", "--text", "DATA/prose.txt.xz"),
     ),
     Run(
-        "demo-recall", "demo", ("recall",), ("dense", "delta", "delta:sparsity=0.75", *PAPER),
+        "demo-recall", "demo", ("recall",), ("dense", *DELTA[:3], *PAPER),
         ("--length", "16384", "--distances", "2000", "8000", "16000", "--answers", "2"),
     ),
     Run(
-        "demo-needles", "demo", ("needles",), ("dense", "delta", "delta:sparsity=0.75", *PAPER),
+        "demo-needles", "demo", ("needles",), ("dense", "delta", "uncalibrated", *PAPER),
         ("--needles", "password", "--lengths", "2048", "8192", "16384", "--samples", "1"),
     ),
     Run(
@@ -103,12 +103,12 @@ RUNS = (
     ),
     Run(
         "demo-bitnet", "demo-bitnet", ("recall", "kld"),
-        ("dense", "delta", "delta:sparsity=0.75", *PAPER, "window-only"),
+        ("dense", *DELTA[:3], *PAPER, "window-only"),
         ("--windows", "4", "--answers", "5"),
     ),
     Run(
         "gemma3-270m", "gemma3-270m", ("kld",),
-        ("dense", "delta", "delta:sparsity=0.75", *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA[:3], *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "2"),
     ),
     Run(

@@ -42,7 +42,9 @@ NAMES = {
     "dense": "dense",
     "delta": "delta, the model's own level",
     "delta:sparsity=0.75": "delta, 0.75 of the deltas zero",
+    "uncalibrated": "delta, as on a model that was not calibrated",
     "delta:kv=balanced": "codes of 4 bits on average",
+    "delta:prefill=tiles,level=0": "prefill by tiles, full keys",
     "delta:kv=small": "codes of 3 bits on average",
     "paper": "the paper's preset (θ 0.6)",
     "paper:threshold=1.05": "the paper's preset at θ 1.05",
@@ -71,8 +73,9 @@ NOTES = {
     "worst one by the last. Of so short a chunk little is far enough away to be held.",
     "needles": "Words, numbers or passwords told at eight depths of texts of several lengths, and "
     "asked for in the model's chat template, the answer begun for it; found when each of its "
-    "tokens ranks first. Other settings are asked for what dense attention finds; *nats* is how "
-    "much less likely they make those answers, on average.",
+    "tokens ranks first, which for a model of this size is often by a hair: any change loses some "
+    "and gains others. *of dense's* is of the needles that dense attention finds, and *nats* how "
+    "much less likely their answers become, on average.",
     "winogrande": "Items of the validation set, no examples. The texts have some "
     "25 tokens: up to 128 tokens nothing is held, and `delta` is dense attention; its records are "
     "dense attention's but for one in 25, which was measured all the same.",

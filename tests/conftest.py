@@ -35,3 +35,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+@pytest.fixture
+def tiles_from_the_start(monkeypatch):
+    """Tiles are chosen in short texts too."""
+    for module in ("attention.prefill", "calibrate.tiles"):
+        monkeypatch.setattr(f"mlx_delta.{module}.EXACT_BEGIN", 0)

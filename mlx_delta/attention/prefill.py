@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
-from mlx_delta.method.tiles import EXACT_END
+from mlx_delta.method.tiles import EXACT_BEGIN, EXACT_END
 from mlx_delta.ops import tiles_kernel
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import unpack
@@ -88,7 +88,7 @@ def attend_in_strips(queries: mx.array, step: Step, scale: float) -> mx.array:
 def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | None:
     """Which queries of an update, from where to where, look at chosen tiles only.
 
-    These are whole blocks with tiles to choose from, before a prompt's end if that is known.
+    These are whole blocks behind a text's beginning, and before a prompt's end if that is known.
     ``None`` where there are none, where a mask hides more than what is to come, and where the
     rows of a batch differ in position.
     """
@@ -100,7 +100,7 @@ def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | Non
     if plan.prompt_length is not None:
         end = min(end, max(0, plan.prompt_length - EXACT_END))
     # Two far blocks at least: the first is always computed.
-    first = max(-(-start // size), step.window_blocks + 2) * size
+    first = max(-(-max(start, EXACT_BEGIN) // size), step.window_blocks + 2) * size
     end = end // size * size
     return (first - start, end - start) if first < end else None
 

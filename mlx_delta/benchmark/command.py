@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import DEMO, MODEL_HELP, load
-from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.choice import choose_settings, with_samples
 from mlx_delta.measure.provenance import machine_entry, model_entry
 from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
             "counted here; time it with mlx_lm.benchmark."
         )
     model, tokenizer = load(args.model, delta, trust_remote_code=args.trust_remote_code)
+    settings = with_samples(settings, model, tokenizer)
     if status := blas_status():
         print(status, file=sys.stderr)
     data = header(args, delta)

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.text import context_length
-from mlx_delta.method.tiles import EXACT_END
+from mlx_delta.method.tiles import EXACT_BEGIN, EXACT_END
 
 from .divergence import Comparison, DenseText
 from .windows import ProgressBar, cut_windows
@@ -164,7 +164,8 @@ def _check_length(length: int | None, context: int | None, base: DeltaConfig) ->
             f"[calibrate] a prompt of {length} tokens and {SCORED} after it are more than the "
             f"model's context of {context}; give a smaller --length."
         )
-    least = EXACT_END + (base.window_blocks + 3) * base.block_size
+    first = max(EXACT_BEGIN, (base.window_blocks + 2) * base.block_size)
+    least = first + base.block_size + EXACT_END
     if length < least:
         raise ValueError(
             f"[calibrate] no tiles can be chosen in {length} tokens; --length must be >= {least}."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_delta.loading import DEMO, MODEL_HELP, load
-from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.choice import choose_settings, with_samples
 from mlx_delta.measure.provenance import model_entry
 from mlx_delta.measure.results_file import read_results
 from mlx_delta.measure.text import BUNDLED_TEXT, context_length
@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(SETTINGS),
         metavar="SETTING",
-        help="dense, delta, delta:sparsity=0.75,key_bits=4, paper, window-only, kv8, kv4, "
+        help="dense, delta, delta:sparsity=0.75,key_bits=4, delta:kv=balanced, uncalibrated (the "
+        "delta without the model's calibration), paper, window-only, kv8, kv4, "
         f"kv4-rotated, kivi4, kivi2, rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
-    session = Session(model, tokenizer, settings, results)
+    session = Session(model, tokenizer, with_samples(settings, model, tokenizer), results)
     try:
         measure(session, args, text, harness)
     finally:

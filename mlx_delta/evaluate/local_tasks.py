@@ -18,7 +18,7 @@ from mlx_delta.measure.settings import Setting
 from .harness_squad import question_scores
 from .local_files import file_entry, read_lambada, read_squad, read_winogrande
 from .rows import can_batch, can_share, generate_texts, score_texts
-from .samples import Records, figures
+from .samples import figures
 
 ANSWER_TOKENS = 24  # of an answer in SQuAD's form, at most
 
@@ -72,9 +72,7 @@ class ChoiceTask(FileTask):
         """Of the longer text; the last token is only predicted."""
         return max(len(context) + len(end) - 1 for context, end in self._pairs[index])
 
-    def measure(
-        self, model: nn.Module, setting: Setting, group: list[int], dense: Records
-    ) -> list[dict[str, Any]]:
+    def measure(self, model: nn.Module, setting: Setting, group: list[int]) -> list[dict[str, Any]]:
         """A record for each item: 1 where the right text is the likelier one."""
         pairs = [pair for i in group for pair in self._pairs[i]]
         scored = score_pairs(model, setting, pairs, self._batch_size)
@@ -106,9 +104,7 @@ class CompletionTask(FileTask):
         context, end = self._pairs[index]
         return len(context) + len(end) - 1
 
-    def measure(
-        self, model: nn.Module, setting: Setting, group: list[int], dense: Records
-    ) -> list[dict[str, Any]]:
+    def measure(self, model: nn.Module, setting: Setting, group: list[int]) -> list[dict[str, Any]]:
         """A record for each passage, with the end's log-likelihood."""
         pairs = [self._pairs[i] for i in group]
         return [
@@ -162,9 +158,7 @@ class ReadingTask(FileTask):
         paragraph, question = self._texts[index]
         return len(paragraph) + len(question) + self._answer_tokens
 
-    def measure(
-        self, model: nn.Module, setting: Setting, group: list[int], dense: Records
-    ) -> list[dict[str, Any]]:
+    def measure(self, model: nn.Module, setting: Setting, group: list[int]) -> list[dict[str, Any]]:
         """A record for each question: F1, whether it is exact, and what was answered."""
         batched = can_batch(model, setting)
         answers = []

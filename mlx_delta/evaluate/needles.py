@@ -5,8 +5,9 @@
 
 A text holds a needle at each depth, is read once, and each question goes on from there. The answer
 is begun for the model ("The special magic number for Oslo is:"), as RULER does, and found when each
-of its tokens is ranked first. Settings other than dense are asked for what dense attention finds;
-how much less likely they make those answers says more than how few of them are lost.
+of its tokens is ranked first. Of small models that is often by a hair, so that any change loses
+some needles and gains others: both are counted. Of those that dense attention finds, how much less
+likely a setting makes the answers says more than how few are lost.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mlx_delta.measure.text import encode_piece, encode_text, first_tokens
 
 from .figures import cache_figures, mean_figures
 from .recall import FACTS
-from .samples import Records, fitting_lengths
+from .samples import fitting_lengths
 
 LENGTHS = (1024, 2048, 4096, 8192)
 DEPTHS = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.95)
@@ -244,7 +245,6 @@ class NeedleTask:
         model: nn.Module,
         setting: Setting,
         group: list[int],
-        dense: Records,
     ) -> list[dict[str, Any]]:
         """A record for each text: what became of each needle, and caches' figures.
 
@@ -254,21 +254,15 @@ class NeedleTask:
             model: The model.
             setting: How keys and values are kept.
             group: Which texts.
-            dense: Dense attention's records: what it missed is not asked again.
         """
-        return [self._measure(model, setting, i, dense.get(i)) for i in group]
+        return [self._measure(model, setting, i) for i in group]
 
-    def _measure(
-        self, model: nn.Module, setting: Setting, index: int, dense: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _measure(self, model: nn.Module, setting: Setting, index: int) -> dict[str, Any]:
         haystack, length = self.haystack(index), self.tokens(index)
         record: dict[str, Any] = {"index": index, "length": length, "right": {}, "nats": {}}
-        asked = [q for q in haystack.questions if dense is None or dense["right"][str(q[0])]]
-        if not asked:
-            return record
         caches = setting.make_caches(model, length)
         setting.prefill(model, haystack.ids, caches)
-        for depth, question, answer in asked:
+        for depth, question, answer in haystack.questions:
             own = copy.deepcopy(caches)
             logits = setting.forward(model, question + answer[:-1], own)[len(question) - 1 :]
             logs = nn.log_softmax(logits.astype(mx.float32), axis=-1)

@@ -12,7 +12,7 @@ from mlx_delta.measure.settings import Setting
 
 from .rows import can_batch, generate_texts
 from .ruler_texts import PUZZLES, Puzzle, fit
-from .samples import Records, figures, fitting_lengths, summarize
+from .samples import figures, fitting_lengths, summarize
 
 RULER = tuple(f"ruler-{kind}" for kind in PUZZLES)
 LENGTHS = (1024, 2048)
@@ -103,9 +103,7 @@ class RulerTask:
         text = str(chat).replace(MARK, content) + puzzle.begun
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def measure(
-        self, model: nn.Module, setting: Setting, group: list[int], dense: Records
-    ) -> list[dict[str, Any]]:
+    def measure(self, model: nn.Module, setting: Setting, group: list[int]) -> list[dict[str, Any]]:
         """A record for each text: the share of the answers that were given, and what was said."""
         puzzles = [self.puzzle(index) for index in group]
         batched = can_batch(model, setting)

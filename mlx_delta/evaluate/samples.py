@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.nn as nn
@@ -12,8 +12,6 @@ from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.stats import mean, wilson
 
 from .rows import Cost
-
-Records = Mapping[int, dict[str, Any]]  # of one setting, by the number of the sample
 
 CHECK_EVERY = 25  # of samples that can't differ from dense, one in so many is measured all the same
 
@@ -35,16 +33,13 @@ class SampleTask(Protocol):
         """The most tokens that a sample can come to."""
         ...
 
-    def measure(
-        self, model: nn.Module, setting: Setting, group: list[int], dense: Records
-    ) -> list[dict[str, Any]]:
+    def measure(self, model: nn.Module, setting: Setting, group: list[int]) -> list[dict[str, Any]]:
         """A record for each sample of a group: ``index``, ``score`` and caches' figures.
 
         Args:
             model: The model.
             setting: How keys and values are kept.
             group: Numbers of samples.
-            dense: Dense attention's records, by number; empty for a dense setting.
         """
         ...
 

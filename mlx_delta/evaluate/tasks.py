@@ -193,7 +193,7 @@ class Session:
         run["records"] += [copied(dense[i]) for i in taken]
         part = [i for i in part if i not in taken]
         if part:
-            run["records"] += task.measure(self.model, setting, part, dense)
+            run["records"] += task.measure(self.model, setting, part)
         self.results.save()
 
     def _check_copies(self, task: SampleTask, setting: Setting, run: dict[str, Any]) -> None:

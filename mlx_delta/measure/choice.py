@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.nn as nn
+
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import find_model, read_config, read_setting
 from mlx_delta.models import get_model_classes, has_class
+from mlx_delta.models.queries import query_sensitivities
 
 from .settings import Setting, parse_settings
 
@@ -43,3 +50,15 @@ def choose_settings(
     if not needing and not has_class(config):
         return None, settings  # it may be one that the delta can't be applied to
     return delta, settings
+
+
+def with_samples(settings: Sequence[Setting], model: nn.Module, tokenizer: Any) -> list[Setting]:
+    """The settings, ``uncalibrated`` ones with what ``load`` finds for such a model."""
+    found = []
+    for setting in settings:
+        if setting.sampled and setting.delta is not None:
+            sensitivities = query_sensitivities(model, tokenizer, setting.delta)
+            delta = setting.delta.changed(sensitivities=sensitivities)
+            setting = dataclasses.replace(setting, delta=delta)
+        found.append(setting)
+    return found

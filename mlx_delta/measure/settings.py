@@ -29,7 +29,18 @@ from mlx_delta.wording import nearest
 from .baselines import BASELINES, QuantizedStore
 
 QUANTIZED = ("kv8", "kv4")  # mlx-lm's
-KINDS = ("dense", "delta", "paper", *QUANTIZED, *BASELINES, "rotating", "window-only", "stock")
+UNCALIBRATED = "uncalibrated"
+KINDS = (
+    "dense",
+    "delta",
+    UNCALIBRATED,
+    "paper",
+    *QUANTIZED,
+    *BASELINES,
+    "rotating",
+    "window-only",
+    "stock",
+)
 
 PREFILL_STEP = 2048  # tokens of a prompt at a time, as in mlx-lm
 ROTATING_KEEP = 4  # first tokens that mlx-lm's --max-kv-size never drops
@@ -45,6 +56,8 @@ class Setting:
         delta: For ``delta``, ``paper`` and ``window-only``.
         kv_bits: For ``kv8`` and ``kv4``: mlx-lm's quantized cache.
         max_size: For ``rotating``: tokens kept.
+        sampled: Its sensitivities are those that ``load`` finds for a model that was not
+            calibrated, whatever the model has (:func:`mlx_delta.measure.choice.with_samples`).
     """
 
     name: str
@@ -52,6 +65,7 @@ class Setting:
     delta: DeltaConfig | None = None
     kv_bits: int | None = None
     max_size: int | None = None
+    sampled: bool = False
 
     @property
     def dense_up_to(self) -> int:
@@ -159,7 +173,8 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
     ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
     :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:kv=balanced`` (as
     ``--kv``), ``delta:sparsity=0.75`` and
-    ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``paper:threshold=0.6``
+    ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``uncalibrated`` (the delta
+    as on a model that was never calibrated), ``paper:threshold=0.6``
     (the paper's preset), ``window-only`` (the keys that ``delta`` would hold are dropped),
     ``stock`` (``dense`` by MLX's own attention, even where ours is faster).
 
@@ -198,11 +213,13 @@ def parse_setting(name: str, default: DeltaConfig | None = None) -> Setting:
                 "as in rotating:1024."
             )
         return Setting(name, kind, max_size=int(rest))
-    base = DeltaConfig.paper() if kind == "paper" else default or DeltaConfig()
+    bases = {"paper": DeltaConfig.paper(), UNCALIBRATED: DeltaConfig()}
+    sampled = kind == UNCALIBRATED
     try:
-        return Setting(name, kind, delta=_parse_delta(rest, base))
+        delta = _parse_delta(rest, bases.get(kind, default or DeltaConfig()))
     except ValueError as error:
         raise ValueError(f"[parse_settings] in {name!r}: {error}") from error
+    return Setting(name, "delta" if sampled else kind, delta=delta, sampled=sampled)
 
 
 def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:

@@ -24,6 +24,9 @@ PACKED_ROWS = 16
 POOLED_QUERIES = 4
 # Tokens at a prompt's end (at least) that compute all tiles: an answer begins from these.
 EXACT_END = 192
+# And at a text's beginning, where so few tiles lie before a query that choosing takes as long as
+# computing them, and loses something.
+EXACT_BEGIN = 1024
 
 
 def pack(keys: np.ndarray, rows: int = PACKED_ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import DEMO, load
-from mlx_delta.measure.choice import choose_settings
+from mlx_delta.measure.choice import choose_settings, with_samples
 from mlx_delta.measure.prefill_file import read_rows
 from mlx_delta.measure.roofline import CONTEXTS, SETTINGS, ceilings, roofline_values
 from mlx_delta.measure.settings import PREFILL_STEP, Setting
@@ -181,7 +181,7 @@ def _load(args: argparse.Namespace, wanted: list[str]) -> tuple[Any, Any, list[S
         raise ValueError(f"model {name} holds no keys: it is neither a Llama nor a BitNet.")
     assert isinstance(delta, DeltaConfig)
     model, tokenizer = load(name, delta)
-    return model, tokenizer, settings
+    return model, tokenizer, with_samples(settings, model, tokenizer)
 
 
 def _tokens(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[int], str]:

@@ -76,10 +76,7 @@ def draw_needles(grids: Sequence[NeedleGrid], theme: Theme, title: str, source: 
     size = CELL * len(depths)
     height = HEAD + rows * (TITLE + size + AXIS) + FOOT
     figure = new_figure(height)
-    about = (
-        "Needles found of those asked; settings other than dense are asked for what dense finds."
-    )
-    headline(figure, theme, title, about)
+    headline(figure, theme, title, "Needles found of those asked.")
     width = (WIDTH - 0.1) / columns - LEFT
     for i, grid in enumerate(grids):
         row, column = divmod(i, columns)

@@ -15,7 +15,7 @@ from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.generate.command import main
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.method import attention as reference
-from mlx_delta.method.tiles import EXACT_END
+from mlx_delta.method.tiles import EXACT_BEGIN, EXACT_END
 from tests.tiny import llama_model, smooth_keys, tokens
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 16, 0.25
@@ -76,7 +76,7 @@ TILES = DeltaConfig(threshold=0.0, prefill="tiles", tiles=0.6)
 @pytest.mark.parametrize(
     "config", [TILES, DeltaConfig(prefill="tiles", tiles=0.6)], ids=["full keys", "held keys"]
 )
-def test_tiles_do_not_depend_on_the_cuts(config):
+def test_tiles_do_not_depend_on_the_cuts(config, tiles_from_the_start):
     text = inputs(640 + 30)
     cache = DeltaKVCache(config)
     whole = attend(cache, text, [670])
@@ -88,15 +88,15 @@ def test_tiles_do_not_depend_on_the_cuts(config):
         assert again.tile_count == cache.tile_count
 
 
-def test_tiles_skip_something_and_not_at_the_end_of_a_prompt():
-    text = inputs(1024)
-    exact = attend(DeltaKVCache(DeltaConfig(threshold=0.0)), text, [1024])
+def test_tiles_skip_something_and_neither_at_the_beginning_nor_at_the_end_of_a_prompt():
+    text = inputs(1536)
+    exact = attend(DeltaKVCache(DeltaConfig(threshold=0.0)), text, [1536])
     cache = DeltaKVCache(TILES)
-    cache.prompt_length = 1024
-    found = attend(cache, text, [1024])
+    cache.prompt_length = 1536
+    found = attend(cache, text, [1536])
     np.testing.assert_allclose(found[:, :, -EXACT_END:], exact[:, :, -EXACT_END:], atol=1e-5)
-    np.testing.assert_allclose(found[:, :, :192], exact[:, :, :192], atol=1e-5)
-    between = np.abs(found - exact)[:, :, 192:-EXACT_END].max(axis=(0, 1, 3))
+    np.testing.assert_allclose(found[:, :, :EXACT_BEGIN], exact[:, :, :EXACT_BEGIN], atol=1e-5)
+    between = np.abs(found - exact)[:, :, EXACT_BEGIN:-EXACT_END].max(axis=(0, 1, 3))
     assert (between > 1e-3).mean() > 0.5
 
 
@@ -139,7 +139,7 @@ def test_each_layer_takes_its_own_share():
     assert both.for_layer(0, 2) == DeltaConfig(threshold=((0.5, 0.6),), prefill="tiles", tiles=0.7)
 
 
-def test_the_same_tokens_however_a_prompt_is_cut():
+def test_the_same_tokens_however_a_prompt_is_cut(tiles_from_the_start):
     model = llama_model(DeltaConfig(threshold=0.0, prefill="tiles", tiles=0.5))
     prompt, found = tokens(1000)[0], []
     for step in (64, 320, 2048):
@@ -161,7 +161,7 @@ def test_a_share_alone_asks_for_tiles():
     assert DeltaConfig().changed(tiles=0.7) == DeltaConfig(prefill="tiles", tiles=0.7)
 
 
-def test_generation_by_tiles_reports_its_density(capsys):
+def test_generation_by_tiles_reports_its_density(capsys, tiles_from_the_start):
     prompt = " ".join(["the moor lay quiet, and nobody came."] * 80)
     flags = ["--prompt", prompt, "--max-tokens", "2", "--json", "--tiles", "0.3"]
     assert main([*flags]) == 0

@@ -176,7 +176,7 @@ def table_of(row: Row) -> tuple[list[str], list[str]]:
     return table.header, table.rows[0]
 
 
-def test_tiles_are_reported_beside_the_rest():
+def test_tiles_are_reported_beside_the_rest(tiles_from_the_start):
     model = llama_model(SMALL, max_position_embeddings=2048)
     settings = parse_settings(
         ["stock", "dense", "delta:threshold=0,block_size=32,window=32,tiles=0.3"]

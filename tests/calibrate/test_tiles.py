@@ -13,6 +13,7 @@ from mlx_delta.measure.text import BUNDLED_TEXT, read_text
 from tests.tiny import LLAMA, write_llama
 
 LEVEL = DeltaConfig(level=0.1)
+pytestmark = pytest.mark.usefixtures("tiles_from_the_start")
 
 
 @pytest.fixture(scope="module")

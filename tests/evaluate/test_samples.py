@@ -86,7 +86,7 @@ def logprobs(model: Any, ids: list[int]) -> np.ndarray:
 
 def test_winogrande_takes_the_likelier_text(model, tokenizer, files):
     task = ChoiceTask(tokenizer, files["winogrande"], None, 4)
-    records = [r for group in task.groups for r in task.measure(model, DENSE, group, {})]
+    records = [r for group in task.groups for r in task.measure(model, DENSE, group)]
     assert sorted(i for group in task.groups for i in group) == [0, 1, 2]
     for record in records:
         row = WINOGRANDE[record["index"]]
@@ -103,7 +103,7 @@ def test_winogrande_takes_the_likelier_text(model, tokenizer, files):
 def test_lambada_asks_for_the_greedy_end(model, tokenizer, files):
     task = CompletionTask(tokenizer, files["lambada"], None, 4)
     (group,) = task.groups
-    for record in task.measure(model, DENSE, group, {}):
+    for record in task.measure(model, DENSE, group):
         item = read_lambada(files["lambada"])[record["index"]]
         context, whole = (tokenizer.encode(t) for t in (item.passage, item.passage + item.end))
         found = logprobs(model, whole)
@@ -120,9 +120,9 @@ def test_answers_do_not_depend_on_batches_and_shared_paragraphs(model, tokenizer
     together = ReadingTask(tokenizer, files["squad"], None, 5, 6)
     alone = ReadingTask(tokenizer, files["squad"], None, 1, 6)
     assert [len(group) for group in together.groups] == [5, 4]
-    records = [r for group in together.groups for r in together.measure(model, setting, group, {})]
+    records = [r for group in together.groups for r in together.measure(model, setting, group)]
     for record in records:
-        (single,) = alone.measure(model, setting, [record["index"]], {})
+        (single,) = alone.measure(model, setting, [record["index"]])
         assert record["answer"] == single["answer"]
         assert record["prefill_sparsity"] == pytest.approx(single["prefill_sparsity"], abs=2e-3)
         assert (record["prefill_sparsity"] > 0) == (setting is not DENSE)
@@ -134,7 +134,7 @@ def test_questions_are_scored_by_their_words(tokenizer, files, monkeypatch):
     cost = {"prefill": 0.0, "decode": None, "overall": 0.0, "bytes": 1}
     answers = lambda model, setting, part, batched: [(said[i], cost) for i in part]  # noqa: E731
     monkeypatch.setattr(task, "_answer", answers)
-    records = task.measure(llama_model(), DENSE, list(said), {})
+    records = task.measure(llama_model(), DENSE, list(said))
     assert [round(r["score"], 3) for r in records] == [1, 1, 0.667, 0, 0, 0]
     assert [r["exact"] for r in records] == [1, 1, 0, 0, 0, 0]
     summary = SUMMARIES["squad"](records)
@@ -193,7 +193,7 @@ def test_needles_stand_at_their_depths_and_are_asked_for(needles, tokenizer):
 
 
 def test_a_needle_is_found_where_each_token_ranks_first(needles, model):
-    (record,) = needles.measure(model, DENSE, [0], {})
+    (record,) = needles.measure(model, DENSE, [0])
     haystack = needles.haystack(0)
     for depth, question, answer in haystack.questions:
         found = logprobs(model, haystack.ids + question + answer)
@@ -202,12 +202,8 @@ def test_a_needle_is_found_where_each_token_ranks_first(needles, model):
         assert record["right"][str(depth)] == (best == answer)
         told = found[start - 1 : start - 1 + len(answer)][np.arange(len(answer)), answer]
         assert record["nats"][str(depth)] == pytest.approx(-told.sum(), rel=1e-3)
-    (ours,) = needles.measure(
-        model, DELTA, [0], {0: {"right": {"0.2": True, "0.5": False, "0.9": False}}}
-    )
-    assert list(ours["right"]) == ["0.2"] and ours["prefill_sparsity"] > 0.2
-    nothing = dict.fromkeys(("0.2", "0.5", "0.9"), False)
-    assert needles.measure(model, DELTA, [0], {0: {"right": nothing}})[0]["right"] == {}
+    (ours,) = needles.measure(model, DELTA, [0])
+    assert list(ours["right"]) == ["0.2", "0.5", "0.9"] and ours["prefill_sparsity"] > 0.2
 
 
 def test_needles_are_counted_by_length_and_depth():
@@ -315,7 +311,7 @@ def test_variables_hand_the_number_on():
 
 def test_ruler_counts_the_answers_that_were_given(tokenizer, model):
     task = RulerTask("ruler-vt", tokenizer, RulerOptions(lengths=(400,), samples=2))
-    records = task.measure(model, DELTA, [0, 1], {})
+    records = task.measure(model, DELTA, [0, 1])
     for record in records:
         answers = task.puzzle(record["index"]).answers
         said = record["answer"].lower()
@@ -349,9 +345,9 @@ def test_what_can_not_differ_from_dense_is_taken_over_and_checked(
     task = ChoiceTask(tokenizer, files["winogrande"], None, 8)
     original = task.measure
 
-    def measure(model, setting, group, dense):
+    def measure(model, setting, group):
         measured.append((setting.kind, sorted(group)))
-        return original(model, setting, group, dense)
+        return original(model, setting, group)
 
     monkeypatch.setattr(task, "measure", measure)
     one = session(model, tokenizer, [DENSE, wide])

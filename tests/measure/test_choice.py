@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mlx_delta import DeltaConfig
-from mlx_delta.measure.choice import choose_settings
+from mlx_delta import DeltaConfig, load
+from mlx_delta.measure.choice import choose_settings, with_samples
 from tests.tiny import write_llama
 
 
@@ -29,6 +29,17 @@ def test_delta_is_the_models_own_setting_with_what_was_asked_for(folder):
         DeltaConfig(threshold=1.5, key_bits=4, sinks=0),
     ]
     assert choose_settings(folder, ["delta"])[0] == DeltaConfig(threshold=1.5)
+
+
+def test_uncalibrated_is_what_a_model_without_calibration_is_loaded_with(folder, tmp_path):
+    plain = write_llama(tmp_path / "plain")
+    as_loaded = load(str(plain))[0].args.delta
+    _, settings = choose_settings(folder, ["delta", "uncalibrated", "uncalibrated:sinks=0"])
+    model, tokenizer = load(folder, DeltaConfig(threshold=1.5))
+    delta, sampled, changed = with_samples(settings, model, tokenizer)
+    assert delta.delta == DeltaConfig(threshold=1.5)
+    assert sampled.kind == "delta" and sampled.delta == as_loaded
+    assert changed.delta == as_loaded.changed(sinks=0)
 
 
 def test_a_wrong_change_is_named(folder):

@@ -62,10 +62,12 @@ def figures(server: Running) -> dict:
     return server.engine.figures()
 
 
-def read_until(connection: socket.socket, wanted: bytes) -> bytes:
+def read_until(connection: socket.socket, wanted: bytes, seconds: float = 60) -> bytes:
     """What comes, until this was in it."""
     found = b""
+    end = time.monotonic() + seconds
     while wanted not in found:
+        assert time.monotonic() < end, f"no {wanted!r} in {seconds} s: {found[-300:]!r}"
         part = connection.recv(4096)
         assert part, f"ended without {wanted!r}: {found[-300:]!r}"
         found += part
@@ -207,7 +209,9 @@ def test_a_failed_step_ends_its_requests_and_not_the_server(parrot, parrot_provi
 
 
 def test_memory_that_ends_ends_the_newest_answer_only(held, monkeypatch):
-    first, second = stream(held, stop="none"), stream(held, "w1 count")
+    first = stream(held, stop="none")
+    until(held, lambda: figures(held)["running"] == 1)
+    second = stream(held, "w1 count")  # now surely the newest
     until(held, lambda: figures(held)["running"] == 2)
     held.engine.model_provider.model.hold.steps.release(8)
     read_until(second, b'"0,"')
@@ -246,9 +250,10 @@ def test_answers_that_take_too_long_end_with_an_error(parrot_provider):
         parrot_provider.model.hold.steps.release(3)
         read_until(connection, b'"0,"')
         assert not server.engine.drain(0.05)
-        parrot_provider.model.hold.paused = False
         thread = threading.Thread(target=server.engine.stop_and_join)
         thread.start()
+        wait_for(lambda: server.engine._stop)  # else the answer may be done before
+        parrot_provider.model.hold.paused = False
         parrot_provider.model.hold.steps.release(2)
         found = read_until(connection, b"shutting down")
         assert json.loads(found.split(b"data: ")[-1])["error"]["type"] == "server_error"
