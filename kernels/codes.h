@@ -1,6 +1,6 @@
-// Codes of 8, 6, 4, 3 and 2 bits, and how they become floats with few instructions.
+// Codes of 2 to 8 bits, and how they become floats with few instructions.
 //
-// A word holds 32 / Width codes, lowest bits first. They are taken out in pairs: of the word,
+// A word of one width holds 32 / Width codes, lowest bits first. They are taken out in pairs: of the word,
 // shifted so that one code lies in the lower ten bits of each half, the rest is masked away, and
 // the bits of 512 as a half are put in front. That makes two halves 512 + code * unit with an
 // `and` and an `or`, and a half as an operand costs nothing on Apple's GPUs, where conversions from
@@ -45,6 +45,7 @@ template <int Width>
 constexpr int pair_shift(int p) {
   return Width == 8 ? -8 * p
       : Width == 6  ? -6 * p
+      : Width == 5  ? 5 - 5 * p
       : Width == 4  ? (p < 2 ? 2 : -6)
       : Width == 3  ? (p < 2 ? 3 : p < 4 ? -3 : -6)
                     : (p < 3 ? 4 : p < 6 ? -2 : -8);
@@ -111,10 +112,60 @@ inline float2 code_pair(uint word, int p) {
 // 2 to the power of a small whole number.
 inline float power_of_two(int exponent) { return as_type<float>(uint(exponent + 127) << 23); }
 
+// --- keys: halves of words, which 2, 3, 4, 5, 6 or 8 codes fill ----------------------------------
+
+// Code p of a half word that `Kind` codes fill: its bits, and its lowest bit.
+template <int Kind>
+constexpr int field_width(int p) {
+  return Kind == 2 ? 8
+      : Kind == 3  ? (p < 2 ? 5 : 6)
+      : Kind == 4  ? 4
+      : Kind == 5  ? (p < 4 ? 3 : 4)
+      : Kind == 6  ? (p < 2 ? 2 : 3)
+                   : 2;
+}
+template <int Kind>
+constexpr int field_bit(int p) {
+  return Kind == 2 ? 8 * p
+      : Kind == 3  ? 5 * p
+      : Kind == 4  ? 4 * p
+      : Kind == 5  ? 3 * p
+      : Kind == 6  ? (p < 2 ? 2 * p : 3 * p - 2)
+                   : 2 * p;
+}
+
+// How far left a word is shifted for it (negative: right), the same for both halves.
+template <int Kind>
+constexpr int field_shift(int p) {
+  return Kind == 4                                      ? (p < 2 ? 2 : -6)
+      : field_bit<Kind>(p) + field_width<Kind>(p) <= 10 ? 0
+      : Kind == 2                                       ? -8
+                                                        : -6;
+}
+
+// The unit of its field, as an exponent.
+template <int Kind, bool Bytes>
+constexpr int field_unit(int p) {
+  return Bytes && Kind == 4 ? 2 : field_bit<Kind>(p) + field_shift<Kind>(p) - 1;
+}
+
+// Field p of both halves of a word.
+template <int Kind, bool Bytes>
+inline float2 field_pair(uint word, int p) {
+  if (Kind == 4) {
+    return code_pair<4, Bytes>(word, p);
+  }
+  const int shift = field_shift<Kind>(p);
+  const uint shifted = shift < 0 ? word >> (-shift & 31) : word;
+  const uint field = ((1u << field_width<Kind>(p)) - 1u) << (field_bit<Kind>(p) + shift);
+  const half2 pair = as_type<half2>((shifted & (field | field << 16)) | 0x60006000u);
+  return float2(float(pair.x), float(pair.y));
+}
+
 // --- a token's value (V): codes without gaps, of which a lane has eight --------------------------
 
-// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 6 or
-// 8.
+// Eight codes of a value as one or two words: eight codes of 2, 3 or 4 bits, or twice four of 5, 6
+// or 8.
 template <int Width>
 constexpr int value_pieces() {
   return Width > 4 ? 2 : 1;
@@ -133,7 +184,7 @@ inline Pieces load_codes(const device uint* row, int own) {
   read.word[0] = from[0];
   if (Width == 8) {
     read.word[1] = from[1];
-  } else if (Width == 6 || Width == 3) {
+  } else if (Width == 6 || Width == 5 || Width == 3) {
     // The last lane's codes may end with the first word.
     read.word[1] = from[bit % 32 + 8 * Width > 32 ? 1 : 0];
   } else {
@@ -150,11 +201,12 @@ inline Pieces align_codes(Pieces read, int own) {
     const uint codes = (read.word[0] >> shift) & 0xffffu;
     read.word[0] = codes | (codes << 8);  // codes 4 to 7 to where a word has 8 to 11
   }
-  if (Width == 6 || Width == 3) {
+  if (Width == 6 || Width == 5 || Width == 3) {
     const uint low = (read.word[0] >> shift) | ((read.word[1] << 1) << (31 - shift));
     const uint high = read.word[1] >> shift;
+    constexpr int four = (4 * Width) & 31;  // bits of a piece
     read.word[0] = low;
-    read.word[1] = (low >> 24) | (high << 8);
+    read.word[1] = (low >> four) | (high << (32 - four));
   }
   return read;
 }

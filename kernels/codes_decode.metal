@@ -115,7 +115,7 @@ inline void codes_decode(
     CodedSizes sizes,
     device float* partial,
     device float* sums,
-    threadgroup float4* scaled,  // [coded_slots<KeyWidths, D>()] queries, times steps of the grid
+    threadgroup float4* scaled,  // [coded_slots<Kinds, D>()] queries, times steps of the grid
     threadgroup float4* plain,  // [D] and as they are, in the order
     threadgroup float4* weights,  // [D / Group * CODED_TOKENS]
     int lane,
@@ -136,6 +136,7 @@ inline void codes_decode(
   const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
   const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
+  counts += kv_head * CODED_COUNTS;
   const int window = sizes.window_blocks;
 
   // A position before the text is padding: it sees key 0, for want of any.
@@ -256,6 +257,8 @@ inline void codes_decode(
             width, state, from, sizes.value_words, mine, own, sub);
         add_if_coded<6, ValueWidths, Queries, Groups, Step, Bytes>(
             width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<5, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
         add_if_coded<4, ValueWidths, Queries, Groups, Step, Bytes>(
             width, state, from, sizes.value_words, mine, own, sub);
         add_if_coded<3, ValueWidths, Queries, Groups, Step, Bytes>(
@@ -280,6 +283,7 @@ inline void codes_decode(
   if (coded_values) {
     from_fields<8, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<6, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
+    from_fields<5, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<4, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<3, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<2, ValueWidths, Queries, Groups, Bytes>(width, state, fields);

@@ -1,18 +1,19 @@
 // codes_decode: scores of a simdgroup's queries with 64 tokens, coded or exact. Lanes own tokens.
 
 constant constexpr int CODED_TOKENS = 64;  // to a block, and to a step of the other kinds
-constant constexpr int CODED_CLASSES = 5;  // widths that there may be
+constant constexpr int CODED_KINDS = 6;  // of rows of words
+constant constexpr int CODED_COUNTS = 8;  // numbers of a kv head: rows of each kind, the first row
 
-constexpr int class_width(int c) {
-  return c == 0 ? 8 : c == 1 ? 6 : c == 2 ? 4 : c == 3 ? 3 : 2;
+constexpr int row_kind(int c) {
+  return c < 5 ? c + 2 : 8;
 }
 
-// Room for the queries of a simdgroup in the order of the words: rows are filled up, and come in
-// pairs.
-template <int KeyWidths, int D>
+// Room for the queries of a simdgroup in the order of the words: rows come in pairs, so that a kind
+// may end with an empty one.
+template <int Kinds, int D>
 constexpr int coded_slots() {
-  return D + (KeyWidths & 256 ? 7 : 0) + (KeyWidths & 64 ? 9 : 0) + (KeyWidths & 16 ? 15 : 0) +
-      (KeyWidths & 8 ? 19 : 0) + (KeyWidths & 4 ? 31 : 0);
+  return D + (Kinds & 4 ? 4 : 0) + (Kinds & 8 ? 6 : 0) + (Kinds & 16 ? 8 : 0) +
+      (Kinds & 32 ? 10 : 0) + (Kinds & 64 ? 12 : 0) + (Kinds & 256 ? 16 : 0);
 }
 
 // What `n` places of so many queries take, in float4.
@@ -56,109 +57,102 @@ inline void put(threadgroup float4* rows, int index, const thread float* x) {
 
 // Where this lane's channels of the order, lane, lane + 32, ..., go among the queries, and what
 // their factor is, one over the unit of their field. Returns how much room all take.
-template <int KeyWidths, int Chunks, bool Bytes>
+template <int Kinds, int Chunks, bool Bytes>
 inline int place_channels(
     const device int* counts, int lane, thread int (&slot)[Chunks], thread float (&unit)[Chunks]) {
   int slots = 0;
   int channels = 0;
   UNROLL_ALL
-  for (int c = 0; c < CODED_CLASSES; ++c) {
-    const int width = class_width(c);
-    if (!(KeyWidths >> width & 1)) {
+  for (int c = 0; c < CODED_KINDS; ++c) {
+    const int kind = row_kind(c);
+    if (!(Kinds >> kind & 1)) {
       continue;
     }
-    const int count = counts[c];
-    const int per_word = 32 / width;
+    const int word_rows = counts[c];
+    const int count = word_rows * 2 * kind;
     UNROLL_ALL
     for (int i = 0; i < Chunks; ++i) {
       const int index = 32 * i + lane - channels;
       if (index >= 0 && index < count) {
-        const int k = index % per_word;
-        const int exponent = width == 8 ? code_unit<8, Bytes>(k)
-            : width == 6                ? code_unit<6, Bytes>(k)
-            : width == 4                ? code_unit<4, Bytes>(k)
-            : width == 3                ? code_unit<3, Bytes>(k)
-                                        : code_unit<2, Bytes>(k);
+        const int p = index % kind;
+        const int exponent = kind == 2 ? field_unit<2, Bytes>(p)
+            : kind == 3                ? field_unit<3, Bytes>(p)
+            : kind == 4                ? field_unit<4, Bytes>(p)
+            : kind == 5                ? field_unit<5, Bytes>(p)
+            : kind == 6                ? field_unit<6, Bytes>(p)
+                                       : field_unit<8, Bytes>(p);
         slot[i] = slots + index;
         unit[i] = power_of_two(-exponent);
       }
     }
     channels += count;
-    const int word_rows = (count + per_word - 1) / per_word;
-    slots += (word_rows + 1) / 2 * 2 * per_word;
+    slots += (word_rows + 1) / 2 * 4 * kind;
   }
   return slots;
 }
 
-// Adds to the scores of four tokens what the channels of one class give. words: of the class's
-// first row, this lane's tokens. slot: where the class begins among the scaled queries.
-template <int Width, int Queries, bool Bytes>
-inline void class_scores(
+// Adds to the scores of four tokens what rows of one kind give, of which there are some. words: of
+// the first one, this lane's tokens. slot: where they begin among the scaled queries.
+template <int Kind, int Queries, bool Bytes>
+inline void row_scores(
     const device uint* words,
     int rows,
     int part,
     const threadgroup float4* scaled,
     int slot,
     thread float (&score)[4][Queries]) {
-  constexpr int per_word = codes_per_word<Width>();
-  constexpr int pairs = code_pairs<Width>();
   const int last = (rows - 1) * CODED_TOKENS;
   int at = min(part * CODED_TOKENS, last);
   Run<uint, 4> next = *(const device Run<uint, 4>*)(words + at);
-  const int end = slot + (rows + 1) / 2 * (2 * per_word);
-  slot += part * per_word;
+  const int end = slot + (rows + 1) / 2 * (4 * Kind);
+  slot += part * 2 * Kind;
   UNROLL_NONE
-  for (; slot < end; slot += 2 * per_word) {
+  for (; slot < end; slot += 4 * Kind) {
     const Run<uint, 4> own = next;
     at = min(at + 2 * CODED_TOKENS, last);
     next = *(const device Run<uint, 4>*)(words + at);
     UNROLL_ALL
-    for (int p = 0; p < pairs; ++p) {
+    for (int p = 0; p < Kind; ++p) {
       float first[Queries];
       float second[Queries];
       fetch<Queries>(scaled, slot + p, first);
-      if (has_high<Width>(p)) {
-        fetch<Queries>(scaled, slot + p + pairs, second);
-      }
+      fetch<Queries>(scaled, slot + p + Kind, second);
       UNROLL_ALL
       for (int t = 0; t < 4; ++t) {
-        const float2 field = code_pair<Width, Bytes>(own.e[t], p);
+        const float2 field = field_pair<Kind, Bytes>(own.e[t], p);
         UNROLL_ALL
         for (int j = 0; j < Queries; ++j) {
           score[t][j] += first[j] * field.x;
-          if (has_high<Width>(p)) {
-            score[t][j] += second[j] * field.y;
-          }
+          score[t][j] += second[j] * field.y;
         }
       }
     }
   }
 }
 
-// The same for a class that there may not be, the rows of which begin at `row`; row and slot then
-// go on to the next one.
-template <int Width, int KeyWidths, int Queries, bool Bytes>
-inline void add_class(
-    int count,
+// The same for a kind of which there may be none, whose rows begin at `row`; row and slot then go
+// on to the next one.
+template <int Kind, int Kinds, int Queries, bool Bytes>
+inline void add_kind(
+    int rows,
     const device uint* words,
     int part,
     const threadgroup float4* scaled,
     thread int& row,
     thread int& slot,
     thread float (&score)[4][Queries]) {
-  if (KeyWidths >> Width & 1) {
-    constexpr int per_word = codes_per_word<Width>();
-    const int rows = (count + per_word - 1) / per_word;
-    class_scores<Width, Queries, Bytes>(
-        words + row * CODED_TOKENS, rows, part, scaled, slot, score);
-    row += rows;
-    slot += (rows + 1) / 2 * 2 * per_word;
+  if (Kinds >> Kind & 1) {
+    if (rows > 0) {
+      row_scores<Kind, Queries, Bytes>(words + row * CODED_TOKENS, rows, part, scaled, slot, score);
+      row += rows;
+      slot += (rows + 1) / 2 * 4 * Kind;
+    }
   }
 }
 
 // Scores of this lane's two tokens of a coded block, whose words and grid these are. plain: the
 // queries in the order, from which those in `scaled` come, times steps.
-template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
 inline void coded_scores(
     const device int* counts,
     const device uint* words,
@@ -205,11 +199,12 @@ inline void coded_scores(
   words += 4 * (lane % 16);
   int row = 0;
   int place = 0;
-  add_class<8, KeyWidths, Queries, Bytes>(counts[0], words, part, scaled, row, place, four);
-  add_class<6, KeyWidths, Queries, Bytes>(counts[1], words, part, scaled, row, place, four);
-  add_class<4, KeyWidths, Queries, Bytes>(counts[2], words, part, scaled, row, place, four);
-  add_class<3, KeyWidths, Queries, Bytes>(counts[3], words, part, scaled, row, place, four);
-  add_class<2, KeyWidths, Queries, Bytes>(counts[4], words, part, scaled, row, place, four);
+  add_kind<2, Kinds, Queries, Bytes>(counts[0], words, part, scaled, row, place, four);
+  add_kind<3, Kinds, Queries, Bytes>(counts[1], words, part, scaled, row, place, four);
+  add_kind<4, Kinds, Queries, Bytes>(counts[2], words, part, scaled, row, place, four);
+  add_kind<5, Kinds, Queries, Bytes>(counts[3], words, part, scaled, row, place, four);
+  add_kind<6, Kinds, Queries, Bytes>(counts[4], words, part, scaled, row, place, four);
+  add_kind<8, Kinds, Queries, Bytes>(counts[5], words, part, scaled, row, place, four);
   // The other half of the rows is with the lane 16 further on: each keeps two of four tokens.
   UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
@@ -223,28 +218,28 @@ inline void coded_scores(
 }
 
 // Keys of codes of a kv head.
-template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
 struct CodedFar {
   enum { Ahead = 1 };  // blocks at once
-  const device int* counts;  // [8]: channels of width 8, 6, 4, 3 and 2
+  const device int* counts;  // [CODED_COUNTS], this head's
   const device uint* words;
   const device S* grid;
-  int word_rows;  // to a block
+  int word_rows;  // to a block, of all kv heads
   // This lane's channels: where each goes, in the order of the words, whose rows are filled up to
   // pairs with zeros; and the factor on the query, one over the unit of the channel's field.
   int slot[(D + 31) / 32];
   float unit[(D + 31) / 32];
 };
 
-template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
 inline void begin_far(
-    thread CodedFar<S, KeyWidths, D, Queries, Bytes>& far, threadgroup float4* scaled, int lane) {
+    thread CodedFar<S, Kinds, D, Queries, Bytes>& far, threadgroup float4* scaled, int lane) {
   UNROLL_ALL
   for (int i = 0; i < (D + 31) / 32; ++i) {
     far.slot[i] = 32 * i + lane;
     far.unit[i] = 1.0f;
   }
-  const int slots = place_channels<KeyWidths, (D + 31) / 32, Bytes>(
+  const int slots = place_channels<Kinds, (D + 31) / 32, Bytes>(
       far.counts, lane, far.slot, far.unit);
   const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   for (int i = lane; i < slots; i += 32) {
@@ -252,13 +247,13 @@ inline void begin_far(
   }
 }
 
-template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
 inline void begin_blocks(
-    thread CodedFar<S, KeyWidths, D, Queries, Bytes>&, int, int, const threadgroup float4*, int) {}
+    thread CodedFar<S, Kinds, D, Queries, Bytes>&, int, int, const threadgroup float4*, int) {}
 
-template <typename S, int KeyWidths, int D, int Queries, bool Bytes>
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
 inline void far_scores(
-    thread CodedFar<S, KeyWidths, D, Queries, Bytes>& far,
+    thread CodedFar<S, Kinds, D, Queries, Bytes>& far,
     int block,
     int,
     int,
@@ -268,7 +263,7 @@ inline void far_scores(
     thread float (&score)[2][Queries]) {
   const device uint* words = far.words + long(block) * far.word_rows * CODED_TOKENS;
   const device S* grid = far.grid + long(block) * 2 * D;
-  coded_scores<S, KeyWidths, D, Queries, Bytes>(
+  coded_scores<S, Kinds, D, Queries, Bytes>(
       far.counts, words, grid, plain, far.slot, far.unit, scaled, lane, score);
 }
 

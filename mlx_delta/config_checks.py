@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .sensitivities import Sensitivities
-from .widths import LANE_WIDTHS, VALUE_WIDTHS, WIDTHS
+from .widths import LANE_WIDTHS, VALUE_WIDTHS, rows_of
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
@@ -216,17 +216,15 @@ def _fits_layer(kind: str, widths: Any) -> bool:
         return False
     if kind == "values":
         return all(type(width) is int and width in VALUE_WIDTHS for width in widths)
-    known = LANE_WIDTHS.tolist() if kind == "deltas" else WIDTHS
-    if not all(isinstance(head, str) and set(head) <= set(map(str, known)) for head in widths):
-        return False
     if kind == "deltas":
+        known = set(map(str, LANE_WIDTHS.tolist()))
+        if not all(isinstance(head, str) and head and set(head) <= known for head in widths):
+            return False
         counts = [head.count(width) for head in widths for width in set(head)]
-        return (
-            bool(widths[0])
-            and {len(head) for head in widths} == {len(widths[0])}
-            and not any(count % 8 for count in counts)
-        )
-    return bool(widths[0]) and len({"".join(sorted(head)) for head in widths}) == 1
+        return len(set(map(len, widths))) == 1 and not any(count % 8 for count in counts)
+    if not all(isinstance(head, str) and rows_of(head) is not None for head in widths):
+        return False
+    return len(set(map(len, widths))) == 1
 
 
 def _check_prefill(config: DeltaConfig) -> None:

@@ -24,6 +24,7 @@ MOST_LAYERS = 1 << 14
 FORMAT = "mlx_delta sensitivities 3"
 # The first had no salience, the second neither spread nor costs of values.
 FORMATS = ("mlx_delta sensitivities 1", "mlx_delta sensitivities 2", FORMAT)
+KEY_POWER = 0.75  # of weights in what decides widths of keys' codes; see mlx_delta.widths
 PARTS = ("layers", "salience", "spread", "value_costs")
 # Of models that are known by name; a file beside a model comes first.
 BUNDLED = Path(__file__).parent / "bundled" / "sensitivities"
@@ -179,7 +180,7 @@ class Sensitivities:
     def key_costs(self) -> list[np.ndarray | None]:
         """``u`` of :mod:`mlx_delta.widths` of each layer's channels, [Hkv, D], where known."""
         return [
-            None if weights is None or spread is None else np.sqrt(weights) * np.square(spread)
+            None if weights is None or spread is None else weights**KEY_POWER * np.square(spread)
             for weights, spread in zip(self.layers, self.spread, strict=True)
         ]
 

@@ -1,19 +1,20 @@
 """How many bits each channel of keys gets, and each kv head's values, for a wanted mean.
 
 A code of ``b`` bits errs by a part of its step, ``range / (2 ** b - 1)``. What that costs a model's
-output is taken to be ``u / (2 ** b - 1) ** 2``, with ``u = sqrt(weight) * spread ** 2``: the weight
-as in :mod:`mlx_delta.method.runs`, to the same power, and the spread a channel's mean square
-deviation from its mean over a block, under the root. One price per bit, the same over the whole
-model, then gives the widths; the price is the one at which the mean is the wanted one.
+output is taken to be ``u / (2 ** b - 1) ** 2``, with ``u = weight ** p * spread ** 2``: the weight
+as in :mod:`mlx_delta.method.runs`, and the spread a channel's mean square deviation from its mean
+over a block, under the root. One price per bit, the same over the whole model, then gives the
+widths; the price is the one at which the mean is the wanted one. ``p`` is .75 for keys (of .5, .75
+and 1 the one with the least divergence: .0011, .0009 and .0009 for SmolLM2-135M's keys in 3 bits),
+and .5 for values, whose weights are means over whole heads.
 
-Keys of a layer have at most ``MOST_CLASSES`` widths, the same counts of them in all its kv heads,
-and the bits of a class are those of the whole rows of words that it fills (a row has
-``32 // width`` channels, so that codes of 3 bits take 3.2). Values have no such gaps.
+Keys' codes stand in words, both channels of a RoPE pair in the two halves of one. A half has codes
+of ``FIELDS``, which fill it: so a head's widths are those of whole rows of words, and any number of
+pairs fills some. Each kv head has rows of its own.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
@@ -26,11 +27,22 @@ KeyWidths = tuple[tuple[str, ...] | None, ...]
 # For each layer, or None: a width for each kv head.
 ValueWidths = tuple[tuple[int, ...] | None, ...]
 
-WIDTHS = (8, 6, 4, 3, 2)  # of keys' codes; a word has 4, 5, 8, 10 or 16 of them
+# What half a word may have: for a number of codes their widths, lowest bits first.
+FIELDS: dict[int, tuple[int, ...]] = {
+    2: (8, 8),
+    3: (5, 5, 6),
+    4: (4, 4, 4, 4),
+    5: (3, 3, 3, 3, 4),
+    6: (2, 2, 3, 3, 3, 3),
+    8: (2, 2, 2, 2, 2, 2, 2, 2),
+}
+WIDTHS = (8, 6, 5, 4, 3, 2)  # of keys' codes
 LANE_WIDTHS = np.arange(2, 8)  # of held keys' codes, which eight channels share
-VALUE_WIDTHS = (8, 6, 4, 3, 2)  # mx.quantize's
-MOST_CLASSES = 3
+VALUE_WIDTHS = WIDTHS  # those of mx.quantize
 _BISECTIONS = 60
+
+# How many rows of words of each kind a head has, in the order of FIELDS.
+Rows = tuple[int, ...]
 
 
 @lru_cache(maxsize=32)
@@ -66,32 +78,32 @@ def share_key_bits(costs: Sequence[np.ndarray], bits: float) -> list[np.ndarray]
     """Widths of channels, int [Hkv, D] for each layer.
 
     Args:
-        costs: ``u`` of each layer's channels, [Hkv, D] with an even D; D may differ.
-        bits: What a key's number takes on average at most, rows filled up.
+        costs: ``u`` of each layer's channels, [Hkv, D] with an even D of at least 4; D may differ.
+        bits: What a key's number takes on average, at most.
     """
-    ranked = [np.sort(_pairs(cost), axis=1)[:, ::-1].mean(axis=0) for cost in costs]
-    tables = []
-    for pairs in ranked:
-        borders, widths, rows = _candidates(len(pairs))
-        sums = np.concatenate([[0.0], np.cumsum(pairs)])[borders]
-        loss = (np.diff(sums, axis=1) * _errors(widths)).sum(axis=1)
-        tables.append((loss, 32.0 * rows))
-    sizes = [cost.shape[1] for cost in costs]
-    chosen = _choose(tables, bits * sum(sizes))
+    tables, rows = [], []
+    for cost in costs:
+        ranked = -np.sort(-_pairs(cost), axis=1)
+        loss, kinds = _least_losses(ranked)
+        for own, choices in zip(loss, kinds, strict=True):
+            reached = np.flatnonzero(np.isfinite(own))
+            tables.append((own[reached], 32.0 * reached))
+            rows.append(choices[reached])
+    chosen = iter(zip(rows, _choose(tables, bits * sum(map(np.size, costs))), strict=True))
     found = []
-    for cost, pairs, choice in zip(costs, ranked, chosen, strict=True):
-        borders, widths, _ = _candidates(len(pairs))
-        by_rank = np.repeat(widths[choice], np.diff(borders[choice]))
-        own = np.empty((len(cost), len(pairs)), np.int64)
+    for cost in costs:
         order = np.argsort(-_pairs(cost), axis=1, kind="stable")
-        np.put_along_axis(own, order, by_rank[None], axis=1)
+        by_rank = [_by_rank(own[choice].tolist()) for own, choice in (next(chosen) for _ in cost)]
+        own = np.empty(order.shape, np.int64)
+        np.put_along_axis(own, order, np.array(by_rank), axis=1)
         found.append(np.concatenate([own, own], axis=1))
     return found
 
 
 def even_key_widths(n_heads: int, head_dim: int, bits: float) -> np.ndarray:
-    """Widths int [Hkv, D] of channels that all count alike."""
-    return share_key_bits([np.ones((n_heads, head_dim))], bits)[0]
+    """Widths int [Hkv, D] of channels that all count alike; alike in all heads."""
+    (head,) = share_key_bits([np.ones((1, head_dim))], bits)
+    return np.repeat(head, n_heads, axis=0)
 
 
 @lru_cache(maxsize=32)
@@ -155,6 +167,29 @@ def share_value_bits(costs: Sequence[np.ndarray], bits: float) -> list[np.ndarra
     return np.split(chosen, np.cumsum([len(cost) for cost in costs])[:-1])
 
 
+@lru_cache(maxsize=4096)
+def rows_of(widths: str) -> Rows | None:
+    """The rows of words that a head's channels of these widths, a digit each, fill.
+
+    ``None`` if they fill none, or the two channels of a pair differ.
+    """
+    half = len(widths) // 2
+    if len(widths) < 4 or widths[:half] != widths[half:]:
+        return None
+    of = {width: widths[:half].count(str(width)) for width in WIDTHS}
+    if sum(of.values()) != half:
+        return None
+    # Four rows of 6 pairs have what one of 8 and four of 5 have without one of 4.
+    for sixes in range(of[2] // 2 + 1):
+        eights, no_eights = divmod(of[2] - 2 * sixes, 8)
+        fives, no_fives = divmod(of[3] - 4 * sixes, 4)
+        fours, no_fours = divmod(of[4] - fives, 4)
+        if not (no_eights or no_fives or no_fours) and min(fives, fours) >= 0:
+            fits = of[8] % 2 == 0 and of[5] == 2 * of[6]
+            return (of[8] // 2, of[6], fours, fives, sixes, eights) if fits else None
+    return None
+
+
 def _pairs(cost: np.ndarray) -> np.ndarray:
     """Both channels of a RoPE pair together, [Hkv, D / 2]."""
     first, second = np.split(np.asarray(cost, np.float64), 2, axis=1)
@@ -165,21 +200,54 @@ def _errors(widths: np.ndarray) -> np.ndarray:
     return 1 / (2.0**widths - 1) ** 2
 
 
+def _by_rank(rows: Sequence[int]) -> list[int]:
+    """Widths of pairs, those that cost most first, of so many rows of each kind."""
+    kinds = zip(FIELDS.values(), rows, strict=True)
+    return sorted((width for fields, n in kinds for width in fields * n), reverse=True)
+
+
 @cache
-def _candidates(pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ways to cut ranked pairs into classes.
+def _runs(kind: int) -> tuple[tuple[float, int], ...]:
+    """For the widths of a kind of row, the widest first: what one costs, and how many there are."""
+    fields = FIELDS[kind]
+    widths = sorted(set(fields), reverse=True)
+    return tuple((float(_errors(np.array(w))), fields.count(w)) for w in widths)
+
+
+def _least_losses(ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best rows of words for each number of them: dynamic programming over kinds of rows.
+
+    Args:
+        ranked: Costs of each head's pairs, [Hkv, P], descending.
 
     Returns:
-        Borders of the classes, int [n, MOST_CLASSES + 1]; widths, int [n, MOST_CLASSES]; and the
-        rows of words that they take, [n].
+        Losses, [Hkv, P / 2 + 1], infinite where no rows of this number have P pairs; and how many
+        rows of each kind there then are, int [Hkv, P / 2 + 1, kinds].
     """
-    first, second = np.triu_indices(pairs + 1)
-    cuts = np.stack([np.zeros_like(first), first, second, np.full_like(first, pairs)], axis=1)
-    kinds = np.array(list(itertools.combinations(WIDTHS, MOST_CLASSES)))
-    borders = np.tile(cuts, (len(kinds), 1))
-    widths = np.repeat(kinds, len(cuts), axis=0)
-    rows = -(-2 * np.diff(borders, axis=1) // (32 // widths))
-    return borders, widths, rows.sum(axis=1)
+    heads, pairs = ranked.shape
+    sums = np.concatenate([np.zeros((heads, 1)), np.cumsum(ranked, axis=1)], axis=1)
+    most = pairs // 2
+    loss = np.full((heads, pairs + 1, most + 1), np.inf)
+    loss[:, 0, 0] = 0
+    rows = np.zeros((*loss.shape, len(FIELDS)), np.int16)
+    for i, kind in enumerate(FIELDS):
+        # Wider fields have been given out, to the pairs before `done`.
+        before, rows_before = loss.copy(), rows.copy()
+        for done in range(pairs):
+            if not np.isfinite(before[:, done]).any():
+                continue
+            for n in range(1, min((pairs - done) // kind, most) + 1):
+                end, own = done, np.zeros(heads)
+                for error, count in _runs(kind):
+                    own += error * (sums[:, end + count * n] - sums[:, end])
+                    end += count * n
+                found = before[:, done, : most + 1 - n] + own[:, None]
+                better = found < loss[:, end, n:]
+                loss[:, end, n:] = np.where(better, found, loss[:, end, n:])
+                choices = rows_before[:, done, : most + 1 - n].copy()
+                choices[..., i] = n
+                rows[:, end, n:] = np.where(better[..., None], choices, rows[:, end, n:])
+    return loss[:, pairs], rows[:, pairs]
 
 
 def _choose(tables: Sequence[tuple[np.ndarray, np.ndarray]], budget: float) -> list[int]:

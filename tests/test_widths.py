@@ -1,21 +1,23 @@
-"""Widths of codes: within the wanted mean, more where errors cost more, alike in all heads."""
+"""Widths of codes: within the wanted mean, and more where errors cost more."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig
-from mlx_delta.method.codes import count_rows, order_of
+from mlx_delta.method.codes import order_of
 from mlx_delta.models.parts import of_own_layers, share_of_heads
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.widths import (
+    FIELDS,
     VALUE_WIDTHS,
     WIDTHS,
     choose_key_widths,
     even_key_widths,
+    rows_of,
     share_key_bits,
     share_value_bits,
 )
@@ -26,7 +28,9 @@ COSTS = [RNG.lognormal(0, 2, (2, 64)) * scale for scale in (1, 30, 0.1)]
 
 def stored_bits(widths: np.ndarray) -> float:
     """Bits of a channel in the words of a block."""
-    return 32 * count_rows(order_of(widths)[1]) / widths.shape[1]
+    rows = sum(sum(order_of(head)[1]) for head in widths)
+    assert widths.mean() == 32 * rows / widths.size, "words are full"
+    return float(widths.mean())
 
 
 @pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4, 6, 8])
@@ -36,8 +40,6 @@ def test_keys_take_the_wanted_bits(bits):
     assert bits - 0.1 < mean <= bits + 1e-9
     for widths in found:
         assert set(widths.ravel()) <= set(WIDTHS)
-        counts = [np.unique(head, return_counts=True) for head in widths]
-        np.testing.assert_array_equal(counts[0], counts[1])
         np.testing.assert_array_equal(widths[:, :32], widths[:, 32:])  # pairs
 
 
@@ -51,24 +53,55 @@ def test_what_costs_more_gets_more():
             assert (np.diff(given[:32][order]) <= 0).all()
 
 
-def test_no_other_widths_of_as_many_rows_cost_less():
-    """Of one layer with few channels: against all ways there are."""
+def all_rows(pairs: int, kinds: tuple[int, ...] = tuple(FIELDS)) -> list[tuple[int, ...]]:
+    """All ways to fill rows with so many pairs."""
+    if len(kinds) == 1:
+        return [] if pairs % kinds[0] else [(pairs // kinds[0],)]
+    return [
+        (n, *rest)
+        for n in range(pairs // kinds[0] + 1)
+        for rest in all_rows(pairs - n * kinds[0], kinds[1:])
+    ]
+
+
+def widths_of(rows: tuple[int, ...]) -> np.ndarray:
+    """Widths of a head's pairs, descending."""
+    kinds = zip(FIELDS.values(), rows, strict=True)
+    return np.array(sorted(sum((fields * n for fields, n in kinds), ()), reverse=True))
+
+
+def test_no_other_rows_as_many_cost_less():
+    """Of one head with few channels: against all rows that there are."""
     cost = np.sort(RNG.lognormal(0, 1.5, 16))[::-1]
-    costs = np.concatenate([cost, cost])[None]
-    (found,) = share_key_bits([costs], 3)
-    rows = count_rows(order_of(found)[1])
 
-    def loss(widths: np.ndarray) -> float:
-        return float((costs[0] / (2.0**widths - 1) ** 2).sum())
+    def loss(half: np.ndarray) -> float:
+        return float(2 * (cost / (2.0**half - 1) ** 2).sum())
 
-    others = []
-    for a, b in itertools.combinations_with_replacement(range(17), 2):
-        for kinds in itertools.combinations(WIDTHS, 3):
-            half = np.repeat(kinds, [a, b - a, 16 - b])
-            widths = np.concatenate([half, half])
-            if count_rows(order_of(widths[None])[1]) <= rows:
-                others.append(loss(widths))
-    assert loss(found[0]) == pytest.approx(min(others))
+    for bits in (3, 4):
+        (found,) = share_key_bits([np.concatenate([cost, cost])[None]], bits)
+        others = [rows for rows in all_rows(16) if sum(rows) <= bits * 16 / 16]
+        assert loss(found[0, :16]) == pytest.approx(min(loss(widths_of(x)) for x in others))
+
+
+@pytest.mark.parametrize("pairs", [8, 12, 16])
+def test_rows_are_known_by_their_widths(pairs):
+    """Where the same widths fill rows of several kinds, there are as many of these."""
+    found = functools.reduce(
+        lambda seen, rows: {**seen, rows: widths_of(rows)}, all_rows(pairs), {}
+    )
+    assert len(found) > 5
+    for rows, widths in found.items():
+        own = rows_of("".join(map(str, widths)) * 2)
+        assert own is not None and sum(own) == sum(rows)
+        np.testing.assert_array_equal(widths_of(own), widths)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    ["", "4", "44", "44444443" * 2, "3" * 32, "8888" + "8884", "7777" * 2, "44x4" * 2, "888" * 2],
+)
+def test_widths_that_fill_no_rows(widths):
+    assert rows_of(widths) is None
 
 
 @pytest.mark.parametrize("bits", [2, 2.5, 3.5, 8])
@@ -84,6 +117,7 @@ def test_values_take_the_wanted_bits(bits):
 def test_channels_that_count_alike_get_one_width_where_they_can():
     assert (even_key_widths(2, 64, 4) == 4).all()
     assert stored_bits(even_key_widths(2, 64, 3.5)) == 3.5
+    assert (np.ptp(even_key_widths(3, 80, 3.3), axis=0) == 0).all(), "alike in all heads"
 
 
 def test_a_setting_gives_each_layer_its_own_widths():

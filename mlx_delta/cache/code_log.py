@@ -1,4 +1,4 @@
-"""The coded blocks of a layer, one after another: every block of every head takes the same room."""
+"""The coded blocks of a layer, one after another: every block takes the same room."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlx_delta.ops.codes import CodedBlocks, Coding, code_blocks
 from .buffers import Rows, grow, pad_to, take_out
 
 BLOCK_STEP = 4  # blocks by which words and grids grow
+WORDS_AXIS, GRID_AXIS = 1, 2  # of blocks
 
 
 class CodeLog:
@@ -21,7 +22,7 @@ class CodeLog:
 
     Args:
         coding: Of the layer.
-        words: uint32 [B, Hkv, blocks, rows, block_size].
+        words: uint32 [B, blocks, rows of all heads, block_size].
         grid: [B, Hkv, blocks, 2, D] of the storage type.
         counts: Blocks of each row.
     """
@@ -37,7 +38,7 @@ class CodeLog:
         """An empty log for [B, Hkv, D] keys of a setting of one layer."""
         B, H, D = shape
         coding = Coding.of(config, H, D)
-        words = mx.zeros((B, H, 0, coding.rows, config.block_size), mx.uint32)
+        words = mx.zeros((B, 0, coding.all_rows, config.block_size), mx.uint32)
         return cls(coding, words, mx.zeros((B, H, 0, 2, D), dtype), [0] * B)
 
     @property
@@ -51,9 +52,14 @@ class CodeLog:
         return list(self.counts)
 
     @property
+    def room(self) -> int:
+        """Blocks that there is room for."""
+        return self.words.shape[WORDS_AXIS]
+
+    @property
     def zeros(self) -> mx.array:
         """Zero deltas of each block: nothing is held. int32 [B, Hkv, blocks]."""
-        return mx.zeros(self.words.shape[:3], mx.int32)
+        return mx.zeros(self.grid.shape[:3], mx.int32)
 
     def read(self, sinks: mx.array | None, dtype: mx.Dtype) -> CodedBlocks | None:
         """The blocks as the kernels read them; ``None`` while there are none."""
@@ -64,12 +70,12 @@ class CodeLog:
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Put the blocks of keys behind the ``done`` ones that each of these rows has."""
         words, grid = code_blocks(keys, self.coding, config.block_size)
-        target = done + words.shape[2]
+        target = done + words.shape[1]
         room = -(-target // BLOCK_STEP) * BLOCK_STEP
         # Handles of their own: a step may still read the old ones.
-        self.words = _longer(self.words, room)
-        self.grid = _longer(self.grid, room)
-        self.words[rows, :, done:target] = words
+        self.words = _longer(self.words, room, WORDS_AXIS)
+        self.grid = _longer(self.grid, room, GRID_AXIS)
+        self.words[rows, done:target] = words
         self.grid[rows, :, done:target] = grid
         numbers = range(len(self.counts)) if isinstance(rows, slice) else np.array(rows).tolist()
         for row in numbers:
@@ -77,10 +83,11 @@ class CodeLog:
 
     def drop(self, first: int, blocks: Sequence[int]) -> None:
         """Take so many blocks of each row out, behind the first ones; the rest moves up."""
-        room = self.words.shape[2]
+        room = self.room
         # As many as before: room that the next ones take.
         self.words, self.grid = (
-            pad_to(take_out(x, first, blocks), room) for x in (self.words, self.grid)
+            pad_to(take_out(x, first, blocks, axis), room, axis)
+            for x, axis in ((self.words, WORDS_AXIS), (self.grid, GRID_AXIS))
         )
         self.counts = [n - gone for n, gone in zip(self.counts, blocks, strict=True)]
 
@@ -91,8 +98,8 @@ class CodeLog:
     def read_bytes(self, blocks: int, float_bytes: int | None = None) -> int:
         """Bytes of words and grids of the first row's first blocks."""
         item = self.grid.itemsize if float_bytes is None else float_bytes
-        H, size = self.words.shape[1], self.words.shape[4]
-        return blocks * H * (4 * self.coding.rows * size + 2 * self.head_dim * item)
+        words = self.words.shape[2] * self.words.shape[3]
+        return blocks * (4 * words + self.grid.shape[1] * 2 * self.head_dim * item)
 
     # Rows.
 
@@ -105,15 +112,16 @@ class CodeLog:
     def row(self, index: int) -> CodeLog:
         """One row."""
         one, blocks = slice(index, index + 1), self.counts[index]
-        words, grid = (mx.contiguous(x[one, :, :blocks]) for x in (self.words, self.grid))
+        words = mx.contiguous(self.words[one, :blocks])
+        grid = mx.contiguous(self.grid[one, :, :blocks])
         return CodeLog(self.coding, words, grid, [blocks])
 
     @classmethod
     def join(cls, parts: Sequence[CodeLog]) -> CodeLog:
         """The rows of all parts, padded to one size."""
-        room = max(part.words.shape[2] for part in parts)
-        words = mx.concatenate([pad_to(part.words, room) for part in parts])
-        grid = mx.concatenate([pad_to(part.grid, room) for part in parts])
+        room = max(part.room for part in parts)
+        words = mx.concatenate([pad_to(part.words, room, WORDS_AXIS) for part in parts])
+        grid = mx.concatenate([pad_to(part.grid, room, GRID_AXIS) for part in parts])
         return cls(parts[0].coding, words, grid, [n for part in parts for n in part.counts])
 
     def settle(self) -> None:
@@ -124,6 +132,6 @@ class CodeLog:
         return [self.words, self.grid]
 
 
-def _longer(buffer: mx.array, blocks: int) -> mx.array:
-    shape = (*buffer.shape[:2], blocks, *buffer.shape[3:])
-    return grow(buffer[...], shape, buffer.dtype)
+def _longer(buffer: mx.array, blocks: int, axis: int) -> mx.array:
+    shape = (*buffer.shape[:axis], blocks, *buffer.shape[axis + 1 :])
+    return grow(buffer[...], shape, buffer.dtype, axis)

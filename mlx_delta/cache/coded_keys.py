@@ -62,18 +62,18 @@ class CodedKeys(PackedKeys):
             raise ValueError(f"it is of type {header['type']!r}")
         if any(not isinstance(x, mx.array) for x in (near, words, grid)):
             raise ValueError("it lacks one of its buffers")
-        if near.ndim != 4 or words.ndim != 5:
+        if near.ndim != 4 or words.ndim != 4:
             raise ValueError("saved near keys or words do not have the right dimensions")
         B, H, _, D = near.shape
         check_widths(config, H, D)
-        size, blocks = config.block_size, words.shape[2]
+        size, blocks = config.block_size, words.shape[1]
         coding = Coding.of(config, H, D)
         wrong = {
             "near": near.shape != (B, H, (config.window_blocks + 2) * size, D)
             or near.dtype not in LARGEST
             or near.dtype != storage_type(DTYPES[header["type"]])
             or D not in HEAD_DIMS,
-            "words": words.shape != (B, H, blocks, coding.rows, size) or words.dtype != mx.uint32,
+            "words": words.shape != (B, blocks, coding.all_rows, size) or words.dtype != mx.uint32,
             "grid": grid.shape != (B, H, blocks, 2, D) or grid.dtype != near.dtype,
             "sinks": (None if sinks is None else (tuple(sinks.shape), sinks.dtype))
             != (((B, H, config.sinks, D), near.dtype) if config.sinks else None),
@@ -91,7 +91,7 @@ class CodedKeys(PackedKeys):
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> None:
         """Refuse a state whose parts do not fit together, before a kernel reads past a buffer."""
-        room = self.log.words.shape[2]
+        room = self.log.room
         for needed, done in zip(encoded, self.log.counts, strict=True):
             if not 0 <= needed <= done <= room:
                 raise ValueError(

@@ -41,16 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=DEMO, help=MODEL_HELP)
     add("--text", type=Path, default=BUNDLED_TEXT, help="Prose, .txt or .xz. Default: bundled.")
-    wish = parser.add_mutually_exclusive_group(required=True)
+    wish = parser.add_mutually_exclusive_group()
     wish.add_argument(
         "--sparsity",
         type=float,
         help="Wanted share of the keys' deltas outside the window that are zero; for thresholds, "
         "of QK^T that a prompt of --length skips.",
     )
-    wish.add_argument(
-        "--kl", type=float, help="Or: KL divergence from dense attention, in nats per token."
-    )
+    add("--kl", type=float, help="Or: KL divergence from dense attention, in nats per token.")
     wish.add_argument(
         "--loss",
         type=float,
@@ -71,7 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Or: of a calibrated model, measure anew only what decides how many bits codes get "
         "(key_format=codes, value_format=rotated); the rest of the setting stays. One pass forward "
-        "and back.",
+        "and back. With --bytes or --kl also choose these bits, of keys and of values, by what "
+        "they do to another window.",
+    )
+    add(
+        "--bytes",
+        type=float,
+        metavar="SHARE",
+        help="With --codes: what far keys and values may take, of what they take in 16 bits. 0.2: "
+        "a fifth.",
     )
     add(
         "--length",
@@ -149,7 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (wrong := wrong_wish(args)) is not None:
+        parser.error(wrong)
     return run_command(
         lambda: run(args),
         smaller="use a smaller --length or a smaller model",
@@ -211,6 +220,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"Written to {path / 'config.json'}.")
 
 
+def wrong_wish(args: argparse.Namespace) -> str | None:
+    """What is wrong with what is asked for; ``None`` if nothing is."""
+    wishes = {"--sparsity": args.sparsity, "--loss": args.loss, "--tiles": args.tiles}
+    wishes |= {"--codes": args.codes or None, "--kl": args.kl}
+    given = [flag for flag, value in wishes.items() if value is not None]
+    if len(given) != 1 and given != ["--codes", "--kl"]:
+        known = "--sparsity, --kl, --loss, --tiles or --codes"
+        return f"give one of {known} but got {' and '.join(given) or 'none'}"
+    if args.bytes is not None and given != ["--codes"]:
+        return "--bytes goes with --codes, and without --kl"
+    return None
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that the mode has no use for.
 
@@ -224,7 +246,7 @@ def check_flags(args: argparse.Namespace) -> None:
     cuts_runs = args.mode in RUN_MODES
     for own, name in ((args.tiles is not None, "tiles"), (args.codes, "codes")):
         for flag, value in (run_flags | threshold_flags).items() if own else ():
-            if value not in (None, False):
+            if value not in (None, False) and (name, flag) != ("codes", "--kl"):
                 raise ValueError(f"{flag} says nothing about {name}; drop it or --{name}.")
         if own:
             return
@@ -285,22 +307,17 @@ def _codes(
     args: argparse.Namespace, model: Any, tokenizer: Any, text: str
 ) -> tuple[list[str], DeltaConfig, dict[str, Any]]:
     """The same for the bits of codes."""
-    config = codes.calibrate_codes(model, tokenizer, text, length=args.length, seed=args.seed)
-    found = config.loaded_sensitivities
-    keys = [i for i, x in enumerate(found.spread) if x is not None]
-    lines = [
-        f"Of {len(keys)} layers: mean widths of keys' codes, and of each head's values, at 3 bits"
-    ]
-    chosen = config.changed(
-        key_format="codes", value_format="rotated", key_bits=3, value_bits=3
-    ).with_widths()
-    for i in keys:
-        assert chosen.key_widths is not None and chosen.value_widths is not None
-        heads = chosen.key_widths[i] or ()
-        mean = np.mean([int(digit) for head in heads for digit in head])
-        lines.append(f"{i:5d}  {mean:5.2f}  {' '.join(map(str, chosen.value_widths[i] or ()))}")
-    curve = {"spread": [None if x is None else x.tolist() for x in found.spread]}
-    return lines, config, curve
+    found = codes.calibrate_codes(
+        model,
+        tokenizer,
+        text,
+        share=args.bytes,
+        kl=args.kl,
+        length=args.length,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+    return codes.report(found), found.config, found.to_dict()
 
 
 def _sensitivities(

@@ -5,24 +5,29 @@ kernels must agree with it.
 
 **Keys.** Nothing is held: each key of a block is a code on a grid of its channel, as in
 :mod:`mlx_delta.method.storage`, and channels that the model minds more get wider codes
-(:mod:`mlx_delta.widths`). A layer has
+(:mod:`mlx_delta.widths`). Both channels of a RoPE pair (d, d + D / 2) have one width, and stand in
+the two halves of a word: pair d in the lower half, d + D / 2 in the upper one. A half is filled by
+codes of one of a few kinds, ``FIELDS``; so a word has 2 to 8 pairs and no bit to spare. Each kv
+head has
 
-- **classes**: pairs (width, count), widths descending; the same for all its kv heads, so that
-  arrays are rectangular. Counts sum up to D.
-- an **order**, int [Hkv, D]: each head's channels, those of the widest class first, ascending
-  within a class. Both channels of a RoPE pair (d, d + D / 2) have one width.
+- **rows**: how many rows of words it has of each kind, in the order of ``FIELDS``. The pairs of all
+  its rows sum up to D / 2.
+- an **order**, int [D] of its channels: row after row, those of the lower halves in the order of
+  the fields and then those of the upper ones. A field's pair is the next one of its width,
+  ascending.
 
 A block of ``n`` keys [n, D] of one kv head is stored as
 
-- **words**, uint32 [rows, n]: class by class, each row has ``32 // width`` neighbouring channels
-  (in the order) of every token, lowest bits first. A class begins a new row, and its last row is
-  filled up with zeros. So one row is one load for ``n`` tokens, and no code crosses a word.
+- **words**, uint32 [rows, n]: row by row the codes of every token, lowest bits first. So one row is
+  one load for ``n`` tokens, and no code crosses a word. The rows of all kv heads lie one after the
+  other, as many as each needs.
 - a **grid** [2, D], ``low`` and ``step`` of each channel in the order, values of the 16-bit type.
 
 The grid is the line through a channel's keys that errs least, ``fit_grid``: the few largest keys of
-a block may lie beyond it, by less than half the range. A key is ``low + step * code``, rounded to
-the storage type. Exact keys of the first tokens (sinks) stand beside the blocks, and are read
-instead of their codes.
+a block may lie beyond it, by less than half the range. Tokens that stand out from their block,
+which are those that attention looks for, count more, ``token_weights``. A key is
+``low + step * code``, rounded to the storage type. Exact keys of the first tokens (sinks) stand
+beside the blocks, and are read instead of their codes.
 
 Without calibrated widths keys can be **turned** first: multiplied by the matrix of ``hadamard``
 along the head, which makes channels alike. What is stored then are turned keys; a query turned
@@ -38,17 +43,18 @@ Attention may sum turned values up and turn the sum back: the matrix undoes itse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from mlx_delta.widths import FIELDS, Rows, rows_of
 
 from .storage import block_grid, decode_values, encode_values, round_to
 
 FITS = 4  # times that a grid is fitted to the codes it gives
-
-# (width, count) of each class of channels.
-Classes = tuple[tuple[int, int], ...]
+MOST_WEIGHT = 8.0  # of a token, of the mean one's; and one over it the least
 
 
 @dataclass(frozen=True)
@@ -59,51 +65,68 @@ class CodedBlock:
     grid: np.ndarray  # float32 [2, D], values of the storage type, in the order
 
 
-def class_runs(classes: Classes) -> Iterator[tuple[int, slice, slice]]:
-    """For each class its width, its channels in the order, and its rows of words."""
-    channel = row = 0
-    for width, count in classes:
-        rows = -(-count // (32 // width))
-        yield width, slice(channel, channel + count), slice(row, row + rows)
-        channel, row = channel + count, row + rows
+class Slots(NamedTuple):
+    """Where the codes of a head's channels in the order are, each int [D].
+
+    Attributes:
+        row: Its row of words.
+        shift: Its lowest bit.
+        width: Its bits.
+    """
+
+    row: np.ndarray
+    shift: np.ndarray
+    width: np.ndarray
 
 
-def count_rows(classes: Classes) -> int:
-    """Rows of words of a block."""
-    return sum(-(-count // (32 // width)) for width, count in classes)
+def slots_of(rows: Rows) -> Slots:
+    """Of a head with so many rows of each kind."""
+    kinds = [fields for fields, n in zip(FIELDS.values(), rows, strict=True) for _ in range(n)]
+    found = []
+    for row, fields in enumerate(kinds):
+        shifts = [sum(fields[:i]) for i in range(len(fields))]
+        for half in (0, 16):
+            found += [(row, half + x, width) for x, width in zip(shifts, fields, strict=True)]
+    return Slots(*np.array(found, np.int64).T)
 
 
-def channel_widths(classes: Classes) -> np.ndarray:
-    """The width of each channel in the order, int [D]."""
-    widths, counts = np.array(classes, np.int64).T
-    return np.repeat(widths, counts)
-
-
-def order_of(widths: np.ndarray) -> tuple[np.ndarray, Classes]:
-    """The order of a layer's channels, int [Hkv, D], and its classes.
+def order_of(widths: np.ndarray) -> tuple[np.ndarray, Rows]:
+    """The order of a head's channels, int [D], and its rows of words.
 
     Args:
-        widths: int [Hkv, D]; of each width the same number in all heads.
+        widths: int [D], which fill rows.
+
+    Raises:
+        ValueError: They fill none.
     """
-    order = np.argsort(-widths, axis=1, kind="stable")
-    found, counts = np.unique(widths[0], return_counts=True)
-    pairs = zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True)
-    return order, tuple(pairs)
+    rows = rows_of("".join(map(str, widths.tolist())))
+    if rows is None:
+        raise ValueError(f"[codes] widths {widths.tolist()} fill no rows of words.")
+    half = len(widths) // 2
+    next_ones = {width: iter(np.flatnonzero(widths[:half] == width)) for width in set(widths)}
+    order: list[int] = []
+    for fields, count in zip(FIELDS.values(), rows, strict=True):
+        for _ in range(count):
+            pairs = [int(next(next_ones[width])) for width in fields]
+            order += [*pairs, *(pair + half for pair in pairs)]
+    return np.array(order), rows
 
 
 def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
     """``low`` and ``step`` of each channel, float32 [2, D], for keys [n, D] and widths [D].
 
     From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, and
-    then the line through keys over codes with the least squared error.
+    then the line through keys over codes with the least squared error, tokens weighted.
     """
     grid = block_grid(keys, bits, dtype)
+    shares = token_weights(keys, grid)[:, None]
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(keys, grid, bits).astype(np.float32)
-            mean_code, mean_key = codes.mean(axis=0), keys.mean(axis=0)
-            apart = codes - mean_code
-            squares, products = (apart**2).sum(axis=0), (apart * (keys - mean_key)).sum(axis=0)
+            mean_code, mean_key = (shares * codes).sum(axis=0), (shares * keys).sum(axis=0)
+            apart = shares * (codes - mean_code)
+            squares = (apart * (codes - mean_code)).sum(axis=0)
+            products = (apart * (keys - mean_key)).sum(axis=0)
             step = round_to(products / np.where(squares > 0, squares, 1), dtype)
             low = round_to(mean_key - step * mean_code, dtype)
         usable = (squares > 0) & (step > 0) & np.isfinite(step) & np.isfinite(low)
@@ -111,29 +134,36 @@ def fit_grid(keys: np.ndarray, bits: np.ndarray, dtype: str) -> np.ndarray:
     return grid
 
 
-def code_block(keys: np.ndarray, order: np.ndarray, classes: Classes, dtype: str) -> CodedBlock:
+def token_weights(keys: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """How much each of a block's keys [n, D] counts, float32 [n] that sum up to 1.
+
+    By the square of its distance from their mean, in steps of the grid: channels that the model
+    minds more have smaller ones.
+    """
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        apart = np.where(grid[1] > 0, (keys - keys.mean(axis=0)) / grid[1], 0)
+    squares = np.square(apart).sum(axis=1)
+    mean = squares.mean()
+    weights = np.clip(squares / (mean if mean > 0 else 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def code_block(keys: np.ndarray, order: np.ndarray, rows: Rows, dtype: str) -> CodedBlock:
     """Store keys [n, D], float32 values of the 16-bit type ``dtype``, in this order [D]."""
-    keys = keys[:, order]
-    bits = channel_widths(classes)
-    grid = fit_grid(keys, bits, dtype)
-    codes = encode_values(keys, grid, bits)
-    words = np.zeros((count_rows(classes), len(keys)), np.uint32)
-    for width, channels, rows in class_runs(classes):
-        per_word = 32 // width
-        for i, code in enumerate(codes[:, channels].T):
-            words[rows.start + i // per_word] |= code << np.uint32(width * (i % per_word))
+    keys, slots = keys[:, order], slots_of(rows)
+    grid = fit_grid(keys, slots.width, dtype)
+    codes = encode_values(keys, grid, slots.width)
+    words = np.zeros((sum(rows), len(keys)), np.uint32)
+    for code, row, shift in zip(codes.T, slots.row, slots.shift, strict=True):
+        words[row] |= code << np.uint32(shift)
     return CodedBlock(words, grid)
 
 
-def decode_block(block: CodedBlock, order: np.ndarray, classes: Classes, dtype: str) -> np.ndarray:
+def decode_block(block: CodedBlock, order: np.ndarray, rows: Rows, dtype: str) -> np.ndarray:
     """Keys [n, D] of a block, float32 values of the 16-bit type."""
     codes = np.zeros((block.words.shape[1], len(order)), np.uint32)
-    for width, channels, rows in class_runs(classes):
-        per_word = 32 // width
-        for i in range(channels.stop - channels.start):
-            word = block.words[rows.start + i // per_word]
-            code = (word >> np.uint32(width * (i % per_word))) & np.uint32(2**width - 1)
-            codes[:, channels.start + i] = code
+    for i, (row, shift, width) in enumerate(zip(*slots_of(rows), strict=True)):
+        codes[:, i] = (block.words[row] >> np.uint32(shift)) & np.uint32(2**width - 1)
     keys = np.empty(codes.shape, np.float32)
     keys[:, order] = decode_values(codes, block.grid, dtype)
     return keys

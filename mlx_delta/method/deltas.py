@@ -19,6 +19,7 @@ which only the eight bits from the highest bit of its exponent to the third of i
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
 The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
+Tokens that stand out from their block count more, as for codes (:mod:`mlx_delta.method.codes`).
 Runs are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less as runs than as the
 codes of all its keys is stored as those, so no block is larger than plain codes of these widths
 are. Exact keys of the first tokens (sinks) stand beside the blocks, and are read instead of their
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .codes import token_weights as standing_out
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
 from .storage import block_grid, decode_values, encode_values, pack_words, round_to
 
@@ -79,22 +81,26 @@ def whole_steps(short: np.ndarray) -> np.ndarray:
     return (short.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
 
 
-def fit_grid(values: np.ndarray, bits: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """``low``, float32 [D], and steps, uint8 [D], for values [n, D] and widths [D].
+def fit_grid(
+    values: np.ndarray, keys: np.ndarray, bits: np.ndarray, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """``low``, float32 [D], and steps, uint8 [D], for what keys [n, D] are held as, and widths [D].
 
     From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, the
     line through values over codes with the least squared error, its slope made short, and the best
     line of that slope.
     """
     low, step = block_grid(values, bits, dtype)
+    shares = standing_out(keys, np.stack([low, step]))[:, None]
     low, short = round_to(low, dtype), short_steps(step)
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(values, np.stack([low, whole_steps(short)]), bits)
             codes = codes.astype(np.float32)
-            mean_code, mean = codes.mean(axis=0), values.mean(axis=0)
-            apart = codes - mean_code
-            squares, products = (apart**2).sum(axis=0), (apart * (values - mean)).sum(axis=0)
+            mean_code, mean = (shares * codes).sum(axis=0), (shares * values).sum(axis=0)
+            apart = shares * (codes - mean_code)
+            squares = (apart * (codes - mean_code)).sum(axis=0)
+            products = (apart * (values - mean)).sum(axis=0)
             fitted = short_steps(products / np.where(squares > 0, squares, 1))
             best = round_to(mean - whole_steps(fitted) * mean_code, dtype)
         usable = (squares > 0) & (fitted > 0) & np.isfinite(best)
@@ -147,7 +153,7 @@ def pack_block(
     begins = begins | ~own
     values = np.where(own, weighted_means(keys, begins, tokens), keys)
     bits = np.repeat(of_lanes, LANE)
-    low, steps = fit_grid(values, bits, dtype)
+    low, steps = fit_grid(values, keys, bits, dtype)
     codes = encode_values(values, np.stack([low, whole_steps(steps)]), bits)
     return DeltaBlock(_write(codes, begins, held, of_lanes), low, steps)
 

@@ -6,25 +6,22 @@ in another order.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.codes import (
-    FITS,
-    Classes,
-    channel_widths,
-    class_runs,
-    count_rows,
-    order_of,
-)
-from mlx_delta.widths import even_key_widths
+from mlx_delta.method.codes import FITS, MOST_WEIGHT, order_of, slots_of
+from mlx_delta.widths import FIELDS, Rows, even_key_widths
 
 from .pack import LARGEST, block_grid, encode_values, to_storage, with_sinks
 from .turned import turn
+
+MOST_CODES = 2 * max(FIELDS)  # of a word
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,28 @@ class Coding:
 
     Attributes:
         order: Each head's channels as they are stored, Hkv times D.
-        classes: (width, count) of the channels in this order.
+        rows: Each head's rows of words, so many of each kind.
         turned: Whether keys are turned first.
     """
 
     order: tuple[tuple[int, ...], ...]
-    classes: Classes
+    rows: tuple[Rows, ...]
     turned: bool
 
     @property
-    def rows(self) -> int:
-        """Rows of words of a block."""
-        return count_rows(self.classes)
+    def first_rows(self) -> tuple[int, ...]:
+        """Where each head's rows begin among a block's, and where the last one's end."""
+        return (0, *itertools.accumulate(map(sum, self.rows)))
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of words of a block, of all heads."""
+        return self.first_rows[-1]
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kinds of rows that any of the heads has."""
+        return tuple(kind for kind, *rows in zip(FIELDS, *self.rows, strict=True) if any(rows))
 
     @staticmethod
     def of(config: DeltaConfig, n_heads: int, head_dim: int) -> Coding:
@@ -60,8 +67,9 @@ def _coding(widths: tuple[str, ...] | None, bits: float, n_heads: int, head_dim:
         numbers = even_key_widths(n_heads, head_dim, bits)
     else:
         numbers = np.array([list(map(int, head)) for head in widths])
-    order, classes = order_of(numbers)
-    return Coding(tuple(map(tuple, order.tolist())), classes, widths is None)
+    heads = [order_of(head) for head in numbers]
+    order = tuple(tuple(own.tolist()) for own, _ in heads)
+    return Coding(order, tuple(rows for _, rows in heads), widths is None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class CodedBlocks:
     """All far blocks of a layer, as the kernels read them.
 
     Attributes:
-        words: uint32 [B, Hkv, blocks, rows, block_size].
+        words: uint32 [B, blocks, rows, block_size], rows head after head.
         grid: [B, Hkv, blocks, 2, D] of the storage type, channels in the order.
         sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens, which are read instead of
             their codes; ``None`` without sinks.
@@ -90,15 +98,15 @@ class CodedBlocks:
 
     def first(self, blocks: int) -> CodedBlocks:
         """The first blocks only."""
-        return replace(self, words=self.words[:, :, :blocks], grid=self.grid[:, :, :blocks])
+        return replace(self, words=self.words[:, :blocks], grid=self.grid[:, :, :blocks])
 
     def part(self, begin: int, end: int) -> CodedBlocks:
         """Blocks ``begin`` to ``end`` only."""
         sinks = self.sinks
         if sinks is not None:
-            first = begin * self.words.shape[4]
+            first = begin * self.words.shape[3]
             sinks = sinks[:, :, first:] if first < sinks.shape[2] else None
-        words, grid = self.words[:, :, begin:end], self.grid[:, :, begin:end]
+        words, grid = self.words[:, begin:end], self.grid[:, :, begin:end]
         return replace(self, words=words, grid=grid, sinks=sinks)
 
     def after(self, other: mx.array) -> CodedBlocks:
@@ -124,37 +132,95 @@ def code_blocks(keys: mx.array, coding: Coding, size: int) -> tuple[mx.array, mx
         keys = to_storage(turn(keys.astype(mx.float32)).astype(dtype))
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     blocks = mx.take_along_axis(blocks, mx.array(coding.order)[None, :, None, None], axis=-1)
-    widths = channel_widths(coding.classes)
-    grid = fit_grid(blocks, widths, dtype)
-    codes = encode_values(blocks, grid, widths)
-    rows = []
-    for width, channels, of_class in class_runs(coding.classes):
-        per_word = 32 // width
-        own = codes[..., channels]
-        room = (of_class.stop - of_class.start) * per_word - own.shape[-1]
-        own = mx.pad(own, [(0, 0)] * 4 + [(0, room)])
-        own = own.reshape(*own.shape[:-1], -1, per_word)
-        rows.append((own << (width * mx.arange(per_word, dtype=mx.uint32))).sum(axis=-1))
-    words = mx.concatenate(rows, axis=-1).swapaxes(3, 4).astype(mx.uint32)
-    return mx.contiguous(words), grid
+    places = _places(coding)
+    grid = fit_grid(blocks, places.widths, dtype)
+    codes = encode_values(blocks, grid, places.widths[:, None, None]) << places.shifts
+    # All heads' channels of a block, of which each word takes its own.
+    codes = codes.transpose(0, 2, 1, 4, 3).reshape(B, -1, H * D, size)
+    taken = codes[:, :, places.members] * places.exist
+    words = taken.reshape(B, -1, coding.all_rows, MOST_CODES, size).sum(axis=3)
+    return words.astype(mx.uint32), grid
+
+
+class _Places(NamedTuple):
+    """Where the codes of a layer's channels are.
+
+    Attributes:
+        widths: int [Hkv, D], in the order.
+        shifts: uint32 [Hkv, 1, 1, D], in the order.
+        members: int32 [rows * MOST_CODES], of each row of words its channels in the order, of those
+            of all heads.
+        exist: uint32 [rows * MOST_CODES, 1], 0 where a row has fewer.
+        rows: int32 [Hkv * D], of each channel in its own place.
+        right: uint32 [Hkv * D, 1], its shift.
+        masks: uint32 [Hkv * D, 1], the bits of its code.
+        back: int32 [1, Hkv, 1, 1, D], where it is in the order.
+    """
+
+    widths: np.ndarray
+    shifts: mx.array
+    members: mx.array
+    exist: mx.array
+    rows: mx.array
+    right: mx.array
+    masks: mx.array
+    back: mx.array
+
+
+@lru_cache(maxsize=256)
+def _places(coding: Coding) -> _Places:
+    row, shift, width = (np.array(x) for x in zip(*map(slots_of, coding.rows), strict=True))
+    row += np.array(coding.first_rows[:-1])[:, None]
+    members = np.zeros((coding.all_rows, MOST_CODES), np.int32)
+    exist = np.zeros(members.shape, np.uint32)
+    for i in range(coding.all_rows):
+        own = np.flatnonzero(row.ravel() == i)
+        members[i, : len(own)], exist[i, : len(own)] = own, 1
+    back = np.argsort(np.array(coding.order), axis=1)
+    in_place = [np.take_along_axis(x, back, axis=1).reshape(-1, 1) for x in (row, shift, width)]
+    return _Places(
+        width,
+        mx.array(shift[:, None, None].astype(np.uint32)),
+        mx.array(members.ravel()),
+        mx.array(exist.reshape(-1, 1)),
+        mx.array(in_place[0].ravel().astype(np.int32)),
+        mx.array(in_place[1].astype(np.uint32)),
+        mx.array((2 ** in_place[2] - 1).astype(np.uint32)),
+        mx.array(back[None, :, None, None].astype(np.int32)),
+    )
 
 
 def fit_grid(blocks: mx.array, widths: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D]."""
-    grid = block_grid(blocks, widths, dtype)
-    mean_key = blocks.mean(axis=3)
+    """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D].
+
+    ``widths``: int [Hkv, D].
+    """
+    grid = block_grid(blocks, widths[:, None], dtype)
+    widths = widths[:, None, None]
+    shares = token_weights(blocks, grid)[..., None]
+    mean_key = (shares * blocks).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = encode_values(blocks, grid, widths).astype(mx.float32)
-        mean_code = codes.mean(axis=3)
-        apart = codes - mean_code[:, :, :, None]
-        squares = mx.square(apart).sum(axis=3)
-        products = (apart * (blocks - mean_key[:, :, :, None])).sum(axis=3)
+        mean_code = (shares * codes).sum(axis=3, keepdims=True)
+        apart = shares * (codes - mean_code)
+        squares = (apart * (codes - mean_code)).sum(axis=3)
+        products = (apart * (blocks - mean_key)).sum(axis=3)
         step = _rounded(products / mx.where(squares > 0, squares, 1), dtype)
-        low = _rounded(mean_key - step * mean_code, dtype)
+        low = _rounded(mean_key[:, :, :, 0] - step * mean_code[:, :, :, 0], dtype)
         usable = (squares > 0) & (step > 0) & (step < mx.inf) & (mx.abs(low) < mx.inf)
         fitted = mx.stack([low, step], axis=3).astype(dtype)
         grid = mx.where(usable[:, :, :, None], fitted, grid)
     return grid
+
+
+def token_weights(blocks: mx.array, grid: mx.array) -> mx.array:
+    """How much each key of a block counts, float32 [B, Hkv, blocks, block_size], for such keys."""
+    step = grid[:, :, :, 1:].astype(mx.float32)
+    apart = (blocks - blocks.mean(axis=3, keepdims=True)) / step
+    squares = mx.square(mx.where(step > 0, apart, 0)).sum(axis=-1)
+    mean = squares.mean(axis=-1, keepdims=True)
+    weights = mx.clip(squares / mx.where(mean > 0, mean, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -164,21 +230,15 @@ def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def decode_blocks(packed: CodedBlocks) -> mx.array:
     """Keys of all blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
-    coding = packed.coding
-    B, H, blocks, _, size = packed.words.shape
-    codes = []
-    for width, channels, of_class in class_runs(coding.classes):
-        per_word = 32 // width
-        shifts = (width * mx.arange(per_word, dtype=mx.uint32))[:, None]
-        own = (packed.words[:, :, :, of_class, None] >> shifts) & (2**width - 1)
-        own = own.reshape(B, H, blocks, -1, size)
-        codes.append(own[:, :, :, : channels.stop - channels.start])
-    joined = codes[0] if len(codes) == 1 else mx.concatenate(codes, axis=3)
-    low, step = (packed.grid[:, :, :, i, :, None].astype(mx.float32) for i in (0, 1))
-    keys = mx.minimum(low + joined.astype(mx.float32) * step, LARGEST[packed.dtype])
-    back = mx.array(np.argsort(np.array(coding.order), axis=1))
-    keys = mx.take_along_axis(keys, back[None, :, None, :, None], axis=3).swapaxes(3, 4)
-    keys = keys.reshape(B, H, blocks * size, -1).astype(packed.dtype)
+    coding, places = packed.coding, _places(packed.coding)
+    B, H, blocks, _, D = packed.grid.shape
+    size = packed.words.shape[3]
+    codes = (packed.words[:, :, places.rows] >> places.right) & places.masks
+    codes = codes.reshape(B, blocks, H, D, size).swapaxes(1, 2)
+    grid = mx.take_along_axis(packed.grid, places.back, axis=-1)
+    low, step = (grid[:, :, :, i, :, None].astype(mx.float32) for i in (0, 1))
+    keys = mx.minimum(low + codes.astype(mx.float32) * step, LARGEST[packed.dtype])
+    keys = keys.swapaxes(3, 4).reshape(B, H, blocks * size, D).astype(packed.dtype)
     if coding.turned:
         keys = turn(keys.astype(mx.float32)).astype(packed.dtype)
     return with_sinks(keys, packed.sinks)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_delta.widths import WIDTHS
+from mlx_delta.widths import FIELDS
 
 from .codes import CodedBlocks, Coding
 from .far_kernel import FarInputs, far_kernel, launch
@@ -19,19 +20,20 @@ from .turned import turn
 
 PARTS = {
     "ROOM": """
-    constexpr int slots = coded_room<Queries>(coded_slots<KeyWidths, D>());
+    constexpr int slots = coded_room<Queries>(coded_slots<Kinds, D>());
     constexpr int weighed = coded_room<Queries>(D / Group * CODED_TOKENS);
     threadgroup float4 scaled[Simdgroups * slots];
     constexpr int plainly = coded_room<Queries>(D);
     threadgroup float4 plain[Simdgroups * plainly];
     threadgroup float4 weights[Simdgroups * weighed];""",
-    "KEYS": "CodedFar<S, KeyWidths, D, Queries, Bytes>",
+    "KEYS": "CodedFar<S, Kinds, D, Queries, Bytes>",
     "FAR": """
     Keys far_keys;
-    far_keys.counts = counts;
-    far_keys.word_rows = words_shape[3];
-    far_keys.words = words + long(head) * words_shape[2] * words_shape[3] * CODED_TOKENS;
-    far_keys.grid = grid + long(head) * words_shape[2] * 2 * D;""",
+    far_keys.counts = counts + head % grid_shape[1] * CODED_COUNTS;
+    far_keys.word_rows = words_shape[2];
+    long first_row = long(head / grid_shape[1]) * words_shape[1] * words_shape[2];
+    far_keys.words = words + (first_row + far_keys.counts[CODED_KINDS]) * CODED_TOKENS;
+    far_keys.grid = grid + long(head) * words_shape[1] * 2 * D;""",
     "SCALED": "scaled + simdgroup * slots",
     "PLAIN": "plain + simdgroup * plainly",
     "WEIGHTS": "weights + simdgroup * weighed",
@@ -46,7 +48,7 @@ def codes_kernel() -> Any:
 
 def refusal(queries: mx.array, blocks: CodedBlocks, value_dim: int) -> str | None:
     """Why the kernel does not take queries [B, Hq, L, D] over such blocks; ``None`` if it does."""
-    return values_refusal(queries.shape[3], blocks.words.shape[4], value_dim)
+    return values_refusal(queries.shape[3], blocks.words.shape[3], value_dim)
 
 
 def decode(
@@ -79,15 +81,17 @@ def decode(
     far_queries = queries
     if blocks.coding.turned:
         far_queries = turn(queries.astype(mx.float32)).astype(queries.dtype)
-    widths = dict(blocks.coding.classes)
-    counts = tuple(widths.get(width, 0) for width in WIDTHS)
+    coding = blocks.coding
+    counts = tuple(
+        (*own, first, 0) for own, first in zip(coding.rows, coding.first_rows, strict=False)
+    )
     far = FarInputs(
-        inputs=[constant((*counts, 0, 0, 0), mx.int32), blocks.words, blocks.grid],
-        template=[("KeyWidths", sum(1 << width for width in widths))],
-        order=_order(blocks.coding),
+        inputs=[constant(counts, mx.int32), blocks.words, blocks.grid],
+        template=[("Kinds", sum(1 << kind for kind in coding.kinds))],
+        order=_order(coding),
         sinks=blocks.sinks,
-        # The queries in the order of the words, whose rows are filled up to pairs; and as they are.
-        places=2 * queries.shape[3] + sum(2 * (32 // width) - 1 for width in widths),
+        # The queries in the order of the words, whose rows are in pairs; and as they are.
+        places=2 * queries.shape[3] + sum(2 * kind for kind in coding.kinds),
         queries=far_queries,
     )
     kernel = codes_kernel()
@@ -111,13 +115,18 @@ def _check(
 ) -> None:
     """Refuse what would make the kernel read past an array's end."""
     name, D, coding = "codes_decode", blocks.head_dim, blocks.coding
-    check_shapes(name, {"words": (blocks.words, (None,) * 5)}, {"words": mx.uint32})
-    B, kv_heads, capacity, _, _ = blocks.words.shape
+    check_shapes(
+        name,
+        {"words": (blocks.words, (None,) * 4), "grid": (blocks.grid, (None,) * 5)},
+        {"words": mx.uint32},
+    )
+    B, kv_heads, capacity, _, _ = blocks.grid.shape
     orders = len(coding.order) == kv_heads and all(len(order) == D for order in coding.order)
-    if not orders or sum(count for _, count in coding.classes) != D:
-        raise ValueError(f"[{name}] classes {coding.classes} do not fit {kv_heads} heads of {D}.")
+    pairs = [sum(map(operator.mul, FIELDS, own)) for own in coding.rows]
+    if not orders or pairs != [D // 2] * kv_heads:
+        raise ValueError(f"[{name}] rows {coding.rows} do not fit {kv_heads} heads of {D}.")
     shapes: dict[str, Any] = {
-        "words": (blocks.words, (B, kv_heads, capacity, coding.rows, None)),
+        "words": (blocks.words, (B, capacity, coding.all_rows, None)),
         "grid": (blocks.grid, (B, kv_heads, capacity, 2, D)),
         "near": (near, (B, kv_heads, None, D)),
     }

@@ -18,6 +18,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, lane_order
 from mlx_delta.widths import even_lane_widths
 
+from .codes import token_weights
 from .pack import LARGEST, block_grid, encode_values, with_sinks
 from .runs import hold_runs
 
@@ -158,7 +159,7 @@ def store_deltas(
     own = mx.repeat(held, LANE, axis=3)[:, :, :, None]
     values, begins = mx.where(own, means, blocks), begins | mx.logical_not(own)
     bits = np.repeat(widths, LANE, axis=1)
-    low, steps = _fit_grid(values, bits, keys.dtype)
+    low, steps = _fit_grid(values, blocks, bits, keys.dtype)
     codes = _encode(values, low, steps, bits)
     words, counts = _write(codes, begins, held, widths, coding.worst_words(size))
     zeros = mx.logical_not(begins).sum(axis=(3, 4)).astype(mx.int32)
@@ -186,20 +187,23 @@ def _held_lanes(begins: mx.array, widths: np.ndarray) -> mx.array:
     return LANE * size + runs * each < size * LANE * each
 
 
-def _fit_grid(values: mx.array, bits: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """``low`` and steps, [B, Hkv, blocks, D], for float32 values [.., block_size, D]."""
+def _fit_grid(
+    values: mx.array, blocks: mx.array, bits: np.ndarray, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """``low`` and steps, [B, Hkv, blocks, D], for what float32 keys [.., D] are held as."""
     across = bits[:, None]
     grid = block_grid(values, across, dtype)
     low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
-    mean = values.mean(axis=3)
+    shares = token_weights(blocks, grid)[..., None]
+    mean = (shares * values).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = _encode(values, low, short, bits).astype(mx.float32)
-        mean_code = codes.mean(axis=3)
-        apart = codes - mean_code[:, :, :, None]
-        squares = mx.square(apart).sum(axis=3)
-        products = (apart * (values - mean[:, :, :, None])).sum(axis=3)
+        mean_code = (shares * codes).sum(axis=3, keepdims=True)
+        apart = shares * (codes - mean_code)
+        squares = (apart * (codes - mean_code)).sum(axis=3)
+        products = (apart * (values - mean)).sum(axis=3)
         fitted = _short_steps(products / mx.where(squares > 0, squares, 1))
-        best = mean - _whole_steps(fitted) * mean_code
+        best = mean[:, :, :, 0] - _whole_steps(fitted) * mean_code[:, :, :, 0]
         usable = (squares > 0) & (fitted > 0) & (mx.abs(best) < mx.inf)
         best = mx.clip(best, -LARGEST[dtype], LARGEST[dtype]).astype(dtype)
         low, short = mx.where(usable, best, low), mx.where(usable, fitted, short)

@@ -67,7 +67,7 @@ class HeldLeaf:
             "types": {name: type_name(x) for name, x in found.items()},
         }
         if "codes" in found:
-            self.entry["rows"] = found["codes"].shape[3]
+            self.entry["rows"] = found["codes"].shape[2]
         if "near_values" in found:
             self.entry["columns"] = found["values0"].shape[3]
         self.full_from = self._full_from()
@@ -113,7 +113,10 @@ class HeldLeaf:
             if name in self.arrays and span.start < self.config.sinks:
                 piece[name] = self.arrays[name][0, :, span]
         if self.config.key_format == "codes":
-            return piece | {name: self.arrays[name][0, :, i] for name in ("codes", "grid")}
+            return piece | {
+                "codes": self.arrays["codes"][0, i],
+                "grid": self.arrays["grid"][0, :, i],
+            }
         if self.config.key_format == "deltas":
             piece |= {name: self.arrays[name][0, :, i] for name in DELTA_PARTS}
             words = self.arrays["counts"][0].sum(axis=0)
@@ -227,13 +230,11 @@ class HeldLeaf:
             if name in types:
                 put(name, _first_tokens(name, blocks, end[full], len(blocks) * size, config))
         if "codes" in types:
-            nothing = {
-                "codes": np.zeros((heads, 0, entry["rows"], size), np.uint32),
-                "grid": np.zeros((heads, 0, 2, head_dim), near.dtype),
-            }
-            for name, none in nothing.items():
-                found = [block[name][:, None] for block in blocks]
-                put(name, np.concatenate([none, *found], axis=1))
+            words = [np.zeros((0, entry["rows"], size), np.uint32)]
+            put("codes", np.concatenate([*words, *(block["codes"][None] for block in blocks)]))
+            grids = [np.zeros((heads, 0, 2, head_dim), near.dtype)]
+            grids += [block["grid"][:, None] for block in blocks]
+            put("grid", np.concatenate(grids, axis=1))
             header["coded"] = [len(blocks)]
             order = ["near", *values, "codes", "grid", "sinks"]
             return _from_state(header, [made.get(name) for name in order])

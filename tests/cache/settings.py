@@ -22,7 +22,7 @@ CODES = dataclasses.replace(
     key_bits=4,
     value_format="rotated",
     value_bits=4,
-    key_widths=(("8643322334246334" * 2, "2334246334864332" * 2),),
+    key_widths=(("8365243332583333" * 2, "2424424224422442" * 2),),
     value_widths=((3, 6),),
 )
 # Lanes of 6, 4, 3 and 2 bits, of 5, 5, 3 and 2 in the other head.

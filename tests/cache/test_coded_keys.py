@@ -43,9 +43,9 @@ def far_keys(config: DeltaConfig) -> np.ndarray:
         rows = slice(first * size, (first + 1) * size)
         own = TEXT[1][0, head, rows]
         own = ref.turn(own, "float16") if coding.turned else own
-        order = np.array(coding.order[head])
-        block = ref.code_block(own, order, coding.classes, "float16")
-        decoded = ref.decode_block(block, order, coding.classes, "float16")
+        order, kinds = np.array(coding.order[head]), coding.rows[head]
+        block = ref.code_block(own, order, kinds, "float16")
+        decoded = ref.decode_block(block, order, kinds, "float16")
         found[head, rows] = decoded @ ref.hadamard(32) if coding.turned else decoded
     found[:, :sinks] = TEXT[1][0, :, :sinks]
     return found
@@ -135,6 +135,18 @@ def test_bytes_are_those_of_codes():
     assert cache.nbytes == (64 * 64 * dense * 9 / 32) + room
 
 
+def test_bytes_are_those_of_the_arrays():
+    """Heads of four and of three rows of words: nothing is padded between them."""
+    cache = fed_cache()
+    _, near, *values, words, grid, sinks = cache.compact().state
+    *coded, near_values, value_sinks = values
+    blocks = LENGTH // 8 - CODES.window_blocks
+    assert words.shape == (1, blocks, 4 + 3, 8) and coded[0].shape[2] == 8 * blocks
+    far = sum(x.nbytes for x in (words, grid, sinks, *coded, value_sinks))
+    seen = LENGTH - 8 * blocks
+    assert cache.read_bytes() == far + near[:, :, :seen].nbytes + near_values[:, :, :seen].nbytes
+
+
 def changed(state, **changes) -> list:
     return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
 
@@ -165,6 +177,9 @@ def replaced(state, index: int, value) -> list:
         (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 8"),
         (lambda s: setting(s, key_widths=[["44", "43"]]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 16] * 2]), "2 kv heads of 16 channels"),
+        (lambda s: setting(s, key_widths=[["4" * 32, "3" * 32]]), "key_widths must be widths"),
+        # As many rows as before, but of other heads: words are of this size, and mean others.
+        (lambda s: setting(s, key_widths=[["4" * 32, "4" * 16]]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 32] * 2]), "words do not fit"),
         (lambda s: setting(s, key_widths=None), "words do not fit"),
         (lambda s: setting(s, value_widths=[[3, 3]]), "saved values do not fit"),
@@ -176,7 +191,7 @@ def replaced(state, index: int, value) -> list:
         (lambda s: replaced(s, 5, s[5][:, :, :8]), "saved values do not fit"),
         (lambda s: replaced(s, 3, s[3].astype(mx.float32)), "saved values do not fit"),
         (lambda s: replaced(s, 2, s[2][..., :1]), "saved values do not fit"),
-        (lambda s: replaced(s, 7, s[7][:, :, :, :1]), "words do not fit"),
+        (lambda s: replaced(s, 7, s[7][:, :, :1]), "words do not fit"),
         (lambda s: replaced(s, 7, s[7].astype(mx.int32)), "words do not fit"),
         (lambda s: replaced(s, 8, None), "lacks one of its buffers"),
         (lambda s: replaced(s, 8, s[8][:, :, :1]), "grid do not fit"),
@@ -204,6 +219,8 @@ def test_a_damaged_state_is_refused(break_it, message):
         ({"key_bits": 3.5}, "key_bits must be one of 16, 8, 4, 3, 2 but got 3.5"),
         ({"key_bits": 4, "key_widths": (("4" * 32,),)}, "key_widths must be widths of codes"),
         ({"key_format": "codes", "key_bits": 4, "key_widths": (("45",),)}, "must be widths"),
+        ({"key_format": "codes", "key_bits": 4, "key_widths": (("44442222" * 2,),)}, "must be wid"),
+        ({"key_format": "codes", "key_bits": 4, "key_widths": ((44444444,),)}, "must be widths"),
         ({"key_format": "codes", "key_bits": 4, "block_size": 20, "window": 0}, "multiple of 8"),
     ],
 )

@@ -232,34 +232,3 @@ def test_what_can_not_be_is_said(path, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
     assert (path / "config.json").read_text() == before
     assert not (path / FILE_NAME).exists()
-
-
-def test_codes_are_calibrated_anew_and_the_rest_stays(path, capsys):
-    """A model of an older version, whose sensitivities say nothing of codes."""
-    rng = np.random.default_rng(0)
-    old = Sensitivities(
-        [rng.lognormal(0, 1, (2, 16)) for _ in range(3)], [(0, 0, 0), (0.1, 0.5, 0.01)]
-    )
-    old.save(path / FILE_NAME)
-    config = json.loads((path / "config.json").read_text())
-    config["delta"] |= {"level": 0.05, "sensitivities": FILE_NAME}
-    (path / "config.json").write_text(json.dumps(config, indent=1))
-    assert run("--model", path, "--codes") == 0, capsys.readouterr().err
-    assert json.loads((path / "config.json").read_text()) == config
-    new = Sensitivities.read(path / FILE_NAME)
-    for mine, theirs in zip(old.layers, new.layers, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert new.curve == old.curve
-    assert all(x.shape == (2, 16) and (x > 0).all() for x in new.spread)
-    assert all(x.shape == (2,) and (x > 0).all() for x in new.value_costs)
-    keys = watch(load(path)[0], tokens(64)[0].tolist(), SMALL_RUNS).keys
-    for own, found in zip(keys, new.spread, strict=True):  # of another text
-        deviation = np.array(own).reshape(2, 8, 8, 16).std(axis=2)
-        np.testing.assert_allclose(np.sqrt(np.square(deviation).mean(axis=1)), found, rtol=1)
-    assert run("--model", path, "--codes", "--uncorrected") == 1
-    assert "--uncorrected says nothing about codes" in capsys.readouterr().err
-
-
-def test_codes_need_what_was_calibrated(path, capsys):
-    assert run("--model", path, "--codes") == 1
-    assert "--codes needs sensitivities that were measured" in capsys.readouterr().err

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_delta.method.codes import Classes
 from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.pack import PackedBlocks
 
-from ..kernels.code_case import coded
+from ..kernels.code_case import Kinds, coded
 from ..kernels.delta_case import lanes
 from .count import Trips, Walk, count
 from .launches import captured
@@ -28,11 +27,11 @@ HALF = mx.float16
 PER_TOKEN = D * QUERIES / 32  # multiply-adds of a lane, for keys or for values
 # Of a held key's numbers, so many change from one token to the next: what `delta_decode` reads.
 CHANGED = 0.37
-ROWS: tuple[tuple[Classes, int], ...] = (
-    (((4, 128),), 4),
-    (((6, 16), (4, 64), (2, 48)), 4),
-    (((4, 64), (3, 64)), 3),
-    (((3, 64), (2, 64)), 2),
+ROWS: tuple[tuple[Kinds, int], ...] = (
+    ({4: 16}, 4),
+    ({2: 2, 3: 4, 4: 5, 5: 4, 8: 1}, 4),
+    ({4: 4, 5: 6, 6: 3}, 3),
+    ({5: 4, 6: 6, 8: 1}, 2),
 )
 
 
@@ -44,12 +43,12 @@ def _near_and_values(heads: int, width: int) -> tuple[mx.array, CodedValues]:
     return near, values
 
 
-def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Walk]:
-    """The kernel as CUDA for keys of these classes and values of one width, and its walk."""
+def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
+    """The kernel as CUDA for keys of such rows and values of one width, and its walk."""
     heads = 2
-    coding = Coding.of(coded(classes, (width,) * heads), heads, D)
+    coding = Coding.of(coded(kinds, (width,) * heads), heads, D)
     blocks = CodedBlocks(
-        words=mx.zeros((1, heads, 4, coding.rows, TOKENS), mx.uint32),
+        words=mx.zeros((1, 4, coding.all_rows, TOKENS), mx.uint32),
         grid=mx.zeros((1, heads, 4, 2, D), HALF),
         sinks=mx.zeros((1, heads, 4, D), HALF),
         coding=coding,
@@ -61,12 +60,10 @@ def codes_decode(classes: Classes, width: int, by_bytes: bool) -> tuple[str, Wal
         rows = [(320, 4, 256, 256)]
         codes_kernel.decode(queries, rows, blocks, near, values, None, 1.0, 1)
     trips = []
-    for own, channels in classes:
-        per_word = 32 // own
-        word_rows = -(-channels // per_word)
-        # Rows come in pairs, which half of the lanes each has.
-        total = (word_rows + 1) // 2 * 4 * per_word * QUERIES
-        trips.append(Trips(f"add_class<{own},", "FFMA", total))
+    for kind, rows in kinds.items():
+        # Rows come in pairs, of which half of the lanes each has one, for four tokens.
+        total = (rows + 1) // 2 * 4 * 2 * kind * QUERIES
+        trips.append(Trips(f"add_kind<{kind},", "FFMA", total))
     trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
     return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, OVER_BLOCKS, trips, cold)
@@ -164,10 +161,10 @@ def main() -> None:
         + "|---" * 10
         + "|"
     )
-    for classes, width in ROWS:
-        keys = ", ".join(f"{count} x {own}" for own, count in classes)
-        name = f"`codes_decode`, keys {keys}; values {width} bits"
-        print(row(name, *codes_decode(classes, width, True)), flush=True)
+    for kinds, width in ROWS:
+        keys = ", ".join(f"{rows} x {kind}" for kind, rows in kinds.items())
+        name = f"`codes_decode`, keys' rows {keys}; values {width} bits"
+        print(row(name, *codes_decode(kinds, width, True)), flush=True)
     for lane_widths, width in LANE_ROWS:
         keys = ", ".join(map(str, sorted(set(lane_widths), reverse=True)))
         name = f"`deltas_decode`, lanes of {keys} bits; values {width} bits"

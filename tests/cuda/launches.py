@@ -64,9 +64,9 @@ def every_kernel() -> dict[str, GeneratedKernel]:
     half = mx.float16
     setting = DeltaConfig(key_bits=4, threshold=1.0)
     keys = mx.zeros((1, 2, 128, 64), half)
-    coding = Coding.of(coded(((6, 16), (3, 48)), (4, 2)), 2, 64)
+    coding = Coding.of(coded(({3: 1, 4: 1, 5: 5}, {4: 8}), (4, 2)), 2, 64)
     coded_blocks = CodedBlocks(
-        words=mx.zeros((1, 2, 2, coding.rows, 64), mx.uint32),
+        words=mx.zeros((1, 2, coding.all_rows, 64), mx.uint32),
         grid=mx.zeros((1, 2, 2, 2, 64), half),
         sinks=mx.zeros((1, 2, 4, 64), half),
         coding=coding,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -13,6 +15,7 @@ from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
 from mlx_delta.ops import codes_kernel
 from mlx_delta.ops import pack as packing
+from mlx_delta.widths import FIELDS
 
 from ..metal_cpu import MetalBench
 from .common import STORED, as_float, on_bench
@@ -23,30 +26,33 @@ from .decode_case import Case
 TOLERANCE = {mx.float32: 3e-3, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
 
+# How many rows of words there are of each kind: of a head.
+Kinds = Mapping[int, int]
+
+
 def coded(
-    classes: ref.Classes = ((4, 64),),
+    kinds: Kinds | Sequence[Kinds] = MappingProxyType({4: 8}),
     values: tuple[int, ...] | None = (4, 4),
     seed: int = 0,
     **changes: Any,
 ) -> DeltaConfig:
-    """A setting of one layer with channels of these classes, in a random order for each head.
+    """A setting of one layer with such rows of words, channels in a random order for each head.
 
     Args:
-        classes: (width, count); no classes: keys are turned and coded in 4 bits.
+        kinds: Of all heads, or of each; none: keys are turned and coded in 4 bits.
         values: The width of each kv head's values; ``None``: they are plain.
         seed: Of the order.
         **changes: Other fields.
     """
     settings: dict[str, Any] = {"key_format": "codes", "key_bits": 4, "sinks": 4, "window": 64}
     heads = len(values) if values else 2
-    if classes:
+    if kinds:
         rng = np.random.default_rng(seed)
-        half = [str(width) for width, count in classes for _ in range(count // 2)]
-        rows = []
-        for _ in range(heads):
-            pairs = rng.permutation(len(half))
-            rows.append("".join([half[i] for i in pairs] * 2))
-        settings["key_widths"] = (tuple(rows),)
+        widths = []
+        for own in [kinds] * heads if isinstance(kinds, Mapping) else kinds:
+            half = "".join(str(width) for kind, n in own.items() for width in FIELDS[kind] * n)
+            widths.append("".join(rng.permutation(list(half))) * 2)
+        settings["key_widths"] = (tuple(widths),)
     if values:
         settings |= {"value_format": "rotated", "value_bits": 4, "value_widths": (values,)}
     return DeltaConfig(**{**settings, **changes}).for_layer(0, 1)
@@ -79,17 +85,16 @@ class CodedCase(Case):
         keys = as_float(packing.to_storage(self.keys[row, head, :length]))
         written = self.setting.key_widths
         if written is None:
-            widths = np.full((1, self.head_dim), self.setting.key_bits, np.int64)
+            widths = np.full(self.head_dim, self.setting.key_bits, np.int64)
         else:
-            widths = np.array([list(map(int, head)) for head in written[0] or ()])
-        order, classes = ref.order_of(widths)
-        own = order[head if written is not None else 0]
+            widths = np.array(list(map(int, (written[0] or ())[head])))
+        own, rows = ref.order_of(widths)
         coded = keys.copy()
         for start in range(0, length - size + 1, size):
             block = keys[start : start + size]
             if written is None:
                 block = ref.turn(block, kind)
-            found = ref.decode_block(ref.code_block(block, own, classes, kind), own, classes, kind)
+            found = ref.decode_block(ref.code_block(block, own, rows, kind), own, rows, kind)
             coded[start : start + size] = ref.turn(found, kind) if written is None else found
         coded[: self.setting.sinks] = keys[: self.setting.sinks]
         return keys, coded

@@ -17,8 +17,16 @@ from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
 from .code_case import CodedCase, assert_close, check, coded
 from .common import UNWRITTEN, every_run, name_of, on_bench, source_of, with_kernel
 
-MIXED = ((8, 12), (6, 12), (4, 36), (3, 20), (2, 16))  # no count fills its last row of words
-ONE = coded(((4, 64),), (4, 4))
+# Of 48 pairs each; odd and even numbers of rows, and heads without some kinds.
+MIXED = (
+    {2: 1, 3: 3, 4: 3, 5: 1, 6: 2, 8: 1},
+    {4: 12},
+    {8: 6},
+    {2: 24},
+    {3: 5, 6: 4, 5: 1, 4: 1},
+    {4: 12},
+)
+ONE = coded({4: 8}, (4, 4))
 
 
 def one(length: int, **changes: Any) -> CodedCase:
@@ -38,17 +46,17 @@ def test_lengths(bench: MetalBench, length):
 
 
 @pytest.mark.parametrize(
-    ("classes", "values", "head_dim", "heads", "dtype"),
+    ("kinds", "values", "head_dim", "heads", "dtype"),
     [
-        (MIXED, (8, 6, 4, 3, 2), 96, (15, 5), mx.float32),
+        (MIXED, (8, 6, 5, 4, 3, 2), 96, (18, 6), mx.float32),
         ((), (4, 4), 128, (2, 2), mx.bfloat16),  # keys are turned
-        (((4, 40), (3, 40)), None, 80, (4, 2), mx.float16),  # values are plain
-        (((3, 128), (2, 128)), (4,), 256, (4, 1), mx.float16),
+        (({4: 10}, {5: 8}), None, 80, (4, 2), mx.float16),  # values are plain
+        ({5: 8, 6: 4, 8: 8}, (4,), 256, (4, 1), mx.float16),
     ],
     ids=["all widths", "turned keys", "plain values", "D 256"],
 )
-def test_forms(bench: MetalBench, classes, values, head_dim, heads, dtype):
-    setting = coded(classes, values)
+def test_forms(bench: MetalBench, kinds, values, head_dim, heads, dtype):
+    setting = coded(kinds, values)
     check(bench, CodedCase(setting, (200,), 1, heads, head_dim, dtype))
 
 
@@ -60,7 +68,7 @@ def test_steps_on_both_sides_of_a_border(bench: MetalBench, steps, heads):
 
 def test_five_queries_without_sinks(bench: MetalBench):
     """Three of them are in one simdgroup, two in another one."""
-    check(bench, one(190, heads=(10, 2), setting=coded(((4, 64),), (4, 4), sinks=0)))
+    check(bench, one(190, heads=(10, 2), setting=coded({4: 8}, (4, 4), sinks=0)))
 
 
 RAGGED = CodedCase(ONE, (2, 65, 300, 130), 2, dtype=mx.float16)
@@ -90,7 +98,7 @@ def test_mask_and_bytes(bench: MetalBench):
 
 @pytest.mark.parametrize("changes", [{"sinks": 70}, {"window": 0}], ids=name_of)
 def test_settings(bench: MetalBench, changes):
-    check(bench, one(300, setting=coded(((4, 64),), (4, 4), **changes)))
+    check(bench, one(300, setting=coded({4: 8}, (4, 4), **changes)))
 
 
 def test_splits_do_not_matter(bench: MetalBench):
@@ -149,7 +157,9 @@ MUTATIONS = [
     Mutation("no zero of codes", "- CODE_ZERO * step", ""),
     Mutation("no low", "low[j] += query[j] * base;", ""),
     Mutation("low twice", "part == 0 ? low[j] : 0.0f", "low[j]"),
-    Mutation("rows not filled up", "slots += (word_rows + 1) / 2 * 2", "slots += word_rows"),
+    Mutation("rows not in pairs", "slots += (word_rows + 1) / 2 * 4", "slots += word_rows * 2"),
+    Mutation("one head's rows", "+ counts[CODED_KINDS]", ""),
+    Mutation("one head's counts", "counts += kv_head * CODED_COUNTS;", ""),
     Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
     Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
     Mutation("words past the last row", "at = min(at + 2 * CODED_TOKENS, last);", "at += 128;"),
@@ -184,7 +194,7 @@ MUTATIONS = [
 
 def small_case() -> None:
     """Every part of the kernel: queries on both sides of a border, rows that differ, groups."""
-    setting = coded(((6, 32), (4, 44), (2, 20)), (2, 3))
+    setting = coded(({3: 3, 4: 6, 5: 3}, {2: 1, 6: 5, 8: 2}), (2, 3))
     case = CodedCase(setting, (130, 195), 5, (2, 2), 96, mx.float16)
     # One row looks at all its keys alike; scores of the other rise by more than the slack from its
     # first block to its second.
@@ -231,7 +241,7 @@ COMBINE_MUTATIONS = [
 
 def plain_case() -> None:
     """Channels that do not fill the lanes, values as they are; neither mask nor sinks."""
-    setting = coded(((4, 40), (3, 40)), None, sinks=0)
+    setting = coded(({4: 10}, {5: 8}), None, sinks=0)
     case = CodedCase(setting, (129,), 2, (4, 2), 80, mx.float16)
     assert_close(case.step(case.cache()), case.expected(), case)
 

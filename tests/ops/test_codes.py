@@ -8,6 +8,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
+from mlx_delta.models.parts import share_of_heads
 from mlx_delta.ops import codes, turned
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.widths import VALUE_WIDTHS
@@ -15,8 +16,8 @@ from mlx_delta.widths import VALUE_WIDTHS
 from ..tiny import smooth_keys
 
 HALVES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
-# 8, 6, 4, 3 and 2 bits, the same of each in both heads; pairs (d, d + 16) alike.
-WIDTHS = ("8643322334246334" * 2, "2334246334864332" * 2)
+# Rows of 2, 3, 5 and 6 pairs, and of 8 and 4; pairs (d, d + 16) alike.
+WIDTHS = ("8365243332583333" * 2, "2424424224422442" * 2)
 
 
 def as_float(x: mx.array) -> np.ndarray:
@@ -28,22 +29,38 @@ def test_keys_are_coded_as_specified(kind):
     config = DeltaConfig(key_format="codes", key_bits=4, key_widths=(WIDTHS,))
     keys = mx.array(smooth_keys((2, 2, 48, 32))).astype(HALVES[kind])
     coding = codes.Coding.of(config, 2, 32)
+    assert coding.rows == ((1, 1, 0, 1, 1, 0), (0, 0, 2, 0, 0, 1))
     words, grid = codes.code_blocks(keys, coding, 16)
+    assert words.shape == (2, 3, 4 + 3, 16)
     found = as_float(unpack(codes.CodedBlocks(words, grid, None, coding, 32), 3))
     differing = 0
     for row, head, block in np.ndindex(2, 2, 3):
         own = as_float(keys[row, head, block * 16 : block * 16 + 16])
-        order = np.array(coding.order[head])
-        wanted = ref.code_block(own, order, coding.classes, kind)
+        order, rows = np.array(coding.order[head]), coding.rows[head]
+        wanted = ref.code_block(own, order, rows, kind)
         # Sums in another order may round a grid otherwise, and few codes with it.
-        stored = ref.CodedBlock(np.array(words[row, head, block]), as_float(grid[row, head, block]))
+        of_head = np.array(words[row, block, slice(*coding.first_rows[head : head + 2])])
+        stored = ref.CodedBlock(of_head, as_float(grid[row, head, block]))
         np.testing.assert_allclose(stored.grid, wanted.grid, rtol=0.01, atol=0.01)
         differing += (stored.words != wanted.words).sum()
         np.testing.assert_array_equal(
             found[row, head, block * 16 : block * 16 + 16],
-            ref.decode_block(stored, order, coding.classes, kind),
+            ref.decode_block(stored, order, rows, kind),
         )
     assert differing <= words.size // 50
+
+
+def test_words_of_a_share_of_heads_are_those_of_the_whole():
+    config = DeltaConfig(key_format="codes", key_bits=4, key_widths=(WIDTHS,))
+    keys = mx.array(smooth_keys((1, 2, 32, 32))).astype(mx.float16)
+    whole = codes.code_blocks(keys, codes.Coding.of(config, 2, 32), 16)
+    shares = [
+        codes.code_blocks(keys[:, i : i + 1], codes.Coding.of(own, 1, 32), 16)
+        for i, own in enumerate(share_of_heads(config, rank, 2) for rank in range(2))
+    ]
+    for part, axis in ((0, 2), (1, 1)):
+        joined = mx.concatenate([share[part] for share in shares], axis=axis)
+        assert mx.array_equal(joined, whole[part])
 
 
 @pytest.mark.parametrize("head_dim", [32, 48])
@@ -51,15 +68,15 @@ def test_without_widths_keys_are_turned_first(head_dim):
     config = DeltaConfig(key_format="codes", key_bits=3.5)
     keys = mx.array(smooth_keys((1, 2, 64, head_dim))).astype(mx.float16)
     coding = codes.Coding.of(config, 2, head_dim)
-    assert coding.turned and coding.rows * 32 / head_dim <= 3.5
+    assert coding.turned and coding.all_rows * 32 / head_dim <= 2 * 3.5
     words, grid = codes.code_blocks(keys, coding, 64)
     own = ref.turn(as_float(keys[0, 1]), "float16")
     order = np.array(coding.order[1])
-    wanted = ref.code_block(own, order, coding.classes, "float16")
+    wanted = ref.code_block(own, order, coding.rows[1], "float16")
     # A product in another order may round to a neighbour, and so may its code.
     np.testing.assert_allclose(as_float(grid[0, 1, 0]), wanted.grid, atol=4e-3)
     found = as_float(unpack(codes.CodedBlocks(words, grid, None, coding, head_dim), 1))[0, 1]
-    decoded = ref.decode_block(wanted, order, coding.classes, "float16")
+    decoded = ref.decode_block(wanted, order, coding.rows[1], "float16")
     np.testing.assert_allclose(
         found, decoded @ ref.hadamard(head_dim), atol=1.1 * wanted.grid[1].max() / head_dim**0.5
     )
@@ -67,13 +84,13 @@ def test_without_widths_keys_are_turned_first(head_dim):
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_values_are_coded_as_specified(length):
-    widths = (3, 3, 8, 2, 6, 4)
+    widths = (3, 3, 8, 2, 6, 4, 5)
     assert set(widths) == set(VALUE_WIDTHS)
-    values = np.random.default_rng(0).normal(size=(2, 6, length, 96)).astype(np.float16)
+    values = np.random.default_rng(0).normal(size=(2, 7, length, 96)).astype(np.float16)
     found = turned.encode_values(mx.array(values), widths)
     words, scales, biases = (np.array(x) for x in found)
     assert words.shape == (2, 1, length, sum(ref.value_words(96, widths)))
-    assert scales.shape == biases.shape == (2, 1, length, 6 * 3)
+    assert scales.shape == biases.shape == (2, 1, length, 7 * 3)
     decoded = as_float(turned.decode_values(found, widths, 96, mx.float32))
     for row, token in np.ndindex(2, length):
         own = (x[row, 0, token] for x in (words, scales, biases))

@@ -1,0 +1,30 @@
+"""A cache of coded keys cut into blocks and put together again."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_delta import DeltaKVCache
+from mlx_delta.prefixes.leaves import HeldLeaf
+from tests.attention.test_hybrid import attend
+from tests.cache.settings import CODES, ROTATED, TEXT
+
+
+@pytest.mark.parametrize("config", [CODES, ROTATED], ids=["widths", "rotated"])
+@pytest.mark.parametrize("length", [9, 90])
+def test_a_cache_of_its_blocks_goes_on_alike(config, length):
+    cache = DeltaKVCache(config)
+    attend(cache, tuple(x[:, :, :length] for x in TEXT), [length])
+    leaf = HeldLeaf.of(cache)
+    assert leaf is not None
+    blocks = [leaf.block(i) for i in range(leaf.blocks)]
+    end = leaf.end(leaf.blocks, leaf.full_from)
+    built = HeldLeaf.build(leaf.entry, blocks, end, leaf.full_from, length)
+    assert built.read_bytes() == cache.read_bytes()
+    after = tuple(x[:, :, length : length + 40] for x in TEXT)
+    found = [attend(x, after, [1, 30, 9]) for x in (cache, built)]
+    np.testing.assert_array_equal(*found)
+    states = [x.compact().state[1:] for x in (cache, built)]
+    assert all(mx.array_equal(*pair) for pair in zip(*states, strict=True))
