@@ -16,7 +16,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.deltas import read_structure
 from mlx_delta.ops.pack import HEAD_DIMS, LARGEST, storage_type
 
-from .coded_keys import check_widths
+from .coded_keys import CodedKeys, check_widths
 from .delta_log import PARTS, DeltaLog
 from .near_keys import NearKeys
 from .packed_keys import DTYPES, PackedKeys
@@ -35,15 +35,7 @@ class DeltaKeys(PackedKeys):
         """An empty log for [B, Hkv, D] keys."""
         return DeltaLog.make(config, shape, dtype)
 
-    @staticmethod
-    def check_new(config: DeltaConfig, keys: mx.array) -> None:
-        """Refuse keys that can't be stored.
-
-        Raises:
-            ValueError: Their type or head_dim has no kernel, or the widths are of other keys.
-        """
-        PackedKeys.check_new(config, keys)
-        check_widths(config, keys.shape[1], keys.shape[3])
+    check_new = staticmethod(CodedKeys.check_new)
 
     # State.
 

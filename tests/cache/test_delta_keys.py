@@ -7,7 +7,6 @@ one, whose settings have lanes among them.
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +17,7 @@ from mlx_delta.method import deltas as ref
 from mlx_delta.method.storage import round_to
 from tests.attention.test_hybrid import SCALE, attend, inputs
 from tests.cache.settings import LANES
+from tests.cache.test_coded_keys import changed, replaced, setting
 
 LENGTH = 90
 TEXT = tuple(round_to(x, "float16") for x in inputs(LENGTH, dim=32))
@@ -72,18 +72,6 @@ def test_bytes_are_those_of_masks_and_codes():
     # Besides room: of a block in the worst case, near keys, values, and counts.
     room = 4 * 2 * (1 + 512) + 192 * dense + 4352 * dense
     assert cache.nbytes <= 64 * (per_block + 2 * 4) + room
-
-
-def changed(state, **changes) -> list:
-    return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
-
-
-def setting(state, **changes) -> list:
-    return changed(state, config={**json.loads(state[0])["config"], **changes})
-
-
-def replaced(state, index: int, value) -> list:
-    return [*state[:index], value, *state[index + 1 :]]
 
 
 def plus_one(array, *place):
