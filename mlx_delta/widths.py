@@ -5,8 +5,9 @@ output is taken to be ``u / (2 ** b - 1) ** 2``, with ``u = weight ** p * spread
 as in :mod:`mlx_delta.method.runs`, and the spread a channel's mean square deviation from its mean
 over a block, under the root. One price per bit, the same over the whole model, then gives the
 widths; the price is the one at which the mean is the wanted one. ``p`` is .75 for keys (of .5, .75
-and 1 the one with the least divergence: .0011, .0009 and .0009 for SmolLM2-135M's keys in 3 bits),
-and .5 for values, whose weights are means over whole heads.
+and 1 the one with the least divergence: .0011, .0009 and .0009 for SmolLM2-135M's keys in 3 bits).
+For values, whose grids are a token's, ``u`` is the mean over tokens of squared gradients times
+squared values: of the tokens that most is asked of values are often small, and so are errors.
 
 Keys' codes stand in words, both channels of a RoPE pair in the two halves of one. A half has codes
 of ``FIELDS``, which fill it: so a head's widths are those of whole rows of words, and any number of

@@ -30,6 +30,7 @@ from .weights import Watched, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
 LENGTH = 1024  # tokens of a window
+VALUE_POWER = 1.0  # of what errors of values cost, for their widths
 SPLIT_STEP = 0.5  # bits of a key's number more than of a value's, by which they are tried
 MOST_SPLITS = 6
 BISECTIONS = 6
@@ -80,7 +81,7 @@ class CodesCalibration:
 def with_codes(
     sensitivities: Sensitivities,
     watched: Watched,
-    value_weights: Sequence[np.ndarray] | None,
+    of_values: Sequence[np.ndarray] | None,
     config: DeltaConfig,
 ) -> Sensitivities:
     """Sensitivities that say how many bits codes get.
@@ -88,15 +89,16 @@ def with_codes(
     Args:
         sensitivities: With weights and salience.
         watched: A window.
-        value_weights: Of each held layer's kv heads, [Hkv]; ``None``: not known.
+        of_values: What errors of values cost, see ``Felt``, [Hkv] of each held layer; ``None``: not
+            known.
         config: Its block size.
     """
     spread: list[np.ndarray | None] = [None] * len(sensitivities.layers)
     costs = list(spread)
     for i, layer in enumerate(watched.layers):
         spread[layer] = block_spread(watched.keys[i], config.block_size)
-        if value_weights is not None:
-            costs[layer] = np.sqrt(value_weights[i]) * watched.value_squares[i]
+        if of_values is not None:
+            costs[layer] = of_values[i] ** VALUE_POWER
     return sensitivities.with_spread(spread, costs)
 
 

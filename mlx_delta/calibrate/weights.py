@@ -44,7 +44,7 @@ class Watched:
         layers: Which layers hold keys; the first axis of what follows.
         keys: For each float32 [Hkv, L, D], after RoPE.
         queries: For each float32 [Hkv, D], see :class:`mlx_delta.models.queries.QuerySquares`.
-        value_squares: For each float32 [Hkv], the mean square of values.
+        value_squares: For each float32 [Hkv, L], the mean square of each value.
     """
 
     layers: tuple[int, ...]
@@ -60,7 +60,8 @@ class Felt(NamedTuple):
         weights: float32 [Hkv, D] for each held layer, of errors of its keys.
         predicting: What predicts the divergence of errors of this window's keys, [Hkv, L, D]:
             squared gradients, or the weights over again.
-        values: float32 [Hkv] for each held layer, of errors of its values; ``None``: not known.
+        values: float32 [Hkv] for each held layer, what errors of its values cost if each value errs
+            by the same part of its size; ``None``: not known.
     """
 
     weights: list[np.ndarray]
@@ -78,7 +79,7 @@ def watch(model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Watch
     def see(layer: int, seen: Seen) -> None:
         squares.add(layer, seen)
         keys[layer] = seen.keys[0].astype(mx.float32)
-        value_squares[layer] = mx.square(seen.values[0].astype(mx.float32)).mean(axis=(1, 2))
+        value_squares[layer] = mx.square(seen.values[0].astype(mx.float32)).mean(axis=2)
 
     watch_keys(model, window, config, layers, see)
     mx.eval(keys, value_squares)
@@ -117,7 +118,9 @@ def measure_weights(
     end = ((len(window) - 1) // config.block_size - config.window_blocks) * config.block_size
     far = slice(min(config.sinks, end - 1), end)
     weights = [_floored(shared_by_pairs(x[:, far].mean(axis=1))) for x in squares]
-    values = [np.array(x[:, far].mean(axis=(1, 2))) for x in of_values]
+    # Together, token by token: the tokens that most is asked of often have small values.
+    pairs = zip(of_values, watched.value_squares, strict=True)
+    values = [(np.array(x.mean(axis=2)) * own)[:, far].mean(axis=1) for x, own in pairs]
     return Felt(weights, squares, values)
 
 

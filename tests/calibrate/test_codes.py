@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig, load
+from mlx_delta.attention.probe import watch_keys
 from mlx_delta.calibrate.codes import Search, Sizes
 from mlx_delta.calibrate.command import main
 from mlx_delta.calibrate.divergence import Comparison
-from mlx_delta.calibrate.weights import watch
+from mlx_delta.calibrate.gradients import far_gradients
+from mlx_delta.calibrate.weights import measure_weights, watch
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
-from tests.tiny import LLAMA, tokens, write_llama
+from tests.tiny import LLAMA, llama_model, tokens, write_llama
 
 SMALL = DeltaConfig(block_size=8, window=16, sinks=3, level=0.1)
 OLD = Sensitivities(
@@ -57,6 +60,22 @@ def test_codes_are_calibrated_anew_and_the_rest_stays(path, capsys):
     for own, found in zip(keys, new.spread, strict=True):  # of another text
         deviation = np.array(own).reshape(2, 8, 8, 32).std(axis=2)
         np.testing.assert_allclose(np.sqrt(np.square(deviation).mean(axis=1)), found, rtol=1)
+
+
+def test_values_cost_what_is_asked_of_each_times_its_own_size():
+    model, window = llama_model(delta=SMALL), tokens(64)[0].tolist()
+    watched = watch(model, window, SMALL)
+    costs = measure_weights(model, window, SMALL, watched, "gradients").values
+    _, squares = far_gradients(model, window, SMALL, watched.layers, 0)
+    values: dict[int, mx.array] = {}
+    see = lambda layer, seen: values.update({layer: seen.values[0]})  # noqa: E731
+    watch_keys(model, window, SMALL, watched.layers, see)
+    far = range(SMALL.sinks, (63 // 8 - SMALL.window_blocks) * 8)  # that some query sees as far
+    for layer, found in enumerate(costs):
+        for head in range(2):
+            pairs = [(squares[layer][head, t], values[layer][head, t]) for t in far]
+            each = [float(g.mean() * mx.square(v).mean()) for g, v in pairs]
+            assert found[head] == pytest.approx(np.mean(each), rel=1e-4)
 
 
 def test_bits_for_wanted_bytes_are_written(path, capsys):
