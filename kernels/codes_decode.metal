@@ -136,7 +136,6 @@ inline void codes_decode(
   const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
   const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
-  counts += kv_head * CODED_COUNTS;
   const int window = sizes.window_blocks;
 
   // A position before the text is padding: it sees key 0, for want of any.
