@@ -68,7 +68,8 @@ class DeltaBlocks:
     """All far blocks of a layer, as the kernel reads them.
 
     Attributes:
-        payload: uint32 [B, capacity]; each block of each head has a run of words of its own.
+        payload: uint32 [B, capacity]; each block of each head has a run of words of its own, and
+            behind the last one are two more, which the kernel reads and does not use.
         offsets: int32 [B, Hkv, blocks]; the first word of that run.
         low: [B, Hkv, blocks, D] of the storage type, channels in the order.
         steps: uint8 [B, Hkv, blocks, D], likewise.
