@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.ops import deltas_kernel, far_kernel
+from mlx_delta.ops.deltas import read_structure
 
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
@@ -145,7 +146,8 @@ def small_case() -> None:
     case = DeltaCase(setting, (258, 130), 3, (2, 2), 96, mx.float16)
     # Some lanes change with every token, and are not held.
     noise = np.random.default_rng(0).normal(size=case.keys.shape)
-    wild = setting.key_widths is not None and np.array([c == "6" for c in setting.key_widths[0][0]])
+    assert setting.key_widths is not None and setting.key_widths[0] is not None
+    wild = np.array([width == "6" for width in setting.key_widths[0][0]])
     case.keys = mx.where(mx.array(wild), mx.array(noise).astype(mx.float16), case.keys)
     cache = case.cache()
     decode = deltas_kernel.decode
@@ -153,7 +155,8 @@ def small_case() -> None:
     def tight(queries: Any, rows: Any, blocks: Any, near: Any, *rest: Any) -> Any:
         """With arrays that end where what is looked at does."""
         done = [n for _, n, _, _ in rows]
-        words = max(ends[n - 1] for ends, n in zip(cache._keys.log.ends, done, strict=True)) + 2
+        stops = np.array(blocks.offsets + read_structure(blocks)[2])
+        words = 2 + max(int(stops[row, :, :n].max()) for row, n in enumerate(done))
         blocks = dataclasses.replace(blocks.first(max(done)), payload=blocks.payload[:, :words])
         return decode(queries, rows, blocks, near, *rest)
 
