@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mlx_delta.system.cli import plain_output
+from mlx_delta.system.cli import Parser, plain_output
 
 from .errors import ConvertError
 from .options import make_job, make_parser
@@ -72,7 +71,7 @@ def _convert(arguments: list[str]) -> int:
 
 def _check(arguments: list[str]) -> int:
     """Check directories against the rules of mlx-swift-lm's loader."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.convert check",
         description="Check whether mlx-swift-lm, on iPads and iPhones, can load a directory.",
     )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.cli import HelpFormatter, Parser
 
 from .errors import ConvertError
 from .files import parse_json
@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"{name}: {t.bits}-bit, head and embedding {t.embed_bits}-bit, {t.context} tokens"
         for name, t in TARGETS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.convert",
         formatter_class=HelpFormatter,
         description="Convert Llama and BitNet checkpoints (Hugging Face safetensors, GGUF, "

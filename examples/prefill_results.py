@@ -11,7 +11,7 @@ measured again: run the command anew until it has nothing to do. ``--show`` prin
 docs/results/prefill.jsonl -o docs/pictures/prefill`` draws them.
 
 Ways: ``stock`` is mlx-lm's own model with float32 weights; ``exact`` ours with a dense cache;
-``tiles:0.85`` ours with full keys and prefill by tiles. All use one BLAS, and take turns, a prompt
+``tiles:0.95`` ours with full keys and prefill by tiles. All use one BLAS, and take turns, a prompt
 in chunks as mlx-lm cuts it, whose end is known. A model may be cut to its first layers, where
 whole ones take too long: ``smollm2[:6]``. Parts:
 
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="+", default=list(LENGTHS), help="default: smollm2 demo")
     add("--tokens", type=int, nargs="+", help="of the prompt")
-    add("--tiles", type=float, nargs="+", default=[0.85], help="shares to compute")
+    add("--tiles", type=float, nargs="+", default=[0.95], help="shares to compute")
     add("--rounds", type=int, default=1, help="of speed; of windows and samples of the others")
     args = parser.parse_args(argv)
     return run_command(

@@ -1,7 +1,7 @@
 """Speed against stock mlx-lm: its own model and ours with the delta off and on, alternating.
 
     python examples/stock_speed.py
-    python examples/stock_speed.py --model smollm2 --tokens 8192 --steps 0 --tiles 0.85
+    python examples/stock_speed.py --model smollm2 --tokens 8192 --steps 0 --tiles 0.95
 
 The weights and the BLAS are the same, and the prompt goes in chunks as mlx-lm cuts it. Processor
 seconds are printed beside the clock's: on a busy machine they are what can be compared (with

@@ -142,7 +142,7 @@ class DeltaConfig:
     level: float | None = None
     sensitivities: Sensitivities | str | None = None
     prefill: Prefill = "exact"
-    tiles: float | tuple[float, ...] = 0.85
+    tiles: float | tuple[float, ...] = 0.95
     max_size: int | None = None
     key_format: KeyFormat = "held"
     value_format: ValueFormat = "plain"
@@ -200,7 +200,7 @@ class DeltaConfig:
         """The setting with other values; one for the other kind of mode drops those of this kind.
 
         So that ``threshold=0.5`` or ``level=0.1`` alone is enough, whatever the setting is now;
-        and so is ``tiles=0.85``.
+        and so is ``tiles=0.95``.
 
         Raises:
             ValueError: A value is out of range, or of no field.

@@ -1,15 +1,20 @@
 """Imports mlx_delta before any test imports MLX, so that the tests too run on a fast BLAS.
 
+No table that was measured on this machine counts: what tests see is what every machine does.
+
 A run takes some of the mistakes that are planted in kernels, spread over all; ``--all`` takes all.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
 
 import mlx_delta  # noqa: F401
+
+os.environ["MLX_DELTA_TUNING"] = "off"
 
 # Of the mistakes planted for one test, every so many-th one.
 MISTAKES = 9

@@ -1,5 +1,6 @@
 """Kernel or MLX operations, for decode attention and for tiles: decided here, and nowhere else.
 
+A table that was measured on this machine says which is faster for a shape, where there is one.
 Without a kernel, or for what the kernel does not take, keys are unpacked and attended to by MLX's
 own attention. In decode that unpacks every far key for every token; where a kernel is at hand and
 still can't be used, a warning says so once, and why.
@@ -19,6 +20,7 @@ from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.ops.pack import PackedBlocks
+from mlx_delta.system.tuning import SPLITS, UNPACK, Shape, decode_path
 
 DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys is faster
 
@@ -37,7 +39,20 @@ def decode_blocks(queries: mx.array, step: Step, mask: mx.array | str | None) ->
     if reason is not None:
         _warn(f"decoding without the kernel, over unpacked keys: {reason}")
         return None
-    return blocks
+    return None if _measured(queries, step) == UNPACK else blocks
+
+
+def simdgroups_factor(queries: mx.array, step: Step) -> float:
+    """For how many times as many simdgroups the decode kernel is to cut its work."""
+    return SPLITS.get(_measured(queries, step) or "", 1.0)
+
+
+def _measured(queries: mx.array, step: Step) -> str | None:
+    """The path that was fastest on this machine, of one query of one text; ``None``: not known."""
+    rows, heads, steps, head_dim = queries.shape
+    if rows * steps > 1:
+        return None  # the kernel reads once for all of them: it was not measured, and gains
+    return decode_path(Shape(step.store, heads, step.near.shape[1], head_dim), step.length)
 
 
 def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:

@@ -13,9 +13,10 @@ from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
 from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.ops.far_values import CodedValues
+from mlx_delta.ops.launching import simdgroups_times
 from mlx_delta.ops.pack import PackedBlocks
 
-from .choice import decode_blocks, kernel_mask
+from .choice import decode_blocks, kernel_mask, simdgroups_factor
 from .masks import begin
 from .operations import attend_unpacked
 from .prefill import (
@@ -102,7 +103,8 @@ def attend_to_step(
     begin(step)
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
-        return _decode(queries, step, blocks, scale, mask)
+        with simdgroups_times(simdgroups_factor(queries, step)):
+            return _decode(queries, step, blocks, scale, mask)
     if head_sinks is None:
         if (tiles := tile_range(step, mask)) is not None:
             return attend_tiles(queries, step, scale, tiles)

@@ -25,15 +25,27 @@ from mlx_delta.ops.backend import has_kernels
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
+from mlx_delta.system.tuning import Tuning, write_tuning
 
+from .decode import DecodeBenchmark, decode_notes, decode_tables, decode_values
 from .table import roofline_notes, roofline_tables, timing_notes, timing_tables, timing_values
 from .timing import Benchmark
+from .tune import (
+    LENGTHS,
+    NOTHING,
+    said_of_default,
+    seconds_of,
+    tried_shapes,
+    tune,
+    tuning_notes,
+    tuning_tables,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that mlx_lm.benchmark has too are named as there."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.benchmark",
         formatter_class=HelpFormatter,
         description="Time ways to keep keys and values on one model, taking turns; or compute how "
@@ -47,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(SETTINGS),
         metavar="SETTING",
         help="dense, stock (dense by MLX's own attention), delta, "
-        "delta:threshold=1.25,key_bits=4, delta:tiles=0.85, paper, window-only, kv8, kv4, "
+        "delta:threshold=1.25,key_bits=4, delta:tiles=0.95, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
@@ -64,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--generation-tokens", "-g", type=int, default=64, help="Tokens to decode. Default: 64.")
     add("--num-trials", "-n", type=int, default=5, help="Rounds, after a warm-up. Default: 5.")
+    add(
+        "--decode",
+        action="store_true",
+        help="Time decode alone, against the first setting's: the prompt is read once, its keys "
+        "and values copied into every setting's caches, which then take turns token by token.",
+    )
     add("--prefill-step-size", type=int, default=PREFILL_STEP, help="Default: %(default)s.")
     add("--delay", type=float, default=0, help="Seconds of rest before each run. Default: 0.")
     add("--seed", type=int, default=0, help="Draws the order of settings in a round. Default: 0.")
@@ -71,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE.json", help="Write the results there as well.")
     add("--markdown", action="store_true", help="Print Markdown tables.")
     add("--trust-remote-code", action="store_true", help="Let the tokenizer run its own code.")
+    add(
+        "--tune",
+        action="store_true",
+        help="Instead of settings: time each way that this machine's GPU could attend from packed "
+        "keys, for the model's shape, and keep the table in the user's folder for caches. "
+        "Attention takes what was fastest from then on.",
+    )
     roofline = parser.add_argument_group("ceilings, computed and not measured")
     roofline.add_argument(
         "--roofline",
@@ -105,8 +130,14 @@ def run(args: argparse.Namespace) -> None:
     chips = find_chips(args.roofline) if args.roofline else []
     if args.longest is not None and not chips:
         raise ValueError("--longest goes together with --roofline; drop it.")
+    asked = [f"--{name}" for name in ("decode", "tune", "roofline") if getattr(args, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]} and {asked[1]} are two things to do; drop one.")
     check_numbers(args)
     check_output(args.output)
+    if args.tune and not has_kernels():
+        print(NOTHING)
+        return
     text = read_text(args.text)
     delta, settings = choose_settings(args.model, args.settings, args.delta)
     if delta is None:
@@ -121,6 +152,10 @@ def run(args: argparse.Namespace) -> None:
     data = header(args, delta)
     if chips:
         compute(args, chips, model, tokenizer, settings, text, data)
+    elif args.decode:
+        measure_decode(args, model, tokenizer, settings, text, data)
+    elif args.tune:
+        measure_paths(args, model, data)
     else:
         measure(args, model, tokenizer, settings, text, data)
 
@@ -228,6 +263,50 @@ def measure(
             print("\n".join(benchmark.notes))
         if data["results"] or complete:  # else an older file is worth more
             write(args.output, data)
+
+
+def measure_decode(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    settings: list[Setting],
+    text: str,
+    data: dict[str, Any],
+) -> None:
+    """Time decode alone; after an interruption, print and write what there is."""
+    contexts = choose_contexts(args, model)
+    timed = DecodeBenchmark(
+        model,
+        settings,
+        prompt_ids(tokenizer, text, max(contexts)),
+        contexts,
+        args.generation_tokens,
+        args.seed,
+        args.prefill_step_size,
+    )
+    complete = False
+    try:
+        timed.run(progress=True)
+        complete = True
+    finally:
+        if timed.rows:
+            print(f"{args.model} on {chip_name()}\n")
+            show(args, decode_tables(timed.rows), decode_notes(settings[0].name))
+            results = decode_values(timed.rows)
+            write(args.output, data | {"kind": "decode", "complete": complete, "results": results})
+
+
+def measure_paths(args: argparse.Namespace, model: nn.Module, data: dict[str, Any]) -> None:
+    """Measure the paths of decode attention and keep the table, as far as it got."""
+    table, lengths = Tuning(), args.contexts or LENGTHS
+    try:
+        for found in tune(tried_shapes(model), lengths, seconds_of, progress=True):
+            table = found
+    finally:
+        if table.seconds:
+            show(args, tuning_tables(table), [*said_of_default(table), *tuning_notes()])
+            print(f"Kept in {write_tuning(table)}")
+            write(args.output, data | {"kind": "tuning"} | table.to_json())
 
 
 def compute(

@@ -15,9 +15,12 @@ from .timing import Row, Spread, Tail
 def timing_tables(rows: Sequence[Row], chip: Chip | None) -> list[Table]:
     """What was timed, a table for each context; rows without runs are left out."""
     header = ["setting", "prefill tok/s", "decode tok/s", "first token s", "n", "ms/token"]
-    header += ["peak MB", "cache MB", "MB/token", "MMAC/token", "ops/token"]
+    header += ["peak MB", "prompt MB", "cache MB", "MB/token", "MMAC/token", "ops/token"]
     timed = [row for row in rows if row.runs]
     tiles = any(row.density is not None for row in timed)
+    scratch = any(row.scratch_bytes for row in timed)
+    if scratch:
+        header.insert(header.index("cache MB") + 1, "written out MB")
     if tiles:
         header.append("tiles")
     if chip is not None:
@@ -27,11 +30,12 @@ def timing_tables(rows: Sequence[Row], chip: Chip | None) -> list[Table]:
         members = [row for row in timed if row.context == context]
         generated = members[0].generated
         caption = f"{context} tokens: {context - generated} of prompt, {generated} generated"
-        tables.append(Table(caption, header, [_timing_line(row, chip, tiles) for row in members]))
+        lines = [_timing_line(row, chip, tiles, scratch) for row in members]
+        tables.append(Table(caption, header, lines))
     return tables
 
 
-def _timing_line(row: Row, chip: Chip | None, tiles: bool) -> list[str]:
+def _timing_line(row: Row, chip: Chip | None, tiles: bool, scratch: bool) -> list[str]:
     assert row.traffic is not None
     cells = [
         row.setting.name,
@@ -41,7 +45,9 @@ def _timing_line(row: Row, chip: Chip | None, tiles: bool) -> list[str]:
         f"{len(row.runs)}",
         format_tail(row.token_seconds, 1000),
         f"{row.peak_bytes / 1e6:.1f}",
+        f"{row.prompt_bytes / 1e6:.1f}",
         f"{row.cache_bytes / 1e6:.2f}",
+        *([f"{row.scratch_bytes / 1e6:.2f}"] if scratch else []),
         f"{row.traffic.bytes / 1e6:.2f}",
         f"{row.traffic.macs / 1e6:.2f}",
         format_tail(row.token_operations),
@@ -53,10 +59,11 @@ def _timing_line(row: Row, chip: Chip | None, tiles: bool) -> list[str]:
     return cells
 
 
-def format_spread(spread: Spread) -> str:
+def format_spread(spread: Spread, scale: float = 1) -> str:
     """``median [lower quartile, upper quartile]``."""
-    digits = _digits(spread.median)
-    return f"{spread.median:.{digits}f} [{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]"
+    digits = _digits(spread.median * scale)
+    median, low, high = (f"{x * scale:.{digits}f}" for x in (spread.median, spread.q1, spread.q3))
+    return f"{median} [{low}, {high}]"
 
 
 def format_tail(tail: Tail, scale: float = 1) -> str:
@@ -87,7 +94,8 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
         "multiply-accumulates, without those of zero deltas, which no kernel skips yet.",
         "ops/token: operations in MLX's graphs of as many tokens as were generated, views left "
         "out; on a GPU about as many launches.",
-        "cache MB: allocated, floats at 16 bits. peak MB: all that MLX held, weights included.",
+        "cache MB: allocated, floats at 16 bits. peak MB: all that MLX held, weights included. "
+        "prompt MB: the most while the prompt was read, above the weights.",
     ]
     if tiles:
         notes.append(
@@ -96,7 +104,8 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
     if unpacks:
         notes.append(
             "Without Metal packed keys and values are kept written out while tokens are decoded, "
-            "up to 32 MiB of a layer; with it their attention is 2 launches per layer."
+            "up to 32 MiB of a layer (written out MB, besides the caches); with it their attention "
+            "is 2 launches per layer."
         )
     return notes
 
@@ -117,7 +126,9 @@ def timing_values(rows: Sequence[Row], chip: Chip | None) -> list[dict[str, Any]
             "generation_tps": row.decode_speed.to_dict(),
             "first_token_seconds": row.first_token.to_dict(),
             "peak_memory_bytes": row.peak_bytes,
+            "prompt_memory_bytes": row.prompt_bytes,
             "cache_bytes": row.cache_bytes,
+            "scratch_bytes": row.scratch_bytes,
             "token_seconds": row.token_seconds.to_dict(),
             "traffic_per_token": row.traffic.to_dict(),
             "operations_per_token": row.token_operations.to_dict(),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mlx_delta.measure.filling import check_context, generation_steps, memory_needed
 from mlx_delta.measure.operations import decode_operations
-from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes
+from mlx_delta.measure.settings import PREFILL_STEP, Setting, cache_nbytes, scratch_nbytes
 from mlx_delta.measure.sparsity import measure_density
 from mlx_delta.measure.traffic import Traffic, decode_traffic
 from mlx_delta.system.chips import physical_memory
@@ -38,11 +38,13 @@ class Run:
         first_token: Seconds until the first token was there: the prefill, and one decode step.
         tokens: Seconds for each of the tokens after the first.
         peak_bytes: The most memory that MLX held, weights included.
+        prompt_bytes: The most until the first token was there, above what was held before.
     """
 
     first_token: float
     tokens: tuple[float, ...]
     peak_bytes: int
+    prompt_bytes: int = 0
 
     @property
     def decode(self) -> float:
@@ -119,6 +121,7 @@ class Row:
         runs: The runs that count.
         traffic: What decoding a token takes at the end of the context; computed.
         cache_bytes: What the caches have allocated then, floats at 16 bits.
+        scratch_bytes: What they keep written out besides, where no kernel reads packed keys.
         operations: In the graph of each of ``generated`` tokens after the context.
         density: Of a prefill by tiles: the part of them that was computed.
     """
@@ -129,6 +132,7 @@ class Row:
     runs: list[Run] = field(default_factory=list)
     traffic: Traffic | None = None
     cache_bytes: int = 0
+    scratch_bytes: int = 0
     operations: list[int] = field(default_factory=list)
     density: float | None = None
 
@@ -166,6 +170,11 @@ class Row:
     def peak_bytes(self) -> int:
         """The most memory that MLX held in any run."""
         return max(run.peak_bytes for run in self.runs)
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The most memory that reading the prompt took above the weights, in any run."""
+        return max(run.prompt_bytes for run in self.runs)
 
     def bandwidth_share(self, gb_per_s: float) -> float:
         """Share of a chip's bandwidth that decode reached: bytes read per second / bandwidth."""
@@ -279,7 +288,7 @@ class Benchmark:
             row.runs.append(run)
             return
         row.traffic = decode_traffic(self.model, caches)
-        row.cache_bytes = cache_nbytes(caches)
+        row.cache_bytes, row.scratch_bytes = cache_nbytes(caches), scratch_nbytes(caches)
         row.density = measure_density(caches)
         row.operations = decode_operations(self.model, caches, row.generated)
 
@@ -307,13 +316,15 @@ def time_once(
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
+    before, prompt_bytes = mx.get_active_memory(), 0
     times = []
     with _mlx_lm.wired_limit(model, [_mlx_lm.generation_stream]):
         start = time.perf_counter()
         for _ in generation_steps(model, setting, ids, caches, generated, prefill_step):
             times.append(time.perf_counter())
+            prompt_bytes = prompt_bytes or mx.get_peak_memory() - before
     tokens = tuple(after - before for before, after in itertools.pairwise(times))
-    run = Run(times[0] - start, tokens, mx.get_peak_memory())
+    run = Run(times[0] - start, tokens, mx.get_peak_memory(), prompt_bytes)
     # The step after the last token is under way: it completes the context.
     mx.eval([cache.state for cache in caches])
     return run, caches

@@ -140,6 +140,14 @@ class CacheFigures(_BaseCache):
         return 0 if self._values is None else self._values.nbytes
 
     @property
+    def scratch_nbytes(self) -> int:
+        """Bytes of what is kept written out between tokens, where no kernel reads packed keys.
+
+        No part of ``nbytes``: it is bounded, made anew when it is needed, and never saved.
+        """
+        return self._written.nbytes
+
+    @property
     def dense_nbytes(self) -> int:
         """Bytes that mlx-lm's dense cache would have allocated for as many tokens."""
         if self._model is None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.tiles import TileCount, TilePlan
+from mlx_delta.system.tuning import store_name
 
 from .dense_keys import DenseKeys
 from .dropping import Dropping, stored
@@ -152,6 +153,7 @@ class HeldKeys(CacheState):
             stored_values=read,
             dtype=values.dtype,
             tiles=self._tile_plan(),
+            store=store_name(self.config),
         )
         return self._written.follow(step, keys, values)
 

@@ -75,6 +75,7 @@ class Step:
         stored_values: The values as they are stored.
         dtype: The model's type.
         tiles: How many of the far tiles to look at; ``None``: all.
+        store: How far keys and values are stored, as tables of measurements name it.
     """
 
     starts: tuple[int, ...]
@@ -88,6 +89,7 @@ class Step:
     stored_values: ValueStore | TurnedView
     dtype: mx.Dtype
     tiles: TilePlan | None = None
+    store: str = ""
 
     @property
     def length(self) -> int:

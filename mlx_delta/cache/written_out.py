@@ -1,9 +1,9 @@
 """Keys and values written out for decode, on machines where no kernel reads packed ones.
 
 Unpacking all far blocks for each token takes longer than attention to them. So between tokens
-they stay written out, up to a bound, and only blocks that become far are unpacked. It is scratch:
-no part of a cache's state or of its bytes, made anew whenever it does not fit, and let go for
-prompts.
+they stay written out, up to a bound, where memory is plentiful, and only blocks that become far are
+unpacked. It is scratch: no part of a cache's state or of its bytes, made anew whenever it does not
+fit, and let go for prompts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import mlx.core as mx
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.pack import to_storage
+from mlx_delta.system.memory import free_memory
 
 from .buffers import grow, write_tokens
 from .step import Step
 from .values import ValueStore
 
+# Layers that a model may have, each of which writes its own out: those of the largest.
+MOST_LAYERS = 128
 # Of a layer's keys and values together: 20,000 tokens of three heads of 64 in float32, 4,000 of
 # eight heads of 128. Longer texts are unpacked strip by strip for each token.
 MOST_BYTES = 1 << 25
@@ -36,6 +39,11 @@ class WrittenOut:
         self._values: mx.array | None = None
         self._ends: list[int] = []
         self._encoded: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes now."""
+        return sum(0 if x is None else x.nbytes for x in (self._keys, self._values))
 
     def clear(self) -> None:
         """Let go of it."""
@@ -54,7 +62,7 @@ class WrittenOut:
         room = -(-step.length // STEP) * STEP
         heads = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         few = step.steps <= FEW_TOKENS and step.one_border
-        if not few or heads * room * keys.itemsize > MOST_BYTES:
+        if not few or not self._has_room(heads * room * keys.itemsize):
             self.clear()
             return step
         if not self._extend(step, keys, values, room):
@@ -72,6 +80,13 @@ class WrittenOut:
             firsts=(0,) * len(step.firsts),
             stored_values=ValueStore(None, (self._values[...],)),
         )
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes are within the bound, and every layer may take as much."""
+        if size > MOST_BYTES:
+            return False
+        more = size - self.nbytes
+        return more <= 0 or MOST_LAYERS * more <= free_memory(0)[0]
 
     def _extend(self, step: Step, keys: mx.array, values: mx.array, room: int) -> bool:
         """Write what is new, if all the rest is there already."""

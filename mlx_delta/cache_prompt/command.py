@@ -8,12 +8,12 @@ from mlx_delta.generate.command import run
 from mlx_delta.generate.flags import build_parser as generate_parser
 from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``mlx_lm.cache_prompt``, and those that generate takes for a prompt."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.cache_prompt",
         description="Read a prompt and keep its caches, for python -m mlx_delta.generate to go on "
         "with: in a file (--prompt-cache-file there), in a directory (--cache-dir), or both.",

@@ -17,7 +17,7 @@ from mlx_delta.models import get_model_classes
 from mlx_delta.models.common import read_delta
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from mlx_delta.system.arguments import add_delta_argument
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
 
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, codes, runs, tiles
 from .divergence import Comparison
@@ -31,7 +31,7 @@ TABLE_ROWS = 22  # of the curve: as many as the grid has
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.calibrate",
         formatter_class=HelpFormatter,
         description="Measure how much a model's output minds errors of its keys, choose how much "

@@ -12,6 +12,7 @@ from mlx_delta.checkpoint.obtain import is_here
 from mlx_delta.generate.command import choose_delta, choose_seed
 from mlx_delta.generate.conversation import template_options
 from mlx_delta.loading import DEMO, load
+from mlx_delta.measure.limit import said_of_caches
 from mlx_delta.models.common import model_setting
 from mlx_delta.system.cli import run_command
 from mlx_delta.system.memory import parse_bytes, set_limit
@@ -60,7 +61,8 @@ def chat(args: argparse.Namespace) -> int:
     if terminal.interactive:
         context = f", context {conversation.context} tokens" if conversation.context else ""
         setting = written(model_setting(conversation.model))
-        terminal.say(f"{name}, delta: {setting}{context}", "bold")
+        takes = said_of_caches(conversation.model)
+        terminal.say(f"{name}, delta: {setting}{context}{takes}", "bold")
         terminal.say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     failed = 0
     while not slash.left:

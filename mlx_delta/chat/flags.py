@@ -8,7 +8,7 @@ import importlib
 from mlx_delta.generate.flags import check_delta_flags, check_numbers
 from mlx_delta.loading import MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments
-from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.cli import HelpFormatter, Parser
 from mlx_delta.system.memory import parse_bytes
 
 from .options import Options
@@ -17,7 +17,7 @@ from .options import Options
 def build_parser() -> argparse.ArgumentParser:
     """mlx-lm's own flags, ours, and those of the delta."""
     options = Options()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.chat",
         description="Talk to a model in the terminal, or through a pipe.",
         parents=[importlib.import_module("mlx_lm.chat").setup_arg_parser()],

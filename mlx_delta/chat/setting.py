@@ -15,6 +15,7 @@ from mlx_delta.models.any import AnyDelta, apply, check_layers, remove
 from mlx_delta.models.common import model_setting
 from mlx_delta.models.queries import query_sensitivities
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.kv import kv_fields
 from mlx_delta.wording import nearest
 
 from .conversation import Conversation
@@ -44,7 +45,7 @@ def written(delta: DeltaConfig | None) -> str:
 
 
 def change(conversation: Conversation, text: str) -> None:
-    """Change parts of it: ``temp=0.7``, ``key_bits=4,value_bits=4``, ``delta=off``, ``seed=1``.
+    """Change parts of it: ``temp=0.7``, ``kv=balanced``, ``window=128``, ``delta=off``, ``seed=1``.
 
     With another setting of the delta the conversation is fed anew when the next message comes.
 
@@ -53,6 +54,7 @@ def change(conversation: Conversation, text: str) -> None:
     """
     parts = [part.strip() for part in text.replace(" ", ",").split(",") if part.strip()]
     options, fields, switch, seed = conversation.options, [], None, None
+    kind: dict[str, Any] = {}
     for part in parts:
         name, equals, value = part.partition("=")
         if not equals:
@@ -61,6 +63,8 @@ def change(conversation: Conversation, text: str) -> None:
             if value not in ("on", "off"):
                 raise ValueError(f"delta is on or off but got {value!r}.")
             switch = value
+        elif name == "kv":
+            kind = kv_fields(value)
         elif name == "seed":
             seed = _number(name, value, int)
         elif name in _OPTIONS:
@@ -68,16 +72,20 @@ def change(conversation: Conversation, text: str) -> None:
         elif name in _FIELDS:
             fields.append(part)
         else:
-            known = sorted({*_OPTIONS, *_FIELDS, "delta", "seed"})
+            known = sorted({*_OPTIONS, *_FIELDS, "delta", "kv", "seed"})
             raise ValueError(f"unknown setting {name!r}{nearest(name, known)}.")
-    if fields and switch == "off":
-        raise ValueError(f"delta=off and {fields[0]} contradict each other; drop one.")
-    if switch is not None or fields:
+    for part in parts:
+        if part.partition("=")[0] in kind:
+            raise ValueError(f"kv and {part} both give {part.partition('=')[0]}; drop one.")
+    if (fields or kind) and switch == "off":
+        given = fields[0] if fields else "kv"
+        raise ValueError(f"delta=off and {given} contradict each other; drop one.")
+    if switch is not None or fields or kind:
         own = model_setting(conversation.model)
         wanted = None
         if switch != "off":
             base = own or conversation.setting_before or DeltaConfig()
-            wanted = DeltaConfig.parse(",".join(fields), base)
+            wanted = DeltaConfig.parse(",".join(fields), base.changed(**kind))
         if wanted != own:
             use_setting(conversation.model, conversation.tokenizer, wanted)
             try:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.cache.check_state import leaves
+from mlx_delta.measure.settings import scratch_nbytes
 from mlx_delta.measure.sparsity import measure_sparsity
 from mlx_delta.models.common import model_setting
 from mlx_delta.wording import nearest
@@ -26,7 +27,7 @@ HELP = {
     "/system [TEXT]": "show or change the system prompt; /system - leaves it out",
     "/save [FILE]": "write the conversation to a file",
     "/load FILE": "go on with the conversation of a file",
-    "/setting [NAME=VALUE ...]": "show or change the setting: temp, key_bits, delta=off ...",
+    "/setting [NAME=VALUE ...]": "show or change the setting: temp, kv=balanced, delta=off ...",
     "/stats": "tokens, context, cache and speeds",
     "/quit": "leave, as Ctrl-D does",
 }
@@ -180,11 +181,17 @@ class Slash:
         if caches:
             size = sum(cache.nbytes for cache in caches)
             dense = sum(c.dense_nbytes if isinstance(c, HeldKeys) else c.nbytes for c in caches)
-            sparsity = measure_sparsity(caches, conversation.cached).overall
+            skipped = measure_sparsity(caches, conversation.cached).overall
+            of = f", {skipped:.3f} of the products skipped" if skipped else ""
             yield (
                 f"cache: {conversation.cached} tokens, {size / 1e6:.2f} MB (dense: "
-                f"{dense / 1e6:.2f} MB), {sparsity:.3f} of the products skipped"
+                f"{dense / 1e6:.2f} MB){of}"
             )
+            if scratch := scratch_nbytes(caches):
+                yield (
+                    f"besides: {scratch / 1e6:.2f} MB written out while decoding, as there is no "
+                    "GPU to read packed keys"
+                )
         if conversation.draft_caches:
             size = sum(cache.nbytes for cache in conversation.draft_caches)
             yield f"draft model's cache: {size / 1e6:.2f} MB"

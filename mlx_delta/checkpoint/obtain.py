@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_delta.sensitivities import BUNDLED, FILE_NAME, Sensitivities
+from mlx_delta.system.folders import cache_folder
 
 from .catalogue import CATALOGUE, Entry
 from .fetch import NotReachedError, fetch
@@ -26,17 +26,6 @@ from .fetch import NotReachedError, fetch
 MADE = 1
 # Of a file's bytes, what is needed on the way: the wheel, the file, and what is made of it.
 _ROOM = 3
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``MLX_DELTA_CACHE``, or the user's folder for caches."""
-    if given := os.environ.get("MLX_DELTA_CACHE"):
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_delta"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification asks to ignore relative ones.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "mlx_delta"
 
 
 def place(name: str) -> Path:

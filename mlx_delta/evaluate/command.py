@@ -12,7 +12,7 @@ from mlx_delta.measure.provenance import model_entry
 from mlx_delta.measure.results_file import read_results
 from mlx_delta.measure.text import BUNDLED_TEXT, context_length
 from mlx_delta.system.arguments import add_delta_argument
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
 
 from .language import FIDELITY_LENGTH, LanguageOptions
 from .local_tasks import FILE_TASKS
@@ -29,7 +29,7 @@ SETTINGS = ("dense", "delta", "window-only", "kv8", "kv4")
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the harness are named as in mlx_lm.evaluate."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.evaluate",
         formatter_class=HelpFormatter,
         description="Measure what ways to keep keys and values save and cost on a model.",

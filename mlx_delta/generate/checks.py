@@ -16,6 +16,7 @@ from mlx_delta.cache.check_state import leaves, length_of
 from mlx_delta.measure.text import context_length
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
+from mlx_delta.system.kv import advice
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
@@ -84,8 +85,8 @@ def check_options(name: str, model: nn.Module, options: dict[str, Any]) -> None:
     given = [o for o in ("max_kv_size", "kv_bits") if options.get(o) is not None]
     if model_setting(model) is not None and "kv_bits" in given:
         raise ValueError(
-            f"[{name}] kv_bits={options['kv_bits']} does not go together with the delta; leave "
-            "it out, or load the model with delta=None (--no-delta)."
+            f"[{name}] kv_bits={options['kv_bits']} does not go together with the delta; use "
+            f"{advice()}, or load the model with delta=None (--no-delta)."
         )
     if len(given) == 2:
         raise ValueError(

@@ -24,6 +24,7 @@ from mlx_delta.checkpoint.tokenizer import read_tokenizer
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, load, read_config, read_setting
 from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
+from mlx_delta.measure.usual import usual_setting
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
@@ -38,7 +39,7 @@ from .flags import build_parser, check_flags, given_wish
 from .kept import Kept
 from .memory import check_memory
 from .processes import Processes
-from .report import Report
+from .report import Report, Watched, said_of_reading
 from .saved import (
     Fed,
     check_model_fits,
@@ -184,8 +185,8 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
             raise failed
         return
 
-    def came(token: int) -> None:
-        answer.append(token)
+    def came(response: GenerationResponse) -> None:
+        answer.append(response.token)
         if kept is not None and len(answer) == 1:
             kept.keep(answer, end=False)  # an answer may be interrupted
         watch.token(len(answer))
@@ -209,16 +210,16 @@ def generate_once(args: argparse.Namespace, processes: Processes) -> None:
     report = dataclasses.replace(
         report, seed=seed, share_bytes=processes.of_each(report.cache_bytes)
     )
-    dense = None
+    dense, watched = None, Watched(answer, tokenizer)
     if compared is not None:
         mx.random.seed(seed or 0)
-        dense = produce(model, tokenizer, whole, compared, options, header, show=False)
+        dense = produce(model, tokenizer, whole, compared, options, header, False, came=watched)
     if args.json:
         ran = setting_of(caches, getattr(model, "args", None))
-        print(json.dumps(report.to_dict(name, ran, dense), ensure_ascii=False))
+        print(json.dumps(report.to_dict(name, ran, dense, watched.odds), ensure_ascii=False))
     elif args.verbose:
         print("=" * 10)
-        print("\n".join(report.lines(dense)))
+        print("\n".join(report.lines(dense, watched.said)))
     if failed is not None:
         raise failed
 
@@ -245,7 +246,10 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
     if args.delta_paper:
         return DeltaConfig.paper().changed(**given)
     if not given and wish is None:
-        return MODEL_SETTING
+        usual, why = usual_setting(model)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
+        return usual
     path = find_model(model)
     own = read_setting(path, read_config(path)) or DeltaConfig()
     if wish is not None:
@@ -257,20 +261,6 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
             )
         given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
     return own.changed(**given)
-
-
-def said_of_reading(
-    args: argparse.Namespace, whole: list[int], fed: Fed, cached: int, caches: list[Any]
-) -> str:
-    """What is printed of a prompt that was read and kept."""
-    places = [place for place in (args.save_prompt_cache, args.cache_dir) if place is not None]
-    known = f", {cached} of them known already" if cached else ""
-    speed = f", {fed.tokens / fed.seconds:.3f} tokens-per-sec" if fed.tokens else ""
-    return (
-        f"Prompt: {len(whole)} tokens{known}{speed}\n"
-        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB\n"
-        f"Cache: {sum(c.nbytes for c in caches) / 1e6:.2f} MB, in {' and '.join(places)}"
-    )
 
 
 def together(*callbacks: Callable[[int, int], Any]) -> Callable[[int, int], None]:
@@ -347,7 +337,7 @@ def produce(
     fed: Fed = Fed(),  # noqa: B008 (frozen)
     cached: int = 0,
     draft_caches: list[Any] | None = None,
-    came: Callable[[int], None] = lambda _: None,
+    came: Callable[[GenerationResponse], None] = lambda _: None,
 ) -> Report:
     """Generate, printing the text as it comes, and take stock.
 
@@ -362,7 +352,7 @@ def produce(
         fed: What was fed before.
         cached: Tokens that came from a prompt cache.
         draft_caches: The draft model's, if there is one.
-        came: Called with each token of the answer.
+        came: Called with mlx-lm's response for each token of the answer.
     """
     start = time.perf_counter()
     bar = None
@@ -390,7 +380,7 @@ def produce(
                 header()
         text += response.text
         ids.append(response.token)
-        came(response.token)
+        came(response)
         if show:
             print(response.text, end="", flush=True)
     if show:

@@ -8,7 +8,7 @@ import math
 
 from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments, delta_fields, flag_of_field
-from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.cli import HelpFormatter, Parser
 from mlx_delta.system.memory import parse_bytes
 
 # What each number must lie between, ends included. mlx-lm takes anything, and fails later, or
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """mlx-lm's own flags, and those of the delta."""
     # ``import mlx_lm.generate`` would give the function of that name.
     parent = importlib.import_module("mlx_lm.generate").setup_arg_parser()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.generate",
         description="Generate text with hybrid delta attention.",
         parents=[parent],

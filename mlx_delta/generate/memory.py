@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_delta.config import DeltaConfig
+from mlx_delta.system.kv import kv_fields
 from mlx_delta.system.memory import RESERVED, free_memory, show_bytes
 
 _QUERIES = 128  # whose scores are in memory at one time, at least
@@ -36,15 +38,23 @@ def check_memory(
         return  # smaller than the estimate
     needed = estimate(model, tokens)
     if needed > free:
+        smaller = estimate(model, tokens, DeltaConfig().changed(**kv_fields("small")))
+        advice = f"--kv small ({show_bytes(smaller)}), " if smaller <= min(free, needed - 1) else ""
         raise MemoryError(
             f"[{name}] the caches of {tokens} tokens take {show_bytes(needed)} at least "
-            f"but {limit} leaves {show_bytes(free)}; use a shorter prompt, a smaller window or a "
-            "smaller model."
+            f"but {limit} leaves {show_bytes(free)}; use {advice}a shorter prompt, a smaller "
+            "window or a smaller model."
         )
 
 
-def estimate(model: nn.Module, tokens: int) -> int:
-    """Bytes that caches and scores of a text take at least; 0 for a model of unknown form."""
+def estimate(model: nn.Module, tokens: int, setting: DeltaConfig | None = None) -> int:
+    """Bytes that caches and scores of a text take at least; 0 for a model of unknown form.
+
+    Args:
+        model: The model, loaded.
+        tokens: Of the text.
+        setting: Instead of the model's own.
+    """
     args = getattr(model, "args", None)
     layers, hidden = getattr(args, "num_hidden_layers", 0), getattr(args, "hidden_size", 0)
     heads = getattr(args, "num_attention_heads", 0)
@@ -53,7 +63,7 @@ def estimate(model: nn.Module, tokens: int) -> int:
     kv_heads = getattr(args, "num_key_value_heads", None) or heads
     head_dim = getattr(args, "head_dim", None) or hidden // heads
     item_size = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
-    delta = getattr(args, "delta", None)
+    delta = setting or getattr(args, "delta", None)
     key, value = item_size * head_dim, item_size * head_dim
     window = 0
     if delta is not None and delta.value_bits is not None:
@@ -61,6 +71,8 @@ def estimate(model: nn.Module, tokens: int) -> int:
     if delta is not None and delta.key_bits is not None:
         # What packed blocks take depends on the text; their near keys have a room of their own.
         window, key = 2 * head_dim * (delta.window + 2 * delta.block_size), 0
+        if delta.key_format == "codes":
+            key = int(head_dim * delta.key_bits) // 8
     sliding = getattr(args, "sliding_window", None)
     if sliding:
         return 0  # some layers keep less: no lower bound

@@ -22,7 +22,7 @@ class Row:
         part: ``speed``, ``loss`` or ``recall``.
         model: The model's name.
         tokens: Of the prompt.
-        way: ``stock``, ``exact`` or ``tiles:0.85``.
+        way: ``stock``, ``exact`` or ``tiles:0.95``.
         number: Of the round, the window of the text or the sample.
         values: What was found.
     """

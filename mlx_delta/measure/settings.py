@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_delta.attention.dense import stock_cache
-from mlx_delta.cache import DeltaKVCache
-from mlx_delta.cache.check_state import length_of
+from mlx_delta.cache import DeltaKVCache, HeldKeys
+from mlx_delta.cache.check_state import leaves, length_of
 from mlx_delta.cache.layout import replace_ordinary
 from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.cache.written_out import WrittenOut
@@ -134,7 +134,7 @@ class Setting:
         for start in range(0, len(tokens) - 1, step):
             part = list(tokens[start : min(start + step, len(tokens) - 1)])
             model(mx.array(part)[None], cache=caches)
-            self._settle(caches)
+            self.settle(caches)
         return self.forward(model, tokens[-1:], caches)[-1]
 
     def _parts(self, tokens: list[int], caches: list[Any]) -> Iterator[list[int]]:
@@ -152,10 +152,10 @@ class Setting:
     def _step(self, model: nn.Module, tokens: list[int], caches: list[Any]) -> mx.array:
         logits = model(mx.array(tokens)[None], cache=caches)[0]
         mx.eval(logits)
-        self._settle(caches)
+        self.settle(caches)
         return logits
 
-    def _settle(self, caches: list[Any]) -> None:
+    def settle(self, caches: list[Any]) -> None:
         """Compute what the caches hold, quantized if it is to be."""
         if self.kv_bits is not None:
             # As mlx-lm does; but it gives up at a cache with a window, which has no such form.
@@ -251,6 +251,11 @@ def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
     return delta.changed(
         level=delta.sensitivities.level_for(wanted.get("sparsity"), wanted.get("kl"))
     )
+
+
+def scratch_nbytes(caches: Sequence[Any]) -> int:
+    """Bytes that caches keep written out besides their own, while tokens are decoded."""
+    return sum(c.scratch_nbytes for c in leaves(caches) if isinstance(c, HeldKeys))
 
 
 def cache_nbytes(caches: Sequence[Any]) -> int:

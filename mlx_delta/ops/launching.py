@@ -6,7 +6,9 @@ so. So every launcher looks at the shapes of all its arrays first, which costs m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any
 
@@ -26,9 +28,27 @@ CORES = {"p": 6, "g": 10, "s": 40, "c": 40, "d": 80}
 SAFE_MATH = {"math_mode": "safe"}
 
 
-@cache
+# How many times as many simdgroups to launch; what is fastest for a shape may have been measured.
+_share: ContextVar[float] = ContextVar("share", default=1.0)
+
+
+@contextmanager
+def simdgroups_times(factor: float) -> Iterator[None]:
+    """Let kernels cut their work for so many times as many simdgroups, while this lasts."""
+    token = _share.set(factor)
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
 def gpu_simdgroups() -> int:
     """Simdgroups that keep this GPU busy."""
+    return max(1, int(_own_simdgroups() * _share.get()))
+
+
+@cache
+def _own_simdgroups() -> int:
     cores = gpu_cores()
     if cores is None:
         architecture = str(mx.device_info().get("architecture", ""))

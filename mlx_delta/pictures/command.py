@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_delta.loading import DEMO
 from mlx_delta.system.arguments import add_delta_argument
-from mlx_delta.system.cli import HelpFormatter, run_command
+from mlx_delta.system.cli import HelpFormatter, Parser, run_command
 from mlx_delta.wording import nearest
 
 EXTRA = "pip install 'mlx_delta[pictures]'"
@@ -19,7 +19,7 @@ KINDS = ("tradeoff", "needles", "heads", "keys", "roofline", "prefill")
 
 def build_parser() -> argparse.ArgumentParser:
     """A command for each kind, and the flags that all have."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.pictures",
         formatter_class=HelpFormatter,
         description="Pictures of what the delta keeps and costs, as PNG and SVG, for light and "

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mlx_delta.measure.limit import said_of_caches
 from mlx_delta.models.common import model_setting
 from mlx_delta.prefixes import PrefixCache, PrefixDirectory
 from mlx_delta.prefixes.prefix_cache import ALL
@@ -96,10 +97,11 @@ def make_store(
 
 def announce(listener: Listener, engine: Engine, args: argparse.Namespace) -> None:
     """Say where the server is, and who may use it."""
-    served, setting = engine.served, model_setting(engine.model_provider.model)
+    served, model = engine.served, engine.model_provider.model
+    setting, takes = model_setting(model), said_of_caches(model)
     kind = "dense attention" if setting is None else "the delta"
     context = "" if served.context is None else f", context {served.context}"
-    print(f"{served.name} ({kind}{context}) is served at {listener.url}", flush=True)
+    print(f"{served.name} ({kind}{context}{takes}) is served at {listener.url}", flush=True)
     if not args.is_local and served.api_key is None:
         print(
             f"note: whoever reaches {args.host} may use it; --api-key lets in those with a key.",

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_delta.generate.flags import check_delta_flags
 from mlx_delta.loading import DEMO, MODEL_HELP
 from mlx_delta.system.arguments import add_delta_arguments
-from mlx_delta.system.cli import HelpFormatter
+from mlx_delta.system.cli import HelpFormatter, Parser
 from mlx_delta.system.memory import parse_bytes, show_bytes
 
 from .served import MB, Served
@@ -45,7 +45,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """mlx-lm's own flags, those of the delta, and the limits."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_delta.server",
         description="Serve a model over HTTP, as OpenAI's clients expect it.",
         formatter_class=HelpFormatter,

@@ -17,6 +17,7 @@ from mlx_delta.measure.text import context_length
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
 from mlx_delta.prefixes import fingerprint
+from mlx_delta.system.kv import advice
 
 from .served import Served
 
@@ -80,8 +81,8 @@ def check_options(provider: Provider, args: argparse.Namespace) -> None:
     if args.kv_bits is not None:
         if model_setting(model) is not None:
             raise ValueError(
-                f"--kv-bits {args.kv_bits} does not go together with the delta; use --delta "
-                "key_bits=4,value_bits=4, or --no-delta."
+                f"--kv-bits {args.kv_bits} does not go together with the delta; use {advice()}, or "
+                "--no-delta."
             )
         if draft is not None:
             raise ValueError("--kv-bits and --draft-model do not go together; drop one.")

@@ -92,7 +92,7 @@ def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
         dest="delta_tiles",
         type=float,
         metavar="SHARE",
-        help="Compute only so much of a long prompt's attention, such as 0.85.",
+        help="Compute only so much of a long prompt's attention, such as 0.95.",
     )
     group.add_argument("--no-delta", action="store_true", help="Attend densely.")
 

@@ -6,8 +6,12 @@ import argparse
 import codecs
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from mlx_delta.wording import nearest
 
 # What stands for characters of our tables and messages where a terminal has ASCII only.
 _PLAIN = {"±": "+-", "–": "-", "—": "-", "×": "x", "θ": "t", "ᵀ": "^T", "…": "...", "’": "'"}
@@ -23,6 +27,17 @@ class HelpFormatter(argparse.HelpFormatter):
         if text is None or none or "default" in text.lower():
             return text
         return f"{text}{'' if text.endswith('.') else '.'} Default: %(default)s."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but for flags that can't be used: one line, and the nearest ones there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        plain_output()
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        self.exit(2, f"error: {message}{hint}; `{self.prog} --help` lists the flags.\n")
 
 
 def plain_output() -> None:

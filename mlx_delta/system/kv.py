@@ -28,10 +28,17 @@ KV: dict[str, dict[str, Any]] = {
         "level": 0.0,
     },
 }
+SMALLER = ("balanced", "small")  # than dense caches; the larger first
 HELP = (
     "How keys and values far from the query are kept: balanced or small as codes, with more bits "
     "where the model minds errors; exact as they are."
 )
+
+
+def advice() -> str:
+    """The smaller kinds with what they take, for messages: grids and scales add half a bit."""
+    bits = (f"--kv {name} ({KV[name]['key_bits'] + 0.5:g} bits a number)" for name in SMALLER)
+    return " or ".join(bits)
 
 
 def kv_fields(name: str) -> dict[str, Any]:

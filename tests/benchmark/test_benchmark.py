@@ -30,16 +30,6 @@ NAMES = ["dense", "delta", "delta:key_bits=4", "kv8", "rotating:32", "window-onl
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llama_model(head_dim=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return tokens(400)[0].tolist()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a context of 128, and a text."""
     changes = {"head_dim": 64, "max_position_embeddings": 128, "num_hidden_layers": 2}
@@ -255,6 +245,7 @@ def test_a_table_for_each_context(run, tmp_path):
     assert [line.split()[0] for line in lines[start + 2 : start + 5]] == [
         "dense", "delta:key_bits=4", "kv4"
     ]  # fmt: skip
+    assert "prompt MB  cache MB  written out MB" in lines[start + 1]
     assert "2 launches per layer" in out and "GB/s" not in out
     data = json.loads(file.read_text())
     assert data["kind"] == "timing" and data["complete"] and data["notes"] == []
@@ -267,6 +258,10 @@ def test_a_table_for_each_context(run, tmp_path):
     assert first["traffic_per_token"]["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 48
     assert first["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 256  # mlx-lm grows by 256
     assert first["operations_per_token"]["median"] > 50 < first["peak_memory_bytes"]
+    assert 0 < first["prompt_memory_bytes"] < first["peak_memory_bytes"]
+    packed = data["results"][1]
+    # Keys and values of 2 layers, 2 heads of 64, in float32, with room for 256 tokens.
+    assert packed["scratch_bytes"] == 2 * 2 * 2 * 64 * 4 * 256 > first["scratch_bytes"] == 0
     assert first["token_seconds"]["median"] <= first["token_seconds"]["max"]
     assert first["token_seconds"]["n"] == 2 * 3 and first["operations_per_token"]["n"] == 4
 

@@ -86,6 +86,12 @@ def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
         ("/setting max_tokens=0", "max_tokens must be positive (or -1) but got 0"),
         ("/setting tmp=1", "unknown setting 'tmp' (did you mean temp"),
         ("/setting key_bits=5", "key_bits must be"),
+        (
+            "/setting kv=smal",
+            "unknown kind 'smal' (did you mean small?); known are small, balanced",
+        ),
+        ("/setting kv=small,key_bits=4", "kv and key_bits=4 both give key_bits; drop one"),
+        ("/setting delta=off,kv=small", "delta=off and kv contradict each other; drop one"),
         ("/setting delta=maybe", "delta is on or off but got 'maybe'"),
         ("/setting delta=off,window=16", "delta=off and window=16 contradict"),
         ("/setting threshold=1.0/1.0", "threshold has 2 values but the model has 3"),
@@ -105,13 +111,16 @@ def test_commands(chat, tmp_path):
     lines = [
         "/help", "Hello", f"/save {file}", "/system Be brief.", "/edit Hi", "/retry", "/undo",
         f"/load {file}", "/setting key_bits=16 temp=0.5,top_k=3", "More", "/stats",
-        "/setting delta=off", "More", "/setting delta=on", "/reset", "/stats", "/quit", "unread",
+        "/setting delta=off", "More", "/setting delta=on", "/setting kv=small", "/reset", "/stats",
+        "/quit", "unread",
     ]  # fmt: skip
     status, out, err = chat("\n".join(lines), "--seed", "1")
     assert status == 0 and "error" not in err
     assert "/setting [NAME=VALUE ...]" in out and f"saved in {file}" in out
     assert "taken back: Hi" in out and "1 message with its answer" in out
     assert "key_bits=16" in out and "temp=0.5" in out and "top_k=3" in out
+    assert "key_format=codes" in out and "value_bits=3" in out
+    assert "besides: 0.39 MB written out while decoding, as there is no GPU" in out
     assert "delta: off" in out and "conversation: 0 tokens of 2048, 0 messages" in out
     written = json.loads(file.read_text())
     assert [m["content"] for m in written["messages"]][0] == "Hello"

@@ -22,6 +22,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.generate.saved import same_model
 from mlx_delta.loading import read_setting
 from mlx_delta.sensitivities import BUNDLED, FILE_NAME, Sensitivities
+from mlx_delta.system.folders import cache_folder
 
 PARTS = (b"first part, ", b"second part")
 ENTRY = Entry(
@@ -154,7 +155,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch, platform, variables, expected
     monkeypatch.setattr(sys, "platform", platform)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert obtain.cache_folder() == tmp_path / expected
+    assert cache_folder() == tmp_path / expected
 
 
 def test_a_change_of_what_is_made_changes_the_place(cache, monkeypatch):

@@ -11,9 +11,11 @@ import pytest
 
 from mlx_delta import DeltaConfig, batch_generate, generate, load, stream_generate
 from mlx_delta.generate import make_caches, memory
+from mlx_delta.system.kv import kv_fields
 from tests.tiny import SMALL, llama_model, write_llama
 
 CONTEXT = 40
+CODED = DeltaConfig().changed(**kv_fields("small"))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,14 @@ def test_memory_that_is_not_there(loaded, monkeypatch, free):
         stream_generate(*loaded, [5] * 30)
 
 
+def test_smaller_caches_are_advised_with_their_bytes(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda *_: (4_000_000, "the machine"))
+    with pytest.raises(MemoryError, match=r"use --kv small \(4 MB\), a shorter prompt, a smaller"):
+        memory.check_memory("generate", loaded[0], 1800, {})
+
+
 def test_the_estimate_is_no_more_than_what_caches_take():
-    for delta in (None, SMALL, DeltaConfig(key_bits=4, value_bits=4)):
+    for delta in (None, SMALL, DeltaConfig(key_bits=4, value_bits=4), CODED):
         model = llama_model(delta, head_dim=32)
         caches = make_caches(model)
         mx.eval(model(mx.zeros((1, 256), mx.int32), cache=caches))

@@ -65,6 +65,20 @@ def test_text_then_three_lines_of_mlx_lm_and_two_of_ours(run, path):
     assert "prefill" in lines[-2] and "(dense: " in lines[-1]
 
 
+def test_coded_keys_are_told_with_what_is_written_out_for_them(run, tmp_path):
+    model = str(write_llama(tmp_path / "llama", head_dim=32))
+    status, out, _ = run("-p", PROMPT, "--kv", "small", "--compare", model=model)
+    assert status == 0 and "Sparsity" not in out, "nothing is held"
+    cache = next(line for line in out.splitlines() if line.startswith("Cache: "))
+    # Keys and values of 3 layers, 2 heads of 32, in float32, by 256 tokens.
+    assert cache.endswith(
+        "(dense: 0.39 MB), and 0.39 MB written out while decoding, as there is no GPU to read "
+        "packed ones"
+    )
+    values = json.loads(run("-p", PROMPT, "--kv", "small", "--json", model=model)[1])
+    assert values["scratch_bytes"] == 3 * 2 * 2 * 32 * 4 * 256 > values["cache_bytes"]
+
+
 def test_quiet_prints_only_the_text(run, path):
     _, out, _ = run("-p", PROMPT, "--verbose", "False", *DELTA)
     assert out == generate_text(*load(path, SMALL), PROMPT, max_tokens=10) + "\n"
@@ -113,6 +127,10 @@ def test_compare_shows_the_first_difference(run):
     _, out, _ = run("-p", PROMPT, "--compare", "--delta-threshold", "5", *DELTA)
     wanted = f"Compare: differs from token {values['first_difference'] + 1} of 10 on"
     assert wanted in out and dense["text"] in out
+    likeliest, ours = values["odds_there"]
+    assert 0 <= ours <= likeliest <= 1 and same["odds_there"] is None
+    assert f"of 10 on: there dense attention gives {likeliest:.3f} to " in out
+    assert f" and {ours:.3f} to " in out
 
 
 def test_a_seed_makes_sampling_repeatable(run):

@@ -10,7 +10,7 @@ import pytest
 from mlx_delta import load
 from mlx_delta.checkpoint.catalogue import CATALOGUE
 from mlx_delta.checkpoint.fetch import NotReachedError, fetch
-from mlx_delta.checkpoint.obtain import cache_folder
+from mlx_delta.system.folders import cache_folder
 
 NAME = "smollm2"
 

@@ -55,6 +55,36 @@ def test_defaults_are_added_where_help_lacks_them():
     assert "--seed SEED Seed. Default: 0." in text and text.count("efault") == 2
 
 
+@pytest.mark.parametrize("name", ["generate", "chat", "server"])
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--kv", "foo"], ["argument --kv: invalid choice: 'foo' (choose from ", "balanced"]),
+        (
+            ["--kv", "balanced", "--key-bits", "3"],
+            ["unrecognized arguments: --key-bits 3 (did you mean ", "--delta-key-bits"],
+        ),
+        (["--kv"], ["argument --kv: expected one argument"]),
+    ],
+    ids=["no such kind", "no such flag", "no kind"],
+)
+def test_a_flag_that_can_not_be_used_is_told_in_one_line(capsys, name, flags, parts):
+    with pytest.raises(SystemExit) as stop:
+        module_of(name).main(flags)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
+    assert err.endswith(f"; `python -m mlx_delta.{name} --help` lists the flags.\n")
+    assert all(part in err for part in parts)
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "server"])
+def test_a_kind_and_a_field_of_it_contradict_each_other(capsys, name):
+    assert module_of(name).main(["--kv", "balanced", "--delta-key-bits", "3"]) == 1
+    assert capsys.readouterr().err == (
+        "error: --kv balanced and --delta-key-bits both give key_bits; drop one.\n"
+    )
+
+
 def test_the_package_lists_its_commands(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out.splitlines()
