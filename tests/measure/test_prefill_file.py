@@ -12,16 +12,16 @@ from mlx_delta.measure.prefill_file import Row, mean, read_rows, tables
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    Row("speed", "tiny", 1024, "tiles:0.85", 0,
+    Row("speed", "tiny", 1024, "tiles:0.95", 0,
         {"seconds": 2, "processor_seconds": 1, "peak_bytes": 2e6, "density": 0.25}),
     Row("speed", "tiny", 1024, "stock", 0,
         {"seconds": 8, "processor_seconds": 4, "peak_bytes": 9e6, "density": None}),
-    Row("speed", "tiny", 1024, "tiles:0.85", 1,
+    Row("speed", "tiny", 1024, "tiles:0.95", 1,
         {"seconds": 4, "processor_seconds": 3, "peak_bytes": 4e6, "density": 0.25}),
-    Row("loss", "tiny", 1024, "tiles:0.85", 0,
+    Row("loss", "tiny", 1024, "tiles:0.95", 0,
         {"density": 0.25, "end_kl": 0.01, "after_kl": 0.002, "after_flips": 0.1}),
     Row("recall", "tiny", 1024, "exact", 0, {"right": {"256": True, "512": True}}),
-    Row("recall", "tiny", 1024, "tiles:0.85", 0, {"right": {"256": True, "512": False}}),
+    Row("recall", "tiny", 1024, "tiles:0.95", 0, {"right": {"256": True, "512": False}}),
 ]  # fmt: skip
 
 
@@ -48,11 +48,11 @@ def test_tables_hold_means_and_answers():
     speed, loss = tables(ROWS)
     assert speed.rows == [
         ["1024", "stock", "8.0", "4.0", "1.00", "–", "9", "1"],
-        ["1024", "tiles:0.85", "3.0", "2.0", "2.00", "0.250", "3", "2"],
+        ["1024", "tiles:0.95", "3.0", "2.0", "2.00", "0.250", "3", "2"],
     ]
     assert loss.rows == [
         ["1024", "exact", "–", "–", "–", "–", "–", "2 of 2"],
-        ["1024", "tiles:0.85", "0.250", "0.01000", "0.00200", "0.100", "1", "1 of 2"],
+        ["1024", "tiles:0.95", "0.250", "0.01000", "0.00200", "0.100", "1", "1 of 2"],
     ]
     assert mean(ROWS, "speed", 1024, "exact", "seconds") is None
 
@@ -80,7 +80,7 @@ def test_the_command_measures_what_is_not_there_yet_and_fills_a_page(tmp_path, c
     assert command.main(flags) == 130
     assert "Interrupted; the same command goes on." in capsys.readouterr().err
     assert command.main(flags) == 0 and command.main(flags) == 0
-    ways = ("stock", "exact", "tiles:0.85")
+    ways = ("stock", "exact", "tiles:0.95")
     expected = [("demo", tokens, way, 0) for tokens in (1024, 2048) for way in ways]
     assert [row.key[1:] for row in read_rows(file)] == expected and len(asked) == 7
     page.write_text("Before\n{}old\n{}\nafter\n".format(*command.MARKS))
