@@ -20,7 +20,11 @@ from mlx_delta import DeltaConfig, DeltaKVCache
 
 HEADS, HEAD_DIM, CHUNK = 2, 64, 2048
 WIDTHS = [(None, None), (16, None), (16, 16), (8, 8), (4, 4), (3, 4), (2, 4)]
-CODES = [(4, 4), (3, 3), (2.5, 2.5)]  # key_format=codes, value_format=rotated
+# Of key_format, with value_format=rotated.
+FORMATS = [
+    *(("codes", 4, 4), ("codes", 3, 3), ("codes", 2.5, 2.5)),
+    *(("deltas", 4, 4), ("deltas", 3.5, 3)),
+]
 
 
 def keys_held(share: float, length: int) -> mx.array:
@@ -48,25 +52,24 @@ def bytes_table(args: argparse.Namespace) -> None:
     dense = keys.nbytes
     print(f"{args.tokens} tokens, {HEADS} kv heads, head_dim {HEAD_DIM}; shares of dense float16")
     print("cache                          zero deltas   keys  values  together")
-    for key_bits, value_bits in WIDTHS:
-        cache = DeltaKVCache(DeltaConfig(key_bits=key_bits, value_bits=value_bits))
-        fill(cache, keys)
-        size = cache.config.block_size
-        zeros = np.array(cache.zeros)[:, :, : cache.encoded[0]].mean() / ((size - 1) * HEAD_DIM)
-        name = f"delta, key_bits={key_bits}, value_bits={value_bits}"
-        _print_bytes(name, f"{zeros:.3f}", cache.key_nbytes / dense, cache.value_nbytes / dense)
-    for key_bits, value_bits in CODES:
-        cache = DeltaKVCache(
-            DeltaConfig(
-                key_format="codes",
-                key_bits=key_bits,
-                value_format="rotated",
-                value_bits=value_bits,
-            )
+    settings = [("delta", DeltaConfig(key_bits=k, value_bits=v)) for k, v in WIDTHS]
+    settings += [
+        (
+            kind,
+            DeltaConfig(key_format=kind, key_bits=k, value_format="rotated", value_bits=v),
         )
+        for kind, k, v in FORMATS
+    ]
+    for kind, setting in settings:
+        cache = DeltaKVCache(setting)
         fill(cache, keys)
-        name = f"codes, key_bits={key_bits}, value_bits={value_bits}"
-        _print_bytes(name, "-", cache.key_nbytes / dense, cache.value_nbytes / dense)
+        zeros = "-"
+        if kind != "codes":
+            of_block = (setting.block_size - 1) * HEAD_DIM
+            share = np.array(cache.zeros)[:, :, : cache.encoded[0]].mean() / of_block
+            zeros = f"{share:.3f}"
+        name = f"{kind}, key_bits={setting.key_bits}, value_bits={setting.value_bits}"
+        _print_bytes(name, zeros, cache.key_nbytes / dense, cache.value_nbytes / dense)
     stock = [("mlx-lm, dense", KVCache())]
     stock += [(f"mlx-lm, {bits} bits", QuantizedKVCache(bits=bits)) for bits in (8, 4)]
     for name, cache in stock:

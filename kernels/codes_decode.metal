@@ -1,4 +1,6 @@
-// codes_decode: attention of a few queries straight from coded keys and turned values.
+// codes_decode: attention of a few queries straight from coded keys and turned values. Far keys may
+// be of another form, which brings scores of its own: held ones are deltas_scores.h's, and the
+// kernel with them is called deltas_decode.
 //
 // Grid: x = simdgroups of a threadgroup, y = rows * kv heads * parts of their queries, z = splits.
 // A simdgroup has up to four queries that share a kv head and works by itself: simdgroups of one
@@ -34,8 +36,6 @@ struct CodedSizes {
   int kv_heads;
   int groups;  // query heads to a kv head
   int queries;  // a row, of one head
-  int blocks;  // capacity in coded blocks
-  int word_rows;  // to a block, of all kv heads
   int room;  // capacity in near keys
   int value_room;  // and in near values
   int tokens;  // capacity in values of codes
@@ -88,8 +88,8 @@ template <
     typename T,  // queries
     typename S,  // stored keys and grids
     typename V,  // values of 16 bits, scales and biases
-    int Kinds,  // of rows of words of keys, a bit each: 1 << kind
-    int ValueWidths,  // the same for values; 0: all of them have 16 bits
+    typename Far,  // keys of far blocks: CodedFar, or DeltaFar
+    int ValueWidths,  // which widths values have, a bit each: 1 << width; 0: all have 16 bits
     int Group,  // values that share a scale; D without codes
     int D,
     int Queries,  // of a simdgroup, 1 to 4
@@ -100,10 +100,8 @@ inline void codes_decode(
     const device T* queries,
     const device T* far_queries,  // turned as the coded keys are, or the same
     const device int* rows,
-    const device int* counts,  // [kv heads][8]: rows of each kind, and the first one's number
     const device int* order,
-    const device uint* words,
-    const device S* grid,
+    thread Far& far_keys,  // this kv head's
     const device S* sinks,
     const device S* near,
     const device V* near_values,
@@ -125,6 +123,7 @@ inline void codes_decode(
     int split,
     int head) {
   constexpr int Chunks = (D + 31) / 32;
+  constexpr int Ahead = Far::Ahead;
   constexpr int Groups = D / Group;
   constexpr int Own = coded_own<D>();
   constexpr int Step = coded_step<D>();
@@ -137,7 +136,6 @@ inline void codes_decode(
   const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
   const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
-  counts += kv_head * CODED_COUNTS;
   const int window = sizes.window_blocks;
 
   // A position before the text is padding: it sees key 0, for want of any.
@@ -172,21 +170,9 @@ inline void codes_decode(
   const bool is_far = kind == CODED_FAR;
   const bool coded_values = Coded && is_far;
 
-  // This lane's channels: the factor on the query, and where it goes. Far ones in the order of the
-  // words, whose rows are filled up to pairs with zeros; others as they come.
-  int slot[Chunks];
-  float unit[Chunks];  // of the channel's field
-  UNROLL_ALL
-  for (int i = 0; i < Chunks; ++i) {
-    slot[i] = 32 * i + lane;
-    unit[i] = 1.0f;
-  }
+  // The queries: for far keys in their order, else as they come.
   if (is_far) {
-    const int slots = place_channels<Kinds, Chunks, Bytes>(counts, lane, slot, unit);
-    const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int i = lane; i < slots; i += 32) {
-      put<Queries>(scaled, i, none);
-    }
+    begin_far(far_keys, scaled, lane);
   }
   UNROLL_ALL
   for (int i = 0; i < Chunks; ++i) {
@@ -205,8 +191,6 @@ inline void codes_decode(
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
 
-  words += (long(row) * sizes.blocks * sizes.word_rows + counts[CODED_KINDS]) * CODED_TOKENS;
-  grid += long(head) * sizes.blocks * 2 * D;
   const device S* exact_keys = kind == CODED_SINKS
       ? sinks + long(head) * sizes.sinks * D
       : near + (long(head) * sizes.room - near_first) * D;
@@ -229,58 +213,67 @@ inline void codes_decode(
 
   CodedState<Queries, Groups> state;
   clear(state);
-  for (int block = begin; block < end; ++block) {
-    const int token = block * CODED_TOKENS;
-    float score[2][Queries];
+  UNROLL_NONE
+  for (int base = begin; base < end; base += Ahead) {
     if (is_far) {
-      const device uint* own_words = words + long(block) * sizes.word_rows * CODED_TOKENS;
-      coded_scores<S, Kinds, D, Queries, Bytes>(
-          counts, own_words, grid + long(block) * 2 * D, plain, slot, unit, scaled, lane, score);
-    } else {
-      const int last = kind == CODED_SINKS ? sizes.sinks - 1 : last_position;
-      exact_scores<S, D, Queries>(exact_keys, token + first, last, scaled, score);
+      begin_blocks(far_keys, base, min(Ahead, end - base), plain, lane);
     }
-
-    // Far blocks lie before all queries but those that see them near.
-    if (HasMask || !is_far || block >= least_far || (HasSinks && token < sizes.sinks)) {
-      hide<Queries, HasSinks, HasMask>(
-          score, kind, token + first, start, row, first_query, all_queries, mask, sizes);
-    }
-
-    const long at = long(token) * apart;
-    weigh<V, Queries, Groups, Coded>(
-        state, score, first, coded_values, scales + at, biases + at, apart, weights);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    if (coded_values) {
-      const device uint* from = value_words + long(token + sub) * sizes.value_words;
-      threadgroup float4* mine = weights;
-      const int group = own * 8 / Group * CODED_TOKENS;
-      if (Queries >= 3) {
-        mine += group;
-      } else {
-        mine = (threadgroup float4*)((threadgroup float*)weights + group * Queries);
+    UNROLL_NONE
+    for (int ahead = 0; ahead < Ahead; ++ahead) {
+      const int block = base + ahead;
+      if (Ahead > 1 && block >= end) {
+        break;
       }
-      add_if_coded<8, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-      add_if_coded<6, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-      add_if_coded<5, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-      add_if_coded<4, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-      add_if_coded<3, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-      add_if_coded<2, ValueWidths, Queries, Groups, Step, Bytes>(
-          width, state, from, sizes.value_words, mine, own, sub);
-    } else {
-      const bool beside = Coded && kind == CODED_SINKS;
-      const int last = beside ? sizes.sinks - 1 : last_position;
-      const int tokens = min(CODED_TOKENS, last + 1 - token);
-      const device V* all = beside ? sink_values : kind == CODED_NEAR ? near_values : scales;
-      const device V* from = all + long(token) * D + own * 8;
-      add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
+      const int token = block * CODED_TOKENS;
+      float score[2][Queries];
+      if (is_far) {
+        far_scores(far_keys, block, ahead, first, plain, scaled, lane, score);
+      } else {
+        const int last = kind == CODED_SINKS ? sizes.sinks - 1 : last_position;
+        exact_scores<S, D, Queries>(exact_keys, token + first, last, scaled, score);
+      }
+
+      // Far blocks lie before all queries but those that see them near.
+      if (HasMask || !is_far || block >= least_far || (HasSinks && token < sizes.sinks)) {
+        hide<Queries, HasSinks, HasMask>(
+            score, kind, token + first, start, row, first_query, all_queries, mask, sizes);
+      }
+
+      const long at = long(token) * apart;
+      weigh<V, Queries, Groups, Coded>(
+          state, score, first, coded_values, scales + at, biases + at, apart, weights);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      if (coded_values) {
+        const device uint* from = value_words + long(token + sub) * sizes.value_words;
+        threadgroup float4* mine = weights;
+        const int group = own * 8 / Group * CODED_TOKENS;
+        if (Queries >= 3) {
+          mine += group;
+        } else {
+          mine = (threadgroup float4*)((threadgroup float*)weights + group * Queries);
+        }
+        add_if_coded<8, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<6, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<5, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<4, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<3, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+        add_if_coded<2, ValueWidths, Queries, Groups, Step, Bytes>(
+            width, state, from, sizes.value_words, mine, own, sub);
+      } else {
+        const bool beside = Coded && kind == CODED_SINKS;
+        const int last = beside ? sizes.sinks - 1 : last_position;
+        const int tokens = min(CODED_TOKENS, last + 1 - token);
+        const device V* all = beside ? sink_values : kind == CODED_NEAR ? near_values : scales;
+        const device V* from = all + long(token) * D + own * 8;
+        add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
   float bias[Queries];

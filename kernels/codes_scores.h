@@ -217,6 +217,56 @@ inline void coded_scores(
   }
 }
 
+// Keys of codes of a kv head.
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
+struct CodedFar {
+  enum { Ahead = 1 };  // blocks at once
+  const device int* counts;  // [CODED_COUNTS], this head's
+  const device uint* words;
+  const device S* grid;
+  int word_rows;  // to a block, of all kv heads
+  // This lane's channels: where each goes, in the order of the words, whose rows are filled up to
+  // pairs with zeros; and the factor on the query, one over the unit of the channel's field.
+  int slot[(D + 31) / 32];
+  float unit[(D + 31) / 32];
+};
+
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
+inline void begin_far(
+    thread CodedFar<S, Kinds, D, Queries, Bytes>& far, threadgroup float4* scaled, int lane) {
+  UNROLL_ALL
+  for (int i = 0; i < (D + 31) / 32; ++i) {
+    far.slot[i] = 32 * i + lane;
+    far.unit[i] = 1.0f;
+  }
+  const int slots = place_channels<Kinds, (D + 31) / 32, Bytes>(
+      far.counts, lane, far.slot, far.unit);
+  const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int i = lane; i < slots; i += 32) {
+    put<Queries>(scaled, i, none);
+  }
+}
+
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
+inline void begin_blocks(
+    thread CodedFar<S, Kinds, D, Queries, Bytes>&, int, int, const threadgroup float4*, int) {}
+
+template <typename S, int Kinds, int D, int Queries, bool Bytes>
+inline void far_scores(
+    thread CodedFar<S, Kinds, D, Queries, Bytes>& far,
+    int block,
+    int,
+    int,
+    const threadgroup float4* plain,
+    threadgroup float4* scaled,
+    int lane,
+    thread float (&score)[2][Queries]) {
+  const device uint* words = far.words + long(block) * far.word_rows * CODED_TOKENS;
+  const device S* grid = far.grid + long(block) * 2 * D;
+  coded_scores<S, Kinds, D, Queries, Bytes>(
+      far.counts, words, grid, plain, far.slot, far.unit, scaled, lane, score);
+}
+
 // Scores of two tokens with exact keys, rows of D; tokens behind `last` get that one's.
 template <typename S, int D, int Queries>
 inline void exact_scores(

@@ -57,6 +57,7 @@ typedef vec<float, 2> float2;
 typedef vec<float, 4> float4;
 typedef vec<half, 2> half2;
 typedef vec<int, 2> int2;
+typedef vec<uint, 2> uint2;
 
 // The thread attributes that have three parts.
 struct uint3 {
@@ -238,5 +239,9 @@ METAL_INLINE void simdgroup_multiply_accumulate(
 
 #define SELECT_BYTES
 METAL_INLINE uint select_bytes(uint x, uint y, uint digits) { return __byte_perm(x, y, digits); }
+#define FUNNEL_RIGHT
+METAL_INLINE uint funnel_right(uint low, uint high, uint shift) {
+  return __funnelshift_r(low, high, shift);
+}
 
 }  // namespace metal

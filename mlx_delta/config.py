@@ -23,7 +23,13 @@ from .config_checks import (
 )
 from .notation import read_fields, write_fields
 from .sensitivities import Sensitivities
-from .widths import KeyWidths, ValueWidths, choose_key_widths, choose_value_widths
+from .widths import (
+    KeyWidths,
+    ValueWidths,
+    choose_key_widths,
+    choose_lane_widths,
+    choose_value_widths,
+)
 
 __all__ = [
     "KEY_BITS",
@@ -42,7 +48,7 @@ __all__ = [
 ThresholdMode = Literal["optimal", "greedy", "relative", "absolute"]
 RunValue = Literal["mean", "first"]
 Prefill = Literal["exact", "tiles"]
-KeyFormat = Literal["held", "codes"]
+KeyFormat = Literal["held", "codes", "deltas"]
 ValueFormat = Literal["plain", "rotated"]
 # One number; or for each layer one, or one for each of its kv heads.
 Thresholds = float | tuple[float | tuple[float, ...], ...]
@@ -108,11 +114,13 @@ class DeltaConfig:
             with more bits in channels that the sensitivities say matter
             (:mod:`mlx_delta.method.codes`), ``key_bits`` (2 to 8, such as 3.5) of them on average
             over the model. Without calibrated ones keys are rotated, and get equal codes.
+            ``"deltas"``: held, with a threshold_mode that cuts runs, and their values such codes,
+            ``key_bits`` (2 to 7) on average over the channels (:mod:`mlx_delta.method.deltas`).
         value_format: ``"plain"``: as above. ``"rotated"``: values far from the query are rotated
             and stored as codes, with more bits in kv heads that matter, ``value_bits`` (2 to 8) of
             them on average; near ones are stored in 16 bits. Needs ``key_bits``.
         key_widths: The width of each channel's codes, chosen by :meth:`with_widths`: for each layer
-            a string of digits for each kv head, or ``None`` where keys are rotated instead.
+            a string of digits for each kv head, or ``None`` where all channels count alike.
         value_widths: The width of each kv head's values: for each layer a tuple, or ``None``.
         max_size: Tokens that a cache keeps at most. ``None``: all. Beyond it the oldest blocks go,
             but for the first, which holds the sinks; an eighth of what is kept at a time.
@@ -288,8 +296,10 @@ class DeltaConfig:
         found, chosen = self.sensitivities, self
         if not isinstance(found, Sensitivities):
             return self
-        if self.key_format == "codes" and self.key_widths is None and self.key_bits is not None:
-            widths = choose_key_widths(found, self.key_bits)
+        choices = {"codes": choose_key_widths, "deltas": choose_lane_widths}
+        choose = choices.get(self.key_format)
+        if choose is not None and self.key_widths is None and self.key_bits is not None:
+            widths = choose(found, self.key_bits)
             chosen = dataclasses.replace(chosen, key_widths=widths)
         rotated = self.value_format == "rotated" and self.value_widths is None
         if rotated and self.value_bits is not None:

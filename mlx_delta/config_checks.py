@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .sensitivities import Sensitivities
-from .widths import VALUE_WIDTHS, rows_of
+from .widths import LANE_WIDTHS, VALUE_WIDTHS, rows_of
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
@@ -15,7 +15,7 @@ MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
 KEY_BITS = (16, 8, 4, 3, 2)
 VALUE_BITS = (16, 8, 4)
-KEY_FORMATS = ("held", "codes")
+KEY_FORMATS = ("held", "codes", "deltas")
 VALUE_FORMATS = ("plain", "rotated")
 MEAN_BITS = (2, 8)  # of codes, from the least to the most
 TILE_SIZES = (32, 64, 128)  # blocks whose tiles can be chosen
@@ -159,19 +159,21 @@ def _check_storage(config: DeltaConfig) -> None:
                 f"[DeltaConfig] {name} must be one of {', '.join(map(repr, known))} but got "
                 f"{shown(value)}."
             )
-    means = {"key_bits": config.key_format == "codes", "value_bits": config.value_format != "plain"}
+    means = {"key_bits": config.key_format != "held", "value_bits": config.value_format != "plain"}
     for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
         value = getattr(config, name)
         if means[name]:
-            _check_mean(name, value)
+            which = config.key_format if name == "key_bits" else config.value_format
+            _check_mean(name, value, which)
         elif value is not None and (type(value) is not int or value not in widths):
             text = ", ".join(map(str, widths))
             raise ValueError(f"[DeltaConfig] {name} must be one of {text} but got {shown(value)}.")
     for name, is_mean in (("key_widths", means["key_bits"]), ("value_widths", means["value_bits"])):
         value = getattr(config, name)
+        kind = "values" if name == "value_widths" else config.key_format
         if value is not None:
             fits = is_mean and isinstance(value, tuple)
-            if not fits or not all(x is None or _fits_layer(name, x) for x in value):
+            if not fits or not all(x is None or _fits_layer(kind, x) for x in value):
                 raise ValueError(
                     f"[DeltaConfig] {name} must be widths of codes, for each layer those of its kv "
                     f"heads, but got {shown(value)}."
@@ -180,6 +182,11 @@ def _check_storage(config: DeltaConfig) -> None:
         if config.value_format != "plain":
             raise ValueError("[DeltaConfig] value_format='rotated' needs key_bits but got None.")
         return
+    if config.key_format == "deltas" and not config.cuts_runs:
+        raise ValueError(
+            "[DeltaConfig] key_format='deltas' needs threshold_mode 'optimal' or 'greedy' but got "
+            f"{shown(config.threshold_mode)}."
+        )
     if not config.keyframes or config.block_fraction is not None:
         raise ValueError(
             f"[DeltaConfig] key_bits={config.key_bits} needs keyframes=True and a fixed "
@@ -192,23 +199,29 @@ def _check_storage(config: DeltaConfig) -> None:
         )
 
 
-def _check_mean(name: str, value: Any) -> None:
-    least, most = MEAN_BITS
+def _check_mean(name: str, value: Any, kind: str) -> None:
+    least, most = MEAN_BITS if kind != "deltas" else (LANE_WIDTHS[0], LANE_WIDTHS[-1])
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
-        which = "key_format='codes'" if name == "key_bits" else "value_format='rotated'"
+        which = f"{name.removesuffix('_bits')}_format={kind!r}"
         raise ValueError(
             f"[DeltaConfig] {name} must be between {least} and {most}, with {which}, but got "
             f"{shown(value)}."
         )
 
 
-def _fits_layer(name: str, widths: Any) -> bool:
-    """Whether these are widths of the codes of a layer."""
+def _fits_layer(kind: str, widths: Any) -> bool:
+    """Whether these are widths of the codes of a layer: of values, or of keys in a format."""
     if not isinstance(widths, tuple) or not widths:
         return False
-    if name == "value_widths":
+    if kind == "values":
         return all(type(width) is int and width in VALUE_WIDTHS for width in widths)
+    if kind == "deltas":
+        known = set(map(str, LANE_WIDTHS.tolist()))
+        if not all(isinstance(head, str) and head and set(head) <= known for head in widths):
+            return False
+        counts = [head.count(width) for head in widths for width in set(head)]
+        return len(set(map(len, widths))) == 1 and not any(count % 8 for count in counts)
     if not all(isinstance(head, str) and rows_of(head) is not None for head in widths):
         return False
     return len(set(map(len, widths))) == 1

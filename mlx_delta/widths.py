@@ -39,6 +39,7 @@ FIELDS: dict[int, tuple[int, ...]] = {
     8: (2, 2, 2, 2, 2, 2, 2, 2),
 }
 WIDTHS = (8, 6, 5, 4, 3, 2)  # of keys' codes
+LANE_WIDTHS = np.arange(2, 8)  # of held keys' codes, which eight channels share
 VALUE_WIDTHS = WIDTHS  # those of mx.quantize
 _BISECTIONS = 60
 
@@ -105,6 +106,53 @@ def even_key_widths(n_heads: int, head_dim: int, bits: float) -> np.ndarray:
     """Widths int [Hkv, D] of channels that all count alike; alike in all heads."""
     (head,) = share_key_bits([np.ones((1, head_dim))], bits)
     return np.repeat(head, n_heads, axis=0)
+
+
+@lru_cache(maxsize=32)
+def choose_lane_widths(sensitivities: Sensitivities, bits: float) -> KeyWidths | None:
+    """Widths of the codes of all layers' held keys; ``None`` where errors' cost is not known.
+
+    Args:
+        sensitivities: Of the model.
+        bits: The mean over channels, at most.
+    """
+    costs = sensitivities.key_costs()
+    known = {i: cost for i, cost in enumerate(costs) if cost is not None}
+    found: list[tuple[str, ...] | None] = [None] * len(costs)
+    for i, widths in zip(known, share_lane_bits(list(known.values()), bits), strict=True):
+        found[i] = tuple("".join(map(str, head)) for head in widths.tolist())
+    return tuple(found) if known else None
+
+
+def share_lane_bits(costs: Sequence[np.ndarray], bits: float) -> list[np.ndarray]:
+    """Widths of channels, int [Hkv, D] for each layer, eight channels or a multiple of each.
+
+    Args:
+        costs: ``u`` of each layer's channels, [Hkv, D] with D a multiple of eight; D may differ.
+        bits: The mean over channels, at most.
+    """
+    orders = [np.argsort(-_pairs(cost), axis=1, kind="stable") for cost in costs]
+    tables = [
+        (lane * _errors(LANE_WIDTHS), 8.0 * LANE_WIDTHS)
+        for cost, order in zip(costs, orders, strict=True)
+        for head in np.take_along_axis(_pairs(cost), order, axis=1)
+        for lane in head.reshape(-1, 4).sum(axis=1)
+    ]
+    chosen = LANE_WIDTHS[_choose(tables, bits * sum(cost.size for cost in costs))]
+    found, first = [], 0
+    for cost, order in zip(costs, orders, strict=True):
+        own = np.empty((len(cost), order.shape[1]), np.int64)
+        last = first + own.size // 4
+        by_rank = np.repeat(chosen[first:last], 4).reshape(own.shape)
+        np.put_along_axis(own, order, by_rank, axis=1)
+        found.append(np.concatenate([own, own], axis=1))
+        first = last
+    return found
+
+
+def even_lane_widths(n_heads: int, head_dim: int, bits: float) -> np.ndarray:
+    """Widths int [Hkv, D] of channels that all count alike."""
+    return share_lane_bits([np.ones((n_heads, head_dim))], bits)[0]
 
 
 def share_value_bits(costs: Sequence[np.ndarray], bits: float) -> list[np.ndarray]:

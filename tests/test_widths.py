@@ -17,8 +17,10 @@ from mlx_delta.widths import (
     WIDTHS,
     choose_key_widths,
     even_key_widths,
+    even_lane_widths,
     rows_of,
     share_key_bits,
+    share_lane_bits,
     share_value_bits,
 )
 
@@ -136,6 +138,39 @@ def test_a_setting_gives_each_layer_its_own_widths():
     assert none.sensitivities is None and first.sensitivities == Sensitivities([weights[0]])
     assert DeltaConfig.from_dict(first.to_dict()) == first == first.for_layer(0, 1)
     assert choose_key_widths(Sensitivities(weights), 3) is None
+
+
+@pytest.mark.parametrize("bits", [2, 2.5, 3.5, 4, 7])
+def test_lanes_take_the_wanted_bits(bits):
+    """Both channels of a pair alike, eight channels or a multiple of each width."""
+    found = share_lane_bits(COSTS, bits)
+    mean = np.mean([widths.mean() for widths in found])
+    assert bits - 0.1 < mean <= bits + 1e-9
+    for widths, cost in zip(found, COSTS, strict=True):
+        for head, own in zip(widths, cost, strict=True):
+            np.testing.assert_array_equal(*np.split(head, 2))
+            assert not (np.unique(head, return_counts=True)[1] % 8).any()
+            pairs = np.add(*np.split(own, 2))
+            assert (np.diff(head[:32][np.argsort(-pairs)]) <= 0).all(), (
+                "no less for what costs more"
+            )
+    sums = [widths.sum() for widths in found]
+    assert sums[2] <= sums[0] <= sums[1]
+
+
+def test_held_keys_of_a_layer_keep_their_sensitivities():
+    """They say where runs end, and the widths come from those of the whole model."""
+    weights = [RNG.lognormal(0, 1, (2, 64)).astype(np.float32) for _ in range(2)]
+    spread = [np.ones((2, 64)), 9 * np.ones((2, 64))]
+    found = Sensitivities(weights).with_spread(spread, [np.ones(2)] * 2)
+    config = DeltaConfig(key_format="deltas", key_bits=4, sensitivities=found)
+    first, last = (config.for_layer(i, 2) for i in range(2))
+    sizes = [sum(map(int, "".join(x.key_widths[0]))) for x in (first, last)]
+    assert sizes[0] < 4 * 128 < sizes[1] and sum(sizes) <= 4 * 256
+    assert first.sensitivities == found.for_layer(0, 2)
+    assert DeltaConfig.from_dict(first.to_dict()) == first == first.for_layer(0, 1)
+    assert DeltaConfig(key_format="deltas", key_bits=4).for_layer(0, 2).key_widths is None
+    assert sorted(even_lane_widths(2, 64, 3.5).ravel().tolist()) == [3] * 64 + [4] * 64
 
 
 def test_shares_of_a_model_have_the_widths_that_the_whole_has():

@@ -15,24 +15,23 @@ import mlx.core as mx
 
 from mlx_delta.cache.step import Step
 from mlx_delta.cache.turned_values import TurnedView
-from mlx_delta.ops import codes_kernel, decode_kernel, tiles_kernel
+from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel, tiles_kernel
 from mlx_delta.ops.backend import has_kernels
-from mlx_delta.ops.codes import CodedBlocks
+from mlx_delta.ops.blocks import FarBlocks
+from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.system.tuning import SPLITS, UNPACK, Shape, decode_path
 
 DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys is faster
 
 
-def decode_blocks(
-    queries: mx.array, step: Step, mask: mx.array | str | None
-) -> PackedBlocks | CodedBlocks | None:
-    """The packed or coded blocks that a decode kernel is to read for queries [B, Hq, L, D].
+def decode_blocks(queries: mx.array, step: Step, mask: mx.array | str | None) -> FarBlocks | None:
+    """The far blocks that a decode kernel is to read for queries [B, Hq, L, D].
 
     ``None``: none runs.
     """
     blocks = step.far
-    if not isinstance(blocks, (PackedBlocks, CodedBlocks)) or not has_kernels():
+    if not isinstance(blocks, FarBlocks) or not has_kernels():
         return None
     if step.steps > DECODE_QUERIES:
         return None
@@ -69,13 +68,15 @@ def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
     return reason is None
 
 
-def _refusal(queries: mx.array, step: Step, blocks: PackedBlocks | CodedBlocks) -> str | None:
+def _refusal(queries: mx.array, step: Step, blocks: FarBlocks) -> str | None:
     """Why the kernel does not take these queries, keys and values; ``None`` if it does."""
     values, turned = step.stored_values, isinstance(step.stored_values, TurnedView)
     _, n_heads, steps, head_dim = queries.shape
-    if isinstance(blocks, CodedBlocks):
+    if not isinstance(blocks, PackedBlocks):
         if not isinstance(values, TurnedView) and values.quantized:
             return f"keys are codes of several widths, and values {values.bits}-bit codes"
+        if isinstance(blocks, DeltaBlocks):
+            return deltas_kernel.refusal(queries, blocks, values.head_dim)
         return codes_kernel.refusal(queries, blocks, values.head_dim)
     if turned:
         return "values are turned, and keys held"

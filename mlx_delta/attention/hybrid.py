@@ -9,8 +9,10 @@ import mlx.core as mx
 from mlx_delta.cache.held import HeldKeys
 from mlx_delta.cache.step import Part, Step
 from mlx_delta.cache.turned_values import TurnedView
-from mlx_delta.ops import codes_kernel, decode_kernel
-from mlx_delta.ops.codes import CodedBlocks
+from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
+from mlx_delta.ops.blocks import FarBlocks
+from mlx_delta.ops.deltas import DeltaBlocks
+from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.launching import simdgroups_times
 from mlx_delta.ops.pack import PackedBlocks
 
@@ -142,25 +144,26 @@ def _check_shapes(
 def _decode(
     queries: mx.array,
     step: Step,
-    blocks: PackedBlocks | CodedBlocks,
+    blocks: FarBlocks,
     scale: float,
     mask: mx.array | str | None,
 ) -> mx.array:
-    """Attention of a few queries by a kernel, straight from packed or coded blocks."""
+    """Attention of a few queries by a kernel, straight from far blocks."""
     values, window = step.stored_values, step.window_blocks
     rows = zip(step.starts, step.encoded, step.firsts, strict=True)
-    if isinstance(blocks, CodedBlocks):
+    if not isinstance(blocks, PackedBlocks):
         if isinstance(values, TurnedView):
             firsts = tuple(values.firsts)
-            stored: mx.array | codes_kernel.CodedValues = codes_kernel.CodedValues(
+            stored: mx.array | CodedValues = CodedValues(
                 *values.codes, values.near, values.sinks, values.widths
             )
         else:
             firsts, stored = (0,) * len(step.starts), values.buffers[0]
         numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
-        return codes_kernel.decode(
-            queries, numbers, blocks, step.near, stored, kernel_mask(mask), scale, window
-        )
+        rest = (step.near, stored, kernel_mask(mask), scale, window)
+        if isinstance(blocks, DeltaBlocks):
+            return deltas_kernel.decode(queries, numbers, blocks, *rest)
+        return codes_kernel.decode(queries, numbers, blocks, *rest)
     assert not isinstance(values, TurnedView)
     return decode_kernel.decode(
         queries,

@@ -41,7 +41,7 @@ class CodedKeys(PackedKeys):
             ValueError: Their type or head_dim has no kernel, or the widths are of other keys.
         """
         PackedKeys.check_new(config, keys)
-        _check_widths(config, keys.shape[1], keys.shape[3])
+        check_widths(config, keys.shape[1], keys.shape[3])
 
     # State.
 
@@ -65,7 +65,7 @@ class CodedKeys(PackedKeys):
         if near.ndim != 4 or words.ndim != 4:
             raise ValueError("saved near keys or words do not have the right dimensions")
         B, H, _, D = near.shape
-        _check_widths(config, H, D)
+        check_widths(config, H, D)
         size, blocks = config.block_size, words.shape[1]
         coding = Coding.of(config, H, D)
         wrong = {
@@ -103,7 +103,7 @@ class CodedKeys(PackedKeys):
         check_lost(name, self.config, lengths, self.log.counts, firsts, self.lost)
 
 
-def _check_widths(config: DeltaConfig, n_heads: int, head_dim: int) -> None:
+def check_widths(config: DeltaConfig, n_heads: int, head_dim: int) -> None:
     """Refuse widths that are of keys of another shape."""
     widths = None if config.key_widths is None else config.key_widths[0]
     if widths is None:

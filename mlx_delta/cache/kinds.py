@@ -7,6 +7,7 @@ from typing import Any
 from mlx_delta.config import DeltaConfig
 
 from .coded_keys import CodedKeys
+from .delta_keys import DeltaKeys
 from .dense_keys import DenseKeys
 from .packed_keys import PackedKeys
 from .turned_values import TurnedValues
@@ -20,7 +21,7 @@ def key_kind(config: DeltaConfig) -> Any:
     """The class of the store of a setting's keys."""
     if config.key_bits is None:
         return DenseKeys
-    return CodedKeys if config.key_format == "codes" else PackedKeys
+    return {"codes": CodedKeys, "deltas": DeltaKeys}.get(config.key_format, PackedKeys)
 
 
 def value_kind(config: DeltaConfig) -> Any:

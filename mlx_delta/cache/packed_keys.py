@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.blocks import unpack
@@ -246,7 +245,7 @@ class PackedKeys:
     def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> Self:
         """The store of a state, each buffer of which is as it should be."""
         assert config.key_bits is not None
-        near, masks, payload, offsets, grid, sinks, zeros = arrays
+        near, sinks = arrays[0], arrays[5]
         if header["type"] not in DTYPES:
             raise ValueError(f"it is of type {header['type']!r}")
         firsts = spread(header["firsts"], near.shape[0])
@@ -255,7 +254,7 @@ class PackedKeys:
         rows = {"ends": len(header["ends"]), "firsts": len(firsts), "near": near.shape[0]}
         check_shapes(config, dict(zip(BUFFERS, arrays, strict=True)), rows)
         bits, ends = _whole_bits(config), [list(map(int, row)) for row in header["ends"]]
-        log = PackedLog(bits, near.shape[3], masks, payload, np.array(offsets), grid, zeros, ends)
+        log = PackedLog.restore(bits, near.shape[3], dict(zip(BUFFERS, arrays, strict=True)), ends)
         return cls(config, NearKeys(near, firsts), log, sinks, lost, header["type"])
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> None:

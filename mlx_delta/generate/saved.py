@@ -136,8 +136,7 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
         return dataclasses.replace(first, threshold=threshold)
     own = getattr(getattr(args, "delta", None), "sensitivities", None)
     if first.key_format == "codes" and isinstance(own, Sensitivities):
-        chosen = dataclasses.replace(first, sensitivities=own, key_widths=None, value_widths=None)
-        return chosen if _widths(chosen.with_widths()) == _widths(first) else first
+        return _unwritten(dataclasses.replace(first, sensitivities=own)) or first
     if not isinstance(first.sensitivities, Sensitivities):
         return first
     each = [(c or first).loaded_sensitivities for c in configs]
@@ -145,7 +144,14 @@ def setting_of(caches: Sequence[Any], args: Any = None) -> DeltaConfig | None:
     if isinstance(own, Sensitivities) and len(own.layers) == len(each):
         if all(own.for_layer(i, len(each)) == x for i, x in enumerate(each)):
             joined = own
-    return dataclasses.replace(first, sensitivities=joined)
+    whole = dataclasses.replace(first, sensitivities=joined)
+    return _unwritten(whole) or whole
+
+
+def _unwritten(setting: DeltaConfig) -> DeltaConfig | None:
+    """The setting without widths, if its sensitivities choose the same; ``None`` if not."""
+    chosen = dataclasses.replace(setting, key_widths=None, value_widths=None)
+    return chosen if _widths(chosen.with_widths()) == _widths(setting) else None
 
 
 def _with_joined_widths(first: DeltaConfig, configs: Sequence[DeltaConfig | None]) -> DeltaConfig:

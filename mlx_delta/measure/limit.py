@@ -89,6 +89,8 @@ class Plan:
             key = 1 + _CHANGED * setting.key_bits
             if setting.key_format == "codes":
                 key = setting.key_bits + 0.5
+            elif setting.key_format == "deltas":
+                key += 0.4
             near = 2 * self.head_dim * (setting.window + 2 * setting.block_size)
             near *= 2 if setting.value_format == "rotated" else 1
         if setting is not None and setting.value_bits is not None:

@@ -13,11 +13,12 @@ from mlx_delta.config import DeltaConfig
 from . import pack_kernel
 from .backend import has_kernels
 from .codes import CodedBlocks, decode_blocks
+from .deltas import DeltaBlocks, read_deltas
 from .hold import hold_blocks
 from .pack import EncodedBlocks, PackedBlocks, pack_blocks, unpack_blocks, with_sinks
 
 # Far keys that are not stored in full.
-FarBlocks = PackedBlocks | CodedBlocks
+FarBlocks = PackedBlocks | CodedBlocks | DeltaBlocks
 
 
 def hold(
@@ -40,6 +41,8 @@ def unpack(packed: FarBlocks, blocks: int) -> mx.array:
     """Held keys of the first blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
     if isinstance(packed, CodedBlocks):
         return decode_blocks(packed.first(blocks))
+    if isinstance(packed, DeltaBlocks):
+        return read_deltas(packed.first(blocks))
     if not has_kernels():
         return unpack_blocks(packed.first(blocks))
     return with_sinks(pack_kernel.unpack(packed, blocks), packed.sinks)

@@ -14,8 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.cache import DeltaKVCache
+from mlx_delta.cache.delta_log import PARTS as DELTA_PARTS
+from mlx_delta.cache.delta_log import DeltaLog
 from mlx_delta.cache.kinds import value_kind
-from mlx_delta.cache.packed_log import LEAST_BLOCKS
+from mlx_delta.cache.payload_log import LEAST_BLOCKS
 from mlx_delta.cache.state import STATE_VERSION
 
 from .raw import Piece, from_raw, no_tokens, padded, to_raw, type_name
@@ -44,6 +46,8 @@ class HeldLeaf:
         names = ["keys", "zeros", "spare"]
         if cache.config.key_format == "codes":
             names = ["near", "codes", "grid", "sinks"]
+        elif cache.config.key_format == "deltas":
+            names = ["near", "payload", *DELTA_PARTS, "sinks"]
         elif cache.config.key_bits is not None:
             names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         found = dict(zip(names, keys, strict=True))
@@ -92,6 +96,8 @@ class HeldLeaf:
             return int(self.header["held"][0])
         if self.config.key_format == "codes":
             return int(self.header["coded"][0])
+        if self.config.key_format == "deltas":
+            return int(self.header["stored"][0])
         return len(self.header["ends"][0])
 
     def _full_from(self) -> int:
@@ -111,6 +117,12 @@ class HeldLeaf:
                 "codes": self.arrays["codes"][0, i],
                 "grid": self.arrays["grid"][0, :, i],
             }
+        if self.config.key_format == "deltas":
+            piece |= {name: self.arrays[name][0, :, i] for name in DELTA_PARTS}
+            words = self.arrays["counts"][0].sum(axis=0)
+            begin = int(words[:i].sum())
+            piece["payload"] = self.arrays["payload"][0, begin : begin + int(words[i])]
+            return piece
         piece["zeros"] = self.arrays["zeros"][0, :, i]
         if self.config.key_bits is None:
             return {**piece, "keys": self.arrays["keys"][0, :, span]}
@@ -227,10 +239,13 @@ class HeldLeaf:
             order = ["near", *values, "codes", "grid", "sinks"]
             return _from_state(header, [made.get(name) for name in order])
         room = max(LEAST_BLOCKS, len(blocks))
-        per_block: dict[str, tuple[tuple[int, ...], Any]] = {
-            "masks": ((heads, size - 1, -(-head_dim // 32)), np.uint32),
-            "zeros": ((heads,), np.int32),
-        }
+        per_block: dict[str, tuple[tuple[int, ...], Any]] = {"zeros": ((heads,), np.int32)}
+        if "steps" in types:
+            per_block["counts"] = per_block["zeros"]
+            per_block["low"] = ((heads, head_dim), near.dtype)
+            per_block["steps"] = ((heads, head_dim), np.uint8)
+        else:
+            per_block["masks"] = ((heads, size - 1, -(-head_dim // 32)), np.uint32)
         if "grid" in types:
             per_block["grid"] = ((heads, 2, head_dim), near.dtype)
         for name, (shape, dtype) in per_block.items():
@@ -238,7 +253,12 @@ class HeldLeaf:
             if blocks:
                 whole[:, : len(blocks)] = np.stack([block[name] for block in blocks], axis=1)
             put(name, whole)
-        put("payload", np.concatenate([np.zeros(0, np.uint32), *(b["payload"] for b in blocks)]))
+        spare = np.zeros(DeltaLog.spare if "steps" in types else 0, np.uint32)
+        put("payload", np.concatenate([*(b["payload"] for b in blocks), spare]))
+        if "steps" in types:
+            header["stored"] = [len(blocks)]
+            order = ["near", *values, "payload", *DELTA_PARTS, "sinks"]
+            return _from_state(header, [made.get(name) for name in order])
         masks = np.array(made["masks"][0, :, : len(blocks)])
         counts = np.bitwise_count(masks).sum(axis=(2, 3), dtype=np.int64) + head_dim
         words = -(-counts // (32 // bits))  # [heads, blocks]

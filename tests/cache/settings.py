@@ -25,9 +25,18 @@ CODES = dataclasses.replace(
     key_widths=(("8365243332583333" * 2, "2424424224422442" * 2),),
     value_widths=((3, 6),),
 )
+# Lanes of 6, 4, 3 and 2 bits, of 5, 5, 3 and 2 in the other head.
+LANES = dataclasses.replace(
+    CODES,
+    threshold=None,
+    threshold_mode="optimal",
+    level=0.02,
+    key_format="deltas",
+    key_widths=(("6432" * 4 * 2, "5532" * 4 * 2),),
+)
 ROTATED = dataclasses.replace(CODES, key_widths=None, value_widths=None)
 each_setting = pytest.mark.parametrize(
     "config",
-    [SMALL, CHAIN, PACKED, CODED, CODES, ROTATED],
-    ids=["blocks", "chain", "packed", "coded", "codes", "rotated codes"],
+    [SMALL, CHAIN, PACKED, CODED, CODES, ROTATED, LANES],
+    ids=["blocks", "chain", "packed", "coded", "codes", "rotated codes", "lanes"],
 )

@@ -206,7 +206,10 @@ def test_a_damaged_state_is_refused(break_it, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key_format": "code"}, "key_format must be one of 'held', 'codes' but got 'code'"),
+        (
+            {"key_format": "code"},
+            "key_format must be one of 'held', 'codes', 'deltas' but got 'code'",
+        ),
         ({"value_format": 4}, "value_format must be one of"),
         ({"key_format": "codes"}, "key_bits must be between 2 and 8, with key_format='codes'"),
         ({"key_format": "codes", "key_bits": 16}, "between 2 and 8, .* but got 16"),

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_delta.ops import codes_kernel, decode_kernel
+from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
+from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
+from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.pack import PackedBlocks
 
 from ..kernels.code_case import Kinds, coded
+from ..kernels.delta_case import lanes
 from .count import Trips, Walk, count
 from .launches import captured
 from .nvcc import compile_cuda
 from .translate import cuda_source
 
 D, QUERIES, TOKENS = 128, 4, 64
+OVER_BLOCKS = "base < end; base += Ahead"
 HALF = mx.float16
 PER_TOKEN = D * QUERIES / 32  # multiply-adds of a lane, for keys or for values
 # Of a held key's numbers, so many change from one token to the next: what `delta_decode` reads.
@@ -29,6 +33,14 @@ ROWS: tuple[tuple[Kinds, int], ...] = (
     ({4: 4, 5: 6, 6: 3}, 3),
     ({5: 4, 6: 6, 8: 1}, 2),
 )
+
+
+def _near_and_values(heads: int, width: int) -> tuple[mx.array, CodedValues]:
+    near = mx.zeros((1, heads, 128, D), HALF)
+    scales = mx.zeros((1, 1, 256, heads * D // 64), HALF)
+    words = mx.zeros((1, 1, 256, heads * D * width // 32), mx.uint32)
+    values = CodedValues(words, scales, scales, near, near[:, :, :4], (width,) * heads)
+    return near, values
 
 
 def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
@@ -42,10 +54,7 @@ def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
         coding=coding,
         head_dim=D,
     )
-    near = mx.zeros((1, heads, 128, D), HALF)
-    scales = mx.zeros((1, 1, 256, heads * D // 64), HALF)
-    words = mx.zeros((1, 1, 256, heads * D * width // 32), mx.uint32)
-    values = codes_kernel.CodedValues(words, scales, scales, near, near[:, :, :4], (width,) * heads)
+    near, values = _near_and_values(heads, width)
     queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
     with captured(Bytes=by_bytes) as found:
         rows = [(320, 4, 256, 256)]
@@ -57,7 +66,42 @@ def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
         trips.append(Trips(f"add_kind<{kind},", "FFMA", total))
     trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, "block < end;", trips, cold)
+    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, OVER_BLOCKS, trips, cold)
+
+
+# Bits of lanes, and of values.
+LANE_ROWS: tuple[tuple[tuple[int, ...], int], ...] = (((4,) * 16, 4), ((6, 5, 4, 3) * 4, 4))
+
+
+def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:
+    """The kernel for keys held by lanes of these widths, values of one width, and its walk."""
+    heads, blocks = 2, 4
+    setting = lanes(widths, (width,) * heads)
+    far = DeltaBlocks(
+        payload=mx.zeros((1, 8192), mx.uint32),
+        offsets=mx.zeros((1, heads, blocks), mx.int32),
+        low=mx.zeros((1, heads, blocks, D), HALF),
+        steps=mx.zeros((1, heads, blocks, D), mx.uint8),
+        sinks=mx.zeros((1, heads, 4, D), HALF),
+        coding=LaneCoding.of(setting, heads, D),
+        size=TOKENS,
+    )
+    near, values = _near_and_values(heads, width)
+    queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
+    with captured(Bytes=True) as found:
+        rows = [(320, blocks, 256, 256)]
+        deltas_kernel.decode(queries, rows, far, near, values, None, 1.0, 1)
+    ahead = 32 * 8 // D
+    trips = [
+        Trips("chunk < CODED_TOKENS", "", TOKENS / 16),
+        Trips("strip < DELTA_CHUNK", "", 2),
+        Trips("first < DELTA_STRIP", "FFMA", 8 * 8 * QUERIES),
+        Trips("ahead < Ahead", "", ahead),
+        Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN),
+    ]
+    cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
+    source = cuda_source(found["deltas_decode"], "kernel")
+    return source, Walk(TOKENS * ahead, OVER_BLOCKS, trips, cold)
 
 
 def delta_decode() -> tuple[str, Walk]:
@@ -121,6 +165,10 @@ def main() -> None:
         keys = ", ".join(f"{rows} x {kind}" for kind, rows in kinds.items())
         name = f"`codes_decode`, keys' rows {keys}; values {width} bits"
         print(row(name, *codes_decode(kinds, width, True)), flush=True)
+    for lane_widths, width in LANE_ROWS:
+        keys = ", ".join(map(str, sorted(set(lane_widths), reverse=True)))
+        name = f"`deltas_decode`, lanes of {keys} bits; values {width} bits"
+        print(row(name, *deltas_decode(lane_widths, width)), flush=True)
     print(row("`delta_decode`, held keys and values of 4 bits", *delta_decode()), flush=True)
 
 

@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta import DeltaConfig
-from mlx_delta.ops import codes_kernel, decode_kernel, pack_kernel
+from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel, pack_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
+from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
+from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.runs_kernel import cut_runs
 from mlx_delta.ops.ternary_matvec import ternary_matvec
@@ -20,6 +22,7 @@ from mlx_delta.ops.ternary_matvec import ternary_matvec
 from ..kernels import tile_case as tiles
 from ..kernels.code_case import coded
 from ..kernels.common import BUILDERS
+from ..kernels.delta_case import lanes
 from ..metal_cpu import signature
 from ..metal_cpu.signature import GeneratedKernel
 
@@ -72,8 +75,17 @@ def every_kernel() -> dict[str, GeneratedKernel]:
         head_dim=64,
     )
     scales = mx.zeros((1, 1, 128, 2), half)
-    values = codes_kernel.CodedValues(
+    values = CodedValues(
         mx.zeros((1, 1, 128, 12), mx.uint32), scales, scales, keys, keys[:, :, :4], (4, 2)
+    )
+    held = DeltaBlocks(
+        payload=mx.zeros((1, 1000), mx.uint32),
+        offsets=mx.zeros((1, 2, 2), mx.int32),
+        low=mx.zeros((1, 2, 2, 64), half),
+        steps=mx.zeros((1, 2, 2, 64), mx.uint8),
+        sinks=mx.zeros((1, 2, 4, 64), half),
+        coding=LaneCoding.of(lanes(values=(4, 2)), 2, 64),
+        size=64,
     )
     with captured() as found:
         encoded = pack_kernel.encode(keys, setting, 0)
@@ -90,7 +102,9 @@ def every_kernel() -> dict[str, GeneratedKernel]:
         pack_kernel.unpack(packed, 2)
         queries = mx.zeros((1, 4, 1, 64), half)
         decode_kernel.decode(queries, [(100, 0, 0)], packed, keys, (keys,), 16, None, 1.0, 1)
-        codes_kernel.decode(queries, [(190, 1, 64, 64)], coded_blocks, keys, values, None, 1.0, 1)
+        rows = [(190, 1, 64, 64)]
+        codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
+        deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)
         blocks = mx.zeros((2, 64, 64))
         cut_runs(blocks, mx.ones((2, 64)), mx.ones((2, 64)), np.zeros(2, np.int32), True)
         tiles.SMALL.attend(tiles.SMALL.choose(0.7))

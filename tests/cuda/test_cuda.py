@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .__main__ import ROWS, codes_decode
+from .__main__ import LANE_ROWS, ROWS, codes_decode, deltas_decode
 from .count import Trips, Walk, count
 from .launches import every_kernel
 from .nvcc import DISASSEMBLER_HINT, NVCC_HINT, compile_cuda, find_disassembler, find_nvcc
@@ -14,7 +14,8 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NVCC_HINT)
 needs_disassembler = pytest.mark.skipif(find_disassembler() is None, reason=DISASSEMBLER_HINT)
 KERNELS = [
     *("delta_encode", "delta_unpack", "delta_decode", "delta_decode_reduce", "delta_runs"),
-    *("codes_decode", "codes_combine", "tile_pack", "tile_score", "tile_attention"),
+    *("codes_decode", "codes_combine", "deltas_decode"),
+    *("tile_pack", "tile_score", "tile_attention"),
     "ternary_matvec",
 ]
 
@@ -28,6 +29,21 @@ def test_instructions_for_a_token():
     kinds = count(compiled.disassembly, source, walk)
     assert kinds["multiply-add"] >= 32  # the products themselves
     assert kinds["all"] <= 58
+    assert not compiled.spilled
+
+
+@needs_nvcc
+@needs_disassembler
+@pytest.mark.parametrize(("widths", "most"), [(LANE_ROWS[0][0], 76), (LANE_ROWS[1][0], 79)])
+def test_instructions_for_a_held_token(request: pytest.FixtureRequest, widths, most):
+    """The same for held keys, of lanes up to 4 bits and wider ones."""
+    if not request.config.getoption("--all"):
+        pytest.skip("compiling and reading it back takes 6 s; --all does")
+    source, walk = deltas_decode(widths, 4)
+    compiled = compile_cuda(source, read_back=True)
+    kinds = count(compiled.disassembly, source, walk)
+    assert kinds["multiply-add"] >= 32
+    assert kinds["all"] <= most
     assert not compiled.spilled
 
 

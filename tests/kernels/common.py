@@ -13,7 +13,15 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import storage as ref
-from mlx_delta.ops import codes_kernel, decode_kernel, pack_kernel, runs_kernel, tiles_kernel
+from mlx_delta.ops import (
+    codes_kernel,
+    decode_kernel,
+    deltas_kernel,
+    far_kernel,
+    pack_kernel,
+    runs_kernel,
+    tiles_kernel,
+)
 from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import KernelSource, MetalBench
@@ -25,7 +33,8 @@ BUILDERS: dict[str, Any] = {
     "decode_kernel": decode_kernel,
     "reduce_kernel": decode_kernel,
     "codes_kernel": codes_kernel,
-    "combine_kernel": codes_kernel,
+    "combine_kernel": far_kernel,
+    "deltas_kernel": deltas_kernel,
     "runs_kernel": runs_kernel,
     "tile_pack_kernel": tiles_kernel,
     "tile_score_kernel": tiles_kernel,

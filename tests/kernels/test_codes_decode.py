@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta.ops import codes_kernel
+from mlx_delta.ops import codes_kernel, far_kernel
+from mlx_delta.ops.far_values import CodedValues
 
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
@@ -102,7 +103,7 @@ def test_settings(bench: MetalBench, changes):
 
 def test_splits_do_not_matter(bench: MetalBench):
     for simdgroups in (1, 6, 1000):
-        with mock.patch.object(codes_kernel, "gpu_simdgroups", lambda n=simdgroups: n):
+        with mock.patch.object(far_kernel, "gpu_simdgroups", lambda n=simdgroups: n):
             check(bench, one(500))
 
 
@@ -136,7 +137,7 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench):
     with (
         on_bench(bench),
         mock.patch.object(codes_kernel, "codes_kernel", lambda: first),
-        mock.patch.object(codes_kernel, "combine_kernel", lambda: second),
+        mock.patch.object(far_kernel, "combine_kernel", lambda: second),
     ):
         output = case.step(cache)
     assert_close(output, case.expected(), case)
@@ -157,7 +158,7 @@ MUTATIONS = [
     Mutation("no low", "low[j] += query[j] * base;", ""),
     Mutation("low twice", "part == 0 ? low[j] : 0.0f", "low[j]"),
     Mutation("rows not in pairs", "slots += (word_rows + 1) / 2 * 4", "slots += word_rows * 2"),
-    Mutation("one head's rows", "+ counts[CODED_KINDS]", ""),
+    Mutation("one head's rows", "+ far_keys.counts[CODED_KINDS]", ""),
     Mutation("one head's counts", "counts += kv_head * CODED_COUNTS;", ""),
     Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
     Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
@@ -214,11 +215,11 @@ def small_case() -> None:
         ends = [(start + case.steps - first, n) for start, n, first, _ in rows]
         room, n = (max(x) for x in zip(*ends, strict=True))
         far = [x[:, :, : 64 * n] for x in (values.words, values.scales, values.biases)]
-        values = codes_kernel.CodedValues(*far, values.near, values.sinks, values.widths)
+        values = CodedValues(*far, values.near, values.sinks, values.widths)
         return decode(queries, rows, blocks.first(n), near[:, :, :room], values, *rest)
 
     with (
-        mock.patch.object(codes_kernel, "gpu_simdgroups", lambda: 20),
+        mock.patch.object(far_kernel, "gpu_simdgroups", lambda: 20),
         mock.patch.object(codes_kernel, "decode", tight),
     ):
         output = case.step(cache, mask)

@@ -50,6 +50,7 @@ SETTINGS = (
     "paper:threshold=0.3",
     f"{_SMALL},key_format=codes,key_bits=4,value_format=rotated,value_bits=4",
     f"{_SMALL},key_format=codes,key_bits=3,value_bits=4,max_size=96",
+    f"{_SMALL},key_format=deltas,key_bits=4,value_format=rotated,value_bits=4,max_size=96",
 )
 
 
