@@ -195,7 +195,7 @@ def _fit_grid(
     across = bits[:, None]
     grid = block_grid(values, across, dtype)
     low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
-    shares = token_weights(blocks, grid)[..., None]
+    shares = token_weights(blocks, grid, None)[..., None]
     mean = (shares * values).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = _encode(values, low, short, bits).astype(mx.float32)
