@@ -26,6 +26,7 @@ import results_page  # noqa: E402  (beside this file)
 
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
+LANES = "delta:key_format=deltas,value_format=rotated,sparsity=0.75,key_bits=3.5,value_bits=3"
 DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated", "delta:kv=balanced", "delta:kv=small")
 
 
@@ -59,7 +60,7 @@ class Run:
 RUNS = (
     Run(
         "smollm2-kld-2048", "smollm2", ("kld",),
-        ("dense", *DELTA, *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, LANES, *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "4"),
     ),
     Run(

@@ -45,6 +45,10 @@ NAMES = {
     "uncalibrated": "delta, as on a model that was not calibrated",
     "delta:kv=balanced": "codes of 4 bits on average",
     "delta:prefill=tiles,level=0": "prefill by tiles, full keys",
+    # Of make_results.LANES.
+    "delta:key_format=deltas,value_format=rotated,sparsity=0.75,key_bits=3.5,value_bits=3": (
+        "held keys by lanes, codes of 3.5 and 3 bits"
+    ),
     "delta:kv=small": "codes of 3 bits on average",
     "paper": "the paper's preset (θ 0.6)",
     "paper:threshold=1.05": "the paper's preset at θ 1.05",
@@ -221,7 +225,7 @@ def page(folder: Path, commands: dict[str, str]) -> str:
 def readme_table(folder: Path) -> str:
     """README.md's table: SmolLM2's loss at 2,048 tokens."""
     data = read_results(folder / "results" / "smollm2-kld-2048.json")
-    shown = set(NAMES) - {"window-only", "kivi2"}
+    shown = set(NAMES) - {"window-only", "kivi2", "uncalibrated", "delta:sparsity=0.75"}
     runs = [run for run in data["runs"] if run["summary"] and run["setting"] in shown]
     return "\n".join(loss_rows(runs))
 
