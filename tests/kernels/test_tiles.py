@@ -155,7 +155,9 @@ def test_agrees_with_the_operations_however_the_queries_are_cut(bench: MetalBenc
 
 
 @pytest.mark.parametrize("key_bits", [None, 4])
-def test_a_cache_that_asks_for_tiles_gets_the_kernels(bench: MetalBench, key_bits, tiles_from_the_start):
+def test_a_cache_that_asks_for_tiles_gets_the_kernels(
+    bench: MetalBench, key_bits, tiles_from_the_start
+):
     """Held keys far, full keys near, the beginning and the prompt's end exact."""
     config = DeltaConfig(
         block_size=32, window=32, key_bits=key_bits, prefill="tiles", tiles=0.5, threshold=0.5
