@@ -6,8 +6,6 @@ one, whose settings have codes among them.
 
 from __future__ import annotations
 
-import json
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,6 +18,8 @@ from mlx_delta.ops.codes import Coding
 from tests.attention.test_hybrid import SCALE, attend, inputs
 from tests.cache.settings import CODES, ROTATED
 from tests.tiny import SMALL
+
+from .broken import header, replaced, setting
 
 LENGTH = 90
 TEXT = tuple(round_to(x, "float16") for x in inputs(LENGTH, dim=32))
@@ -144,33 +144,21 @@ def test_bytes_are_those_of_the_arrays():
     assert cache.read_bytes() == far + near[:, :, :seen].nbytes + near_values[:, :, :seen].nbytes
 
 
-def changed(state, **changes) -> list:
-    return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
-
-
-def setting(state, **changes) -> list:
-    return changed(state, config={**json.loads(state[0])["config"], **changes})
-
-
-def replaced(state, index: int, value) -> list:
-    return [*state[:index], value, *state[index + 1 :]]
-
-
 # header, near, words of values, scales, biases, near values, their sinks, words, grid, sinks
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda s: changed(s, type="int4"), "int4"),
-        (lambda s: changed(s, coded=[]), "row counts do not fit"),
-        (lambda s: changed(s, coded=[99]), "99. coded blocks of"),
-        (lambda s: changed(s, coded=[3]), "3 stored ones"),
-        (lambda s: changed(s, encoded=[2]), "near keys from position"),
-        (lambda s: changed(s, coded_values=[4]), "coded in .4. blocks"),
-        (lambda s: changed(s, coded_values=[99]), "coded in .99. blocks"),
-        (lambda s: changed(s, coded_values=[]), "saved values do not fit"),
-        (lambda s: changed(s, value_firsts=[4]), "full from positions .4."),
-        (lambda s: changed(s, value_firsts=["x"]), "it counts"),
-        (lambda s: changed(s, lengths=[9999]), "9999 tokens"),
+        (lambda s: header(s, type="int4"), "int4"),
+        (lambda s: header(s, coded=[]), "row counts do not fit"),
+        (lambda s: header(s, coded=[99]), "99. coded blocks of"),
+        (lambda s: header(s, coded=[3]), "3 stored ones"),
+        (lambda s: header(s, encoded=[2]), "near keys from position"),
+        (lambda s: header(s, coded_values=[4]), "coded in .4. blocks"),
+        (lambda s: header(s, coded_values=[99]), "coded in .99. blocks"),
+        (lambda s: header(s, coded_values=[]), "saved values do not fit"),
+        (lambda s: header(s, value_firsts=[4]), "full from positions .4."),
+        (lambda s: header(s, value_firsts=["x"]), "it counts"),
+        (lambda s: header(s, lengths=[9999]), "9999 tokens"),
         (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 8"),
         (lambda s: setting(s, key_widths=[["44", "43"]]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 16] * 2]), "2 kv heads of 16 channels"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from unittest import mock
 
 import mlx.core as mx
@@ -15,6 +14,8 @@ from mlx_delta.cache.payload_log import PayloadLog
 from mlx_delta.sensitivities import Sensitivities
 from tests.attention.test_hybrid import attend, inputs
 from tests.tiny import SMALL, smooth_keys
+
+from .broken import header
 
 DELTAS = SMALL.changed(level=0.03, key_bits=4, value_bits=16)
 CODES = SMALL.changed(key_format="codes", key_bits=4, value_bits=16)
@@ -63,10 +64,6 @@ def test_a_saved_state_keeps_its_sensitivities(mode, key_bits):
 
 
 # Bad input.
-
-
-def header(state, **changes) -> list:
-    return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
 
 
 @pytest.mark.parametrize("config", [DELTAS, CODES], ids=["deltas", "codes"])

@@ -14,6 +14,8 @@ import mlx_delta
 from mlx_delta import BatchDeltaKVCache, DeltaKVCache
 from tests.fixtures import make
 
+from .broken import header, replaced, setting
+
 NAMES = [*make.SETTINGS, "batch_dense"]
 
 
@@ -79,18 +81,6 @@ def test_an_old_batch_goes_on_as_its_rows_do(model):
 
 
 # header, near, words of values, scales, biases, masks, payload, offsets, grid, sinks, zeros
-def header(state, **changes) -> list:
-    return [json.dumps({**json.loads(state[0]), **changes}), *state[1:]]
-
-
-def setting(state, **changes) -> list:
-    return header(state, config={**json.loads(state[0])["config"], **changes})
-
-
-def replaced(state, index: int, value) -> list:
-    return [*state[:index], value, *state[index + 1 :]]
-
-
 @pytest.fixture(scope="module")
 def old_state() -> list:
     """The state of the first layer, before anything reads it."""
