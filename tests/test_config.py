@@ -44,6 +44,7 @@ def test_a_config_json_without_what_runs_are_held_as_takes_the_default():
     assert DeltaConfig.from_dict(values) == DeltaConfig()
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was before formats")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
