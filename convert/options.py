@@ -219,9 +219,10 @@ def _delta(text: str | None) -> Any:
         return None
     if "=" in text and not text.lstrip().startswith("{"):
         from mlx_delta.config import DeltaConfig
+        from mlx_delta.system.kv import written_fields
 
         try:
-            return DeltaConfig.parse(text).to_dict()
+            return DeltaConfig().changed(**written_fields(text)).to_dict()
         except ValueError as error:
             raise ConvertError(f"--delta {text[:60]}: {error}") from error
     value = parse_json(text.encode(), "--delta")

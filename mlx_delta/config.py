@@ -220,16 +220,33 @@ class DeltaConfig:
         fields["threshold_mode"] = mode
         if fields.get("tiles") is not None:
             fields.setdefault("prefill", "tiles")
-        if "key_bits" in fields and fields["key_bits"] is None:
-            fields.setdefault("key_format", "held")
-        if "value_bits" in fields and fields["value_bits"] in (None, 16):
-            fields.setdefault("value_format", "plain")
+        self._keep_formats_and_bits_together(fields)
         if mode in RUN_MODES and not self.cuts_runs:
             fields.setdefault("threshold", None)
         if mode not in RUN_MODES and self.cuts_runs:
             fields.setdefault("level", None)
             fields.setdefault("sensitivities", None)
         return dataclasses.replace(self, **fields)
+
+    def _keep_formats_and_bits_together(self, fields: dict[str, Any]) -> None:
+        """Of bits and formats that are changed, the one that was not given follows the other."""
+        for kind, full, whole in (("key", "held", (None,)), ("value", "plain", (None, 16))):
+            form, bits = f"{kind}_format", f"{kind}_bits"
+            if fields.get(form) == full:
+                if fields.get(bits) not in whole:
+                    raise ValueError(
+                        f"[DeltaConfig] {form}={full!r} and {bits}={shown(fields[bits])} "
+                        "contradict each other; drop one."
+                    )
+                if getattr(self, bits) not in whole:
+                    fields.setdefault(bits, None)
+            elif bits in fields and fields[bits] in whole:
+                fields.setdefault(form, full)
+        if "key_bits" in fields and fields["key_bits"] is None and self.value_format != "plain":
+            # Values are codes where keys are.
+            fields.setdefault("value_bits", None)
+            if fields["value_bits"] in (None, 16):
+                fields.setdefault("value_format", "plain")
 
     @property
     def window_blocks(self) -> int:

@@ -277,7 +277,11 @@ class Sensitivities:
     # As a file.
 
     def save(self, file: Path) -> None:
-        """Write them as safetensors; the curve goes into the metadata."""
+        """Write them as safetensors; the curve goes into the metadata.
+
+        Raises:
+            OSError: They can't be written.
+        """
         import mlx.core as mx
 
         arrays = {
@@ -291,7 +295,10 @@ class Sensitivities:
             "layers": str(len(self.layers)),
             "curve": json.dumps([[float(f"{x:.5g}") for x in row] for row in self.curve]),
         }
-        mx.save_safetensors(str(file), arrays, metadata)
+        try:
+            mx.save_safetensors(str(file), arrays, metadata)
+        except RuntimeError as error:  # a full disk, a folder that is gone
+            raise OSError(f"[Sensitivities] can't write in {file.parent}: {error}") from error
 
     @classmethod
     def find(cls, folder: Path, name: str) -> Sensitivities:

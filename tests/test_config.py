@@ -169,6 +169,32 @@ def test_what_is_not_written_stays_as_it_was():
     assert str(DeltaConfig()) == ""
 
 
+CODED = DeltaConfig(key_format="codes", key_bits=4, value_bits=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("key_format=held", ""),
+        ("key_bits=none", ""),
+        ("key_format=held,value_bits=16", "value_bits=16"),
+        ("value_format=plain", "key_bits=4,key_format=codes"),
+        ("value_bits=16", "key_bits=4,value_bits=16,key_format=codes"),
+        ("key_format=deltas", "key_bits=4,value_bits=3,key_format=deltas"),
+        ("key_bits=5", "key_bits=5,value_bits=3,key_format=codes"),
+    ],
+)
+def test_of_a_format_and_its_bits_one_is_enough_to_change_both(text, expected):
+    assert str(DeltaConfig.parse(text, CODED)) == expected
+
+
+@pytest.mark.parametrize("base", [CODED, DeltaConfig()], ids=["codes", "in-full"])
+@pytest.mark.parametrize("text", ["key_format=held,key_bits=4", "value_format=plain,value_bits=3"])
+def test_a_format_in_full_and_bits_contradict_each_other(base, text):
+    with pytest.raises(ValueError, match=r"_format='.*' and .*_bits=. contradict each other"):
+        DeltaConfig.parse(text, base)
+
+
 @given(
     threshold=st.one_of(
         st.floats(0, 1e6),

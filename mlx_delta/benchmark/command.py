@@ -26,7 +26,7 @@ from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
 from mlx_delta.system.cli import HelpFormatter, Parser, run_command
-from mlx_delta.system.tuning import Tuning, write_tuning
+from mlx_delta.system.tuning import Tuning, check_place, with_known, write_tuning
 
 from .decode import DecodeBenchmark, decode_notes, decode_tables, decode_values
 from .table import roofline_notes, roofline_tables, timing_notes, timing_tables, timing_values
@@ -135,9 +135,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{asked[0]} and {asked[1]} are two things to do; drop one.")
     check_numbers(args)
     check_output(args.output)
-    if args.tune and not has_kernels():
-        print(NOTHING)
-        return
+    if args.tune:
+        if args.prompt_tokens is not None:
+            raise ValueError("--prompt-tokens says nothing about --tune; give --contexts.")
+        if not has_kernels():
+            print(NOTHING)
+            return
+        check_place()
     text = read_text(args.text)
     delta, settings = choose_settings(args.model, args.settings, args.delta)
     if delta is None:
@@ -299,14 +303,26 @@ def measure_decode(
 def measure_paths(args: argparse.Namespace, model: nn.Module, data: dict[str, Any]) -> None:
     """Measure the paths of decode attention and keep the table, as far as it got."""
     table, lengths = Tuning(), args.contexts or LENGTHS
+    shapes = tried_shapes(model)
+    if not shapes:
+        raise ValueError(
+            f"no layer of model {args.model} can keep its keys and values as codes, so there is "
+            "nothing to choose."
+        )
     try:
-        for found in tune(tried_shapes(model), lengths, seconds_of, progress=True):
+        for found in tune(shapes, lengths, seconds_of, progress=True):
             table = found
     finally:
         if table.seconds:
-            show(args, tuning_tables(table), [*said_of_default(table), *tuning_notes()])
-            print(f"Kept in {write_tuning(table)}")
-            write(args.output, data | {"kind": "tuning"} | table.to_json())
+            whole = with_known(table)
+            known = Tuning({shape: whole.seconds[shape] for shape in table.seconds})
+            show(args, tuning_tables(table), [*said_of_default(known), *tuning_notes()])
+            try:
+                print(f"Kept in {write_tuning(table)}")
+            finally:
+                write(args.output, data | {"kind": "tuning"} | table.to_json())
+    if not table.seconds:
+        raise MemoryError(f"there is no memory for {min(lengths)} tokens; give fewer --contexts.")
 
 
 def compute(

@@ -18,6 +18,7 @@ from mlx_delta.models.common import read_delta
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.cli import HelpFormatter, Parser, run_command
+from mlx_delta.system.kv import check_holds, written_fields
 
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, codes, runs, tiles
 from .divergence import Comparison
@@ -177,7 +178,12 @@ def run(args: argparse.Namespace) -> None:
     entries = read_config(path)
     get_model_classes(entries)  # refuses a model without keys to hold
     check_flags(args)
-    base = DeltaConfig.parse(args.delta or "", read_delta(entries.get(ENTRY)))
+    own = read_delta(entries.get(ENTRY)) or DeltaConfig()
+    base = own.changed(**written_fields(args.delta or ""))
+    if args.tiles is None and not args.codes:
+        wishes = ("sparsity", "kl", "loss")
+        wish = next(name for name in wishes if getattr(args, name) is not None)
+        check_holds(base, f"--{wish}")
     if args.output is not None and args.dry_run:
         raise ValueError("--output and --dry-run contradict each other; drop one.")
     if not args.dry_run:

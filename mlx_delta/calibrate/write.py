@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,38 +65,46 @@ def check_file(file: Path) -> None:
 
 
 def write_setting(file: Path, config: DeltaConfig) -> None:
-    """Put a setting into a config.json, which is replaced whole or not at all.
+    """Put a setting into a config.json, and its sensitivities beside it: both whole, or neither.
 
     Raises:
-        OSError: It can't be written.
+        OSError: They can't be written; what was there is as it was.
     """
-    if isinstance(config.sensitivities, Sensitivities):
-        # First: until config.json names it, nothing reads it.
-        config = config.changed(sensitivities=write_sensitivities(file, config.sensitivities))
+    sensitivities = config.sensitivities
+    aside = file.resolve().with_name(f".{FILE_NAME}.tmp.safetensors")
+    if isinstance(sensitivities, Sensitivities):
+        config = config.changed(
+            sensitivities=sensitivities.with_curve(sensitivities.curve, FILE_NAME)
+        )
     with file.open(encoding="utf-8", newline="") as stream:  # line ends as they are
         text = stream.read()
-    write_text(file, with_entry(text, ENTRY, merged(json.loads(text).get(ENTRY), config)))
-
-
-def write_sensitivities(file: Path, sensitivities: Sensitivities) -> Sensitivities:
-    """Write sensitivities beside a config.json; returned with their file's name.
-
-    Raises:
-        OSError: They can't be written.
-    """
-    target = file.resolve().with_name(FILE_NAME)
-    temporary = target.with_name(f".{FILE_NAME}.tmp.safetensors")
+    text = with_entry(text, ENTRY, merged(json.loads(text).get(ENTRY), config))
     try:
-        sensitivities.save(temporary)
-        os.replace(temporary, target)
+        if isinstance(sensitivities, Sensitivities):
+            sensitivities.save(aside)
+        with written_aside(file, text):
+            # The last thing that takes room is done. First: until config.json names it, nothing
+            # reads it.
+            if isinstance(sensitivities, Sensitivities):
+                os.replace(aside, file.resolve().with_name(FILE_NAME))
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
-    return sensitivities.with_curve(sensitivities.curve, FILE_NAME)
 
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all; its permissions stay.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    with written_aside(file, text):
+        pass
+
+
+@contextmanager
+def written_aside(file: Path, text: str) -> Iterator[None]:
+    """Write a file beside its place, into which it is moved if what is done meanwhile succeeds.
 
     Raises:
         OSError: It can't be written.
@@ -112,6 +122,7 @@ def write_text(file: Path, text: str) -> None:
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(temporary, 0o666 & ~mask)
+        yield
         os.replace(temporary, file)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.arguments import delta_fields
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
+from mlx_delta.system.kv import check_holds
 from mlx_delta.system.memory import parse_bytes, set_limit
 
 from . import make_caches, stream_generate
@@ -259,6 +260,7 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
                 f"`python -m mlx_delta.calibrate --model {model} --sparsity 0.65` first, or set "
                 "--delta-level."
             )
+        check_holds(own.changed(**given), wish)
         given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
     return own.changed(**given)
 

@@ -163,15 +163,22 @@ def check_delta_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Two of them.
     """
-    delta_flags = [flag_of_field(args, name) for name in delta_fields(args)]
+    fields = delta_fields(args)
+    delta_flags = [flag_of_field(args, name) for name in fields]
     delta_flags += ["--delta-paper"] if args.delta_paper else []
     wish = given_wish(args)
     delta_flags += [] if wish is None else [wish]
     if wish is not None and args.delta_paper:
         raise ValueError(f"--delta-paper and {wish} contradict each other; drop one.")
     for name in ("level", "threshold"):
-        if wish is not None and name in delta_fields(args):  # the parser knows of the flags only
-            raise ValueError(f"{wish} and --delta {name} contradict each other; drop one.")
+        if wish is not None and name in fields:  # the parser knows of the flags only
+            other = flag_of_field(args, name)
+            raise ValueError(f"{wish} and {other} contradict each other; drop one.")
+    if "threshold" in fields and fields.get("level") is not None:
+        one, other = (flag_of_field(args, name) for name in ("level", "threshold"))
+        raise ValueError(f"{one} and {other} contradict each other; drop one.")
+    if args.delta_paper and args.kv is not None:
+        raise ValueError(f"--delta-paper and --kv {args.kv} contradict each other; drop one.")
     if args.no_delta and delta_flags:
         raise ValueError(f"--no-delta and {delta_flags[0]} contradict each other; drop one.")
 

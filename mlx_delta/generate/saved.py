@@ -191,7 +191,9 @@ def check_flags_agree(args: argparse.Namespace, caches: Sequence[Any]) -> None:
     for name, value in wanted.items():
         made = getattr(setting, name)
         if value != made:
-            shown = f"{flag_of_field(args, name)} {value}" if name in given else "--delta-paper"
+            shown = flag_of_field(args, name) if name in given else "--delta-paper"
+            if name in given and not shown.startswith("--kv "):
+                shown += f" {value}"
             raise ValueError(
                 f"{shown} contradicts the prompt cache, which was made with {name}={made}; leave "
                 "the flag out, or make the cache anew."

@@ -12,6 +12,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import find_model, read_config, read_setting
 from mlx_delta.models import get_model_classes, has_class
 from mlx_delta.models.queries import query_sensitivities
+from mlx_delta.system.kv import written_fields
 
 from .settings import Setting, parse_settings
 
@@ -28,14 +29,15 @@ def choose_settings(
         model: A directory, a hub name or a bundled model.
         names: As :func:`parse_settings` takes them.
         changes: What ``delta`` stands for differs in this from the model's own setting, as
-            :meth:`DeltaConfig.parse` reads it; ``None``: in nothing.
+            :func:`written_fields` reads it; ``None``: in nothing.
 
     Raises:
         ValueError: A setting is unknown, or the model can't have it.
     """
     path = find_model(model)
     config = read_config(path)
-    delta = DeltaConfig.parse(changes or "", read_setting(path, config))
+    own = read_setting(path, config) or DeltaConfig()
+    delta = own.changed(**written_fields(changes or ""))
     settings = parse_settings(names, delta)
     needing = [setting.name for setting in settings if setting.delta is not None]
     try:

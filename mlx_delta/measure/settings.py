@@ -23,7 +23,7 @@ from mlx_delta.cache.window_only import WindowOnlyCache
 from mlx_delta.cache.written_out import WrittenOut
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
-from mlx_delta.system.kv import kv_fields
+from mlx_delta.system.kv import check_holds, written_fields
 from mlx_delta.wording import nearest
 
 from .baselines import BASELINES, QuantizedStore
@@ -228,9 +228,6 @@ def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
     fields = []
     for field in text.split(","):
         key, _, value = field.partition("=")
-        if key == "kv":
-            base = base.changed(**kv_fields(value))
-            continue
         if key not in ("sparsity", "kl"):
             fields.append(field)
             continue
@@ -238,14 +235,19 @@ def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
             wanted[key] = float(value)
         except ValueError as error:
             raise ValueError(f"{key} must be a number but got {value!r}.") from error
-    delta = DeltaConfig.parse(",".join(fields), base)
+    changes = written_fields(",".join(fields))
+    delta = base.changed(**changes)
     if not wanted:
         return delta
     if len(wanted) > 1:
         raise ValueError("sparsity and kl both set the level; give one of them.")
+    (wish,) = wanted
+    if changes.get("level") is not None:
+        raise ValueError(f"{wish} and level={changes['level']} both set the level; drop one.")
+    check_holds(delta, wish)
     if not isinstance(delta.sensitivities, Sensitivities) or not delta.sensitivities.curve:
         raise ValueError(
-            f"{next(iter(wanted))} needs a calibrated model; run `python -m mlx_delta.calibrate` "
+            f"{wish} needs a calibrated model; run `python -m mlx_delta.calibrate` "
             "first, or give a level."
         )
     return delta.changed(

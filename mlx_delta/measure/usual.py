@@ -7,9 +7,10 @@ from typing import Any
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, read_config, read_setting
 from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.storage import HEAD_DIMS
 from mlx_delta.sensitivities import Sensitivities
 from mlx_delta.system.kv import kv_fields
-from mlx_delta.system.tuning import NOISE, Shape, Tuning, read_tuning, store_name, tables_count
+from mlx_delta.system.tuning import NOISE, Shape, read_tuning, store_name, tables_count
 
 KIND = "balanced"
 _NAMES = ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -37,8 +38,14 @@ def usual_setting(model: str) -> tuple[Any, str]:
         return MODEL_SETTING, ""
     if own.key_bits is not None or own.value_bits is not None:
         return MODEL_SETTING, ""
-    coded = own.changed(**kv_fields(KIND))
-    most = times_dense(config, coded, read_tuning())
+    try:
+        coded = own.changed(**kv_fields(KIND))
+    except ValueError:  # blocks of which no codes are made
+        return MODEL_SETTING, ""
+    shape = stated_shape(config, coded)
+    if shape is not None and shape.head_dim not in HEAD_DIMS:
+        return MODEL_SETTING, ""
+    most = None if shape is None else read_tuning().times_dense(shape)
     full = "keys and values are kept in full"
     if most is None:
         return MODEL_SETTING, (
@@ -55,8 +62,8 @@ def usual_setting(model: str) -> tuple[Any, str]:
     )
 
 
-def times_dense(config: dict[str, Any], setting: DeltaConfig, table: Tuning) -> float | None:
-    """The most that a setting takes of dense attention's time, by the shape that a file states."""
+def stated_shape(config: dict[str, Any], setting: DeltaConfig) -> Shape | None:
+    """What the table would know a model's layers by, as its file states them."""
     config = config.get("text_config") or config
     heads, kv_heads, head_dim = (config.get(name) for name in _NAMES)
     if not isinstance(heads, int) or heads < 1:
@@ -65,5 +72,4 @@ def times_dense(config: dict[str, Any], setting: DeltaConfig, table: Tuning) -> 
         head_dim = config["hidden_size"] // heads
     if not isinstance(head_dim, int):
         return None
-    shape = Shape(store_name(setting), heads, kv_heads or heads, head_dim)
-    return table.times_dense(shape)
+    return Shape(store_name(setting), heads, kv_heads or heads, head_dim)

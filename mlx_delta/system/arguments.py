@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Protocol
 
-from mlx_delta.config import DeltaConfig
-from mlx_delta.notation import read_fields
-
-from .kv import HELP, KV, kv_fields
+from .kv import HELP, KV, kv_fields, written_fields
 
 # The flags of single fields; --delta can say them all.
 FIELDS = (
@@ -37,7 +34,7 @@ def add_delta_argument(parser: Arguments) -> None:
         "--delta",
         metavar="SETTING",
         help="What differs from the model's own setting, such as key_bits=4,level=0.1: any "
-        "field of DeltaConfig. Default: nothing.",
+        "field of DeltaConfig, or kv=balanced. Default: nothing.",
     )
 
 
@@ -109,7 +106,7 @@ def delta_fields(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: ``--delta`` is wrong, or a flag says a field again.
     """
-    fields = read_fields(args.delta or "", DeltaConfig)
+    fields = written_fields(args.delta or "")
     for name in FIELDS:
         value = getattr(args, f"delta_{name}", None)
         if value is None:
@@ -130,7 +127,7 @@ def delta_fields(args: argparse.Namespace) -> dict[str, Any]:
 def flag_of_field(args: argparse.Namespace, name: str) -> str:
     """The flag that gave a field, as messages name it."""
     kind = getattr(args, "kv", None)
-    if kind and name in kv_fields(kind) and name not in read_fields(args.delta or "", DeltaConfig):
+    if kind and name in kv_fields(kind) and name not in written_fields(args.delta or ""):
         if getattr(args, f"delta_{name}", None) is None:
             return f"--kv {kind}"
     return _flag(name) if getattr(args, f"delta_{name}", None) is not None else f"--delta {name}"
@@ -138,7 +135,10 @@ def flag_of_field(args: argparse.Namespace, name: str) -> str:
 
 def _number(text: str) -> float:
     """A number, whole where it is written so."""
-    return int(text) if text.strip().isdecimal() else float(text)
+    try:
+        return int(text) if text.strip().isdecimal() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
 
 
 def _flag(name: str) -> str:

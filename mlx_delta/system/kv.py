@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_delta.config import DeltaConfig
+from mlx_delta.notation import read_fields
 from mlx_delta.wording import nearest
 
 # Bytes and KL divergence from dense attention on SmolLM2-135M-Instruct: docs/results.md.
@@ -49,3 +51,39 @@ def kv_fields(name: str) -> dict[str, Any]:
             f"[kv] unknown kind {name!r}{nearest(name, KV)}; known are {', '.join(KV)}."
         )
     return dict(KV[name])
+
+
+def written_fields(text: str) -> dict[str, Any]:
+    """The fields that ``kv=small,sinks=0`` names: any of :class:`DeltaConfig`, and a short name.
+
+    Raises:
+        ValueError: A field or name is unknown, lacks a value, or two of them give the same field.
+    """
+    parts = text.split(",") if text.strip() else []
+    kinds = [part for part in parts if part.partition("=")[0].strip() == "kv"]
+    fields = read_fields(",".join(part for part in parts if part not in kinds), DeltaConfig)
+    if len(kinds) > 1:
+        raise ValueError("[DeltaConfig] kv is given twice; drop one.")
+    for part in kinds:
+        for name, value in kv_fields(part.partition("=")[2].strip()).items():
+            if name in fields:
+                raise ValueError(f"{part.strip()} and {name} both give {name}; drop one.")
+            fields[name] = value
+    return fields
+
+
+def check_holds(setting: DeltaConfig, wish: str) -> None:
+    """Refuse a wish for how much is held, of a setting that holds nothing.
+
+    Args:
+        setting: What the wish is of.
+        wish: As the user wrote it.
+
+    Raises:
+        ValueError: Its keys are codes.
+    """
+    if setting.key_format == "codes":
+        raise ValueError(
+            f"{wish} says how much is held, but of keys with key_format='codes' nothing is; drop "
+            "it, or give --delta key_format=held."
+        )

@@ -43,6 +43,7 @@ PATHS = (*SPLITS, UNPACK)
 NOISE = 1.02
 
 _LARGEST = 1 << 20  # bytes of a file that is read
+_LONGEST = 1e9  # seconds that may have been measured
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,14 @@ class Tuning:
         return max(ratios, default=None)
 
     def merged(self, newer: Tuning) -> Tuning:
-        """Both; where both know a shape, the newer one's."""
-        return Tuning({**self.seconds, **newer.seconds})
+        """Both; where both know a shape's length, the newer one's."""
+        shapes = {**self.seconds, **newer.seconds}
+        return Tuning(
+            {
+                shape: {**self.seconds.get(shape, {}), **newer.seconds.get(shape, {})}
+                for shape in shapes
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
@@ -149,7 +156,7 @@ def _length(text: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < _LONGEST:
         raise ValueError(f"{value!r:.20} is no time")
     return float(value)
 
@@ -184,13 +191,8 @@ def read_tuning() -> Tuning:
     """This machine's table, read once; an empty one where there is none that can be used."""
     if not tables_count():
         return Tuning()
-    file = table_file()
     try:
-        if not file.is_file():
-            return Tuning()
-        if file.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} bytes")
-        return Tuning.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return _read(file := table_file())
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
@@ -201,18 +203,56 @@ def read_tuning() -> Tuning:
         return Tuning()
 
 
+def _read(file: Path) -> Tuning:
+    """A file's table; an empty one where there is no file.
+
+    Raises:
+        ValueError: It is none that can be used.
+        OSError: It can't be read.
+    """
+    if not file.exists():
+        return Tuning()
+    if not file.is_file():
+        raise ValueError("it is no file")
+    if file.stat().st_size > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST} bytes")
+    return Tuning.from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def check_place() -> None:
+    """Refuse a place where no table can be written, before anything is measured.
+
+    Raises:
+        OSError: It is one.
+    """
+    file = table_file()
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, where the table is to be; remove it.")
+    existing = next(parent for parent in file.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"the table is to be {file}, but can't be written in {existing}; name another folder "
+            "with MLX_DELTA_CACHE."
+        )
+
+
+def with_known(table: Tuning) -> Tuning:
+    """A table with what this machine's file knows besides, whether tables count or not."""
+    try:
+        known = _read(table_file())
+    except (OSError, ValueError, RecursionError):
+        return table  # a damaged one is about to be replaced
+    return known.merged(table)
+
+
 def write_tuning(table: Tuning) -> Path:
-    """Put a table in its place, over what is known of other shapes; returns the file.
+    """Put a table in its place, over what is known of other shapes and lengths; returns the file.
 
     Raises:
         OSError: It can't be written; an older one stays as it was.
     """
     file = table_file()
-    read_tuning.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged one is about to be replaced
-        known = read_tuning()
-    text = json.dumps(known.merged(table).to_json(), indent=1)
+    text = json.dumps(with_known(table).to_json(), indent=1)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
     try:

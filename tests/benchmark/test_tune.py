@@ -149,6 +149,37 @@ def test_without_a_gpu_there_is_nothing_to_decide(machine, capsys):
     assert capsys.readouterr().out == NOTHING + "\n" and not machine.exists()
 
 
+def test_what_can_not_be_kept_or_measured_is_said_at_once(machine, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "has_kernels", lambda: True)
+    monkeypatch.setattr(command, "seconds_of", None)
+    assert main(["--tune", "--prompt-tokens", "64"]) == 1
+    assert "--prompt-tokens says nothing about --tune" in capsys.readouterr().err
+    folder = write_llama(tmp_path / "llama", max_position_embeddings=512, head_dim=16)
+    assert main(["--model", str(folder), "--tune"]) == 1
+    assert "can keep its keys and values as codes, so there is nothing" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "free_memory", lambda _: (0, "nothing"))
+    assert main(["--model", "demo", "--tune", "--contexts", "64", "32"]) == 1
+    assert "there is no memory for 32 tokens" in capsys.readouterr().err
+    tuning.table_file().mkdir(parents=True)
+    assert main(["--model", "demo", "--tune"]) == 1
+    assert "is a folder, where the table is to be" in capsys.readouterr().err
+
+
+def test_a_table_that_can_not_be_kept_is_still_in_the_output(tried, monkeypatch, capsys, tmp_path):
+    def full(table):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(command, "tried_shapes", lambda _: [tried[SHAPE]])
+    monkeypatch.setattr(command, "has_kernels", lambda: True)
+    monkeypatch.setattr(command, "seconds_of", fake)
+    monkeypatch.setattr(command, "write_tuning", full)
+    flags = ["--tune", "--contexts", "64", "--output", str(tmp_path / "out.json")]
+    assert main(["--model", "demo", *flags]) == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("error: no space left\n") and SHAPE.store in said.out
+    assert json.loads((tmp_path / "out.json").read_text())["kind"] == "tuning"
+
+
 @pytest.mark.parametrize("other", [["--decode"], ["--roofline", "M4"]], ids=str)
 def test_one_thing_at_a_time(other, capsys):
     assert main(["--tune", *other]) == 1

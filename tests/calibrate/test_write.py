@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.calibrate.write import copy_model, merged, with_entry, write_setting, write_text
+from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 
+WEIGHTS, OTHER_WEIGHTS = (Sensitivities([np.full((2, 4), x, np.float32)]) for x in (1, 2))
 NEW = DeltaConfig(threshold=(0.5, (1.0, 2.0)))
 VALUE = {"threshold": [0.5, [1.0, 2.0]]}
 
@@ -131,3 +136,29 @@ def test_a_new_file_is_as_readable_as_any(tmp_path):
     ordinary.write_text("x")
     write_text(ours, "x")
     assert ours.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_on_a_full_disk_setting_and_sensitivities_stay_as_they_were(tmp_path, monkeypatch):
+    file, sensitive = tmp_path / "config.json", DeltaConfig(sensitivities=WEIGHTS)
+    file.write_text(INDENTED)
+    write_setting(file, sensitive)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"config.json", FILE_NAME}
+    other = sensitive.changed(level=0.5, sensitivities=OTHER_WEIGHTS)
+
+    def failing(error: Exception) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise error
+
+        return fail
+
+    for place, name, error in (
+        (os, "fsync", OSError("no space left on device")),
+        (mx, "save_safetensors", RuntimeError("[write] Unable to write 664 bytes to file.")),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space|can't write"):
+            patch.setattr(place, name, failing(error))
+            write_setting(file, other)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_setting(file, other)
+    assert Sensitivities.read(tmp_path / FILE_NAME) == OTHER_WEIGHTS

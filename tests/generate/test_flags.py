@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mlx_delta.generate.flags import BOUNDS, CHOICES, build_parser, flag
+from mlx_delta.generate.command import choose_delta
+from mlx_delta.generate.flags import BOUNDS, CHOICES, build_parser, check_delta_flags, flag
 from tests.tiny import write_llama
 
 WRONG = {
@@ -144,3 +145,24 @@ def test_a_text_too_long_for_any_context_is_not_cut_up(command_line, path, tmp_p
     )
     status, _, err = command_line("--model", path, "--prompt-file", tmp_path / "long.txt")
     assert status == 1 and "more than the model's context of 20 tokens can hold" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--kv exact --delta-sparsity 0.6", "--delta-sparsity and --kv exact contradict"),
+        ("--kv exact --delta-threshold 0.5", "--kv exact and --delta-threshold contradict"),
+        ("--kv small --delta-paper", "--delta-paper and --kv small contradict"),
+        ("--delta level=1 --delta-kl 0.1", "--delta-kl and --delta level contradict"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named_as_they_were_given(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_delta_flags(build_parser().parse_args(["--prompt", "x", *flags.split()]))
+
+
+@pytest.mark.parametrize("wish", ["--delta-sparsity", "--delta-kl"])
+def test_of_codes_nothing_is_held(wish):
+    args = build_parser().parse_args(["--prompt", "x", "--kv", "small", wish, "0.0001"])
+    with pytest.raises(ValueError, match=f"{wish} says how much is held, but of keys with"):
+        choose_delta(args, "demo")

@@ -81,6 +81,20 @@ def test_the_same_setting_twice_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("delta:kv=small,key_bits=4", "kv=small and key_bits both give key_bits; drop one"),
+        ("delta:kv=small,kv=exact", "kv is given twice"),
+        ("delta:kv=small,sparsity=0.5", "sparsity says how much is held, but of keys with"),
+        ("delta:level=0.1,sparsity=0.5", "sparsity and level=0.1 both set the level; drop one"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(name, message):
+    with pytest.raises(ValueError, match=f"in '{name}': .*{message}"):
+        parse_setting(name)
+
+
+@pytest.mark.parametrize(
     ("name", "kind"),
     [("dense", KVCache), ("kv8", KVCache), ("rotating:40", RotatingKVCache)]
     + [("delta", DeltaKVCache), ("window-only", WindowOnlyCache), ("paper", DeltaKVCache)],

@@ -115,3 +115,19 @@ def test_what_a_model_says_of_itself_wins(on_a_gpu, capsys, tmp_path, delta):
     (tmp_path / "model" / "config.json").write_text(json.dumps({**CONFIG, "delta": delta}))
     assert chosen(model=str(tmp_path / "model")) == MODEL_SETTING
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("entries", "delta"),
+    [({}, {"block_size": 20, "window": 20}), ({"head_dim": 40}, {})],
+    ids=["blocks", "dimension"],
+)
+def test_where_no_codes_are_made_nothing_is_chosen_or_said(
+    on_a_gpu, tmp_path, capsys, entries, delta
+):
+    on_a_gpu(Tuning())
+    shutil.copytree(BUNDLED / DEMO, tmp_path / "model")
+    config = {**CONFIG, **entries, "delta": {**CONFIG["delta"], **delta}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert chosen(model=str(tmp_path / "model")) == MODEL_SETTING
+    assert capsys.readouterr().err == ""

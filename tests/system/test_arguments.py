@@ -35,6 +35,7 @@ def parse(*flags: str) -> argparse.Namespace:
         (["--kv", "balanced", "--delta-sinks", "0"], {"sinks": 0, **KV["balanced"]}),
         (["--kv", "exact"], KV["exact"]),
         (["--kv", "small"], KV["small"]),
+        (["--delta", "kv=small, sinks=0"], {"sinks": 0, **KV["small"]}),
         (["--delta-paper"], {}),
         (["--no-delta"], {}),
     ],
@@ -55,6 +56,9 @@ def test_both_forms_give_fields(flags, expected):
             ["--kv", "small", "--delta-key-bits", "8"],
             "--kv small and --delta-key-bits both give key_bits; drop one.",
         ),
+        (["--delta", "kv=exact,level=0"], "kv=exact and level both give level; drop one."),
+        (["--delta", "kv=small,kv=small"], "kv is given twice"),
+        (["--delta", "kv="], "unknown kind ''"),
         (["--delta", "bits=4"], "unknown option 'bits' (did you mean key_bits"),
         (["--delta", "sinks"], "sinks lacks a value"),
     ],
@@ -63,6 +67,12 @@ def test_what_contradicts_or_is_unknown_is_refused(flags, message):
     with pytest.raises(ValueError) as error:
         delta_fields(parse(*flags))
     assert message in str(error.value)
+
+
+def test_bits_that_are_no_number_are_named_as_such(capsys):
+    with pytest.raises(SystemExit):
+        parse("--delta-key-bits", "4,4")
+    assert capsys.readouterr().err.endswith("argument --delta-key-bits: '4,4' is no number\n")
 
 
 def test_messages_name_the_flag_that_was_given():

@@ -73,10 +73,11 @@ def test_what_is_written_is_found_again(machine):
     assert read_tuning() == TABLE and list(file.parent.iterdir()) == [file]
     assert tuning.decode_path(BALANCED, 1000) == UNPACK
     assert tuning.decode_path(BALANCED, 9000) == KERNEL
-    # Another model's shapes come beside it; measured again, a shape's times are the new ones.
+    # Another model's shapes come beside it; measured again, a length's times are the new ones.
     again = {1024: {DENSE: 1.0, KERNEL: 1.0}}
     write_tuning(Tuning({OTHER: again, BALANCED: again}))
-    assert read_tuning() == Tuning({BALANCED: again, OTHER: again})
+    longer = {8192: TABLE.seconds[BALANCED][8192]}
+    assert read_tuning() == Tuning({BALANCED: again | longer, OTHER: again})
     assert tuning.decode_path(BALANCED, 1000) == KERNEL
 
 
@@ -92,6 +93,10 @@ def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("MLX_DELTA_TUNING", "off")
     read_tuning.cache_clear()
     assert read_tuning() == Tuning()
+    write_tuning(Tuning({OTHER: {1024: {DENSE: 1.0, KERNEL: 1.0}}}))
+    monkeypatch.delenv("MLX_DELTA_TUNING")
+    read_tuning.cache_clear()
+    assert list(read_tuning().seconds) == [BALANCED, OTHER], "what was known is still there"
 
 
 def changed(**entries):
@@ -121,12 +126,13 @@ def shape(**entries):
         (lambda: shape(lengths={"1024": {"dense": -1}}), "-1 is no time"),
         (lambda: shape(lengths={"1024": {"dense": "fast"}}), "'fast' is no time"),
         (lambda: shape(lengths={"1024": {"dense": float("nan")}}), "nan is no time"),
+        (lambda: shape(lengths={"1024": {"dense": 10**400}}), "00 is no time"),
         (lambda: shape(lengths=[]), "it lacks something"),
         (lambda: "[" * 100_000, "is not used: "),
         (lambda: " " * (1 << 21), "it has more than 1048576 bytes"),
     ],
     ids=["cut", "a list", "format", "device", "release", "shapes", "negative", "boolean", "length",
-         "time", "text", "nan", "lengths", "deep", "large"],
+         "time", "text", "nan", "endless", "lengths", "deep", "large"],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_named_and_left_alone(text, reason):
     file = table_file()
@@ -150,3 +156,17 @@ def test_a_place_that_can_not_be_written_leaves_the_older_table(machine, monkeyp
     with pytest.raises(OSError, match="no space left"):
         write_tuning(Tuning({OTHER: {1: {DENSE: 1.0}}}))
     assert read_tuning() == TABLE and list(file.parent.iterdir()) == [file]
+
+
+def test_a_place_that_can_not_be_written_is_named_before_anything_is_measured(machine, monkeypatch):
+    tuning.check_place()
+    assert list(machine.iterdir()) == []
+    table_file().mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=r"\.json is a folder, where the table is to be"):
+        tuning.check_place()
+    with pytest.warns(UserWarning, match=r"\.json is not used: it is no file"):
+        assert read_tuning() == Tuning()
+    (machine / "file").write_text("")
+    monkeypatch.setenv("MLX_DELTA_CACHE", str(machine / "file" / "below"))
+    with pytest.raises(PermissionError, match="can't be written in .*file; name another folder"):
+        tuning.check_place()
