@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .single import DeltaKVCache
@@ -29,6 +30,18 @@ def map_caches(caches: Sequence[Any], change: Callable[[Any, int], Any]) -> list
         return change(cache, index)
 
     return [put(cache, index) for index, cache in enumerate(caches)]
+
+
+def settle(caches: Any) -> None:
+    """Compute all that caches of a model, or of several texts, keep, so that any thread can go on.
+
+    Some of it, such as codes of a block that is complete, is needed by later tokens only.
+    """
+    if isinstance(caches, (list, tuple)):
+        for cache in caches:
+            settle(cache)
+    elif not caches.empty():
+        mx.eval(caches.state)
 
 
 def replace_ordinary(caches: Sequence[Any], make: Callable[[int], Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_delta.cache import DeltaKVCache
 from mlx_delta.cache.check_state import length_of
-from mlx_delta.cache.layout import map_caches
+from mlx_delta.cache.layout import map_caches, settle
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
 from mlx_delta.system.thread_end import cleared_with_thread
@@ -54,7 +54,9 @@ def generate(
         ValueError: As for :func:`stream_generate`.
     """
     tokens = _prepare("generate", model, tokenizer, prompt, kwargs)
-    return mlx_lm_generate(model, tokenizer, tokens, verbose=verbose, **kwargs)
+    text = mlx_lm_generate(model, tokenizer, tokens, verbose=verbose, **kwargs)
+    settle(kwargs["prompt_cache"])
+    return text
 
 
 def stream_generate(
@@ -74,7 +76,24 @@ def stream_generate(
         MemoryError: The caches would not fit the memory that is free.
     """
     tokens = _prepare("stream_generate", model, tokenizer, prompt, kwargs)
-    return mlx_lm_stream_generate(model, tokenizer, mx.array(tokens), **kwargs)
+    responses = mlx_lm_stream_generate(model, tokenizer, mx.array(tokens), **kwargs)
+    return _settling(responses, kwargs["prompt_cache"])
+
+
+def _settling(
+    responses: Generator[GenerationResponse, None, None], caches: list[Any]
+) -> Generator[GenerationResponse, None, None]:
+    """The same responses; after the last one, or where they are left, the caches are computed.
+
+    So that another thread can go on with them: no token that was drawn needed the last block's
+    held keys or codes yet.
+    """
+    try:
+        yield from responses
+    except GeneratorExit:
+        settle(caches)
+        raise
+    settle(caches)
 
 
 def batch_generate(
@@ -128,7 +147,9 @@ def batch_generate(
         given = "max_tokens" in kwargs
         length = len(ids) + length_of(cache or [])
         limits[i] = limit_answer(name, model, length, limits[i], given)
-    return mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
+    made = mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
+    settle(made.caches or [])
+    return made
 
 
 def _for_each(name: str, option: str, value: Any, prompts: list[list[int]]) -> list[Any]:

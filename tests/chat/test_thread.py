@@ -9,6 +9,8 @@ import mlx.core as mx
 import pytest
 
 import mlx_delta
+from mlx_delta import DeltaConfig
+from mlx_delta.cache import DeltaKVCache
 from mlx_delta.chat import Conversation, ModelThread, Options
 from mlx_delta.generate import make_caches
 from tests.tiny import SMALL
@@ -55,6 +57,32 @@ def test_caches_of_an_answer_that_has_ended_cross(default):
         return caches
 
     assert text(default, elsewhere(begin)) == text(default, begin())
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["ended", "closed"])
+@pytest.mark.parametrize(
+    "setting",
+    ["", "level=0.03", "key_format=codes,key_bits=4,value_bits=4", "level=0.03,key_bits=4"],
+    ids=["thresholds", "full", "codes", "deltas"],
+)
+def test_caches_of_many_blocks_cross_at_every_turn(default, setting, close):
+    model, tokenizer = default
+    config = DeltaConfig.parse(setting, SMALL)
+    caches = [DeltaKVCache(config.for_layer(i, 3)) for i in range(3)]
+
+    def turn(prompt):
+        answer = mlx_delta.stream_generate(
+            model, tokenizer, prompt, max_tokens=9, prompt_cache=caches
+        )
+        if close:
+            next(answer)
+            answer.close()
+        else:
+            list(answer)
+
+    for first, length in ((0, 41), (41, 15), (56, 1), (57, 40)):
+        elsewhere(lambda a=first, n=length: turn(list(range(a, a + n))))
+    assert caches[0].offset >= 97
 
 
 def test_seeds_are_of_the_thread_that_draws():
