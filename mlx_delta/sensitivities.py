@@ -178,11 +178,22 @@ class Sensitivities:
         return Sensitivities(layers, curve, file, *others)
 
     def key_costs(self) -> list[np.ndarray | None]:
-        """``u`` of :mod:`mlx_delta.widths` of each layer's channels, [Hkv, D], where known."""
-        return [
-            None if weights is None or spread is None else weights**KEY_POWER * np.square(spread)
-            for weights, spread in zip(self.layers, self.spread, strict=True)
-        ]
+        """``u`` of :mod:`mlx_delta.widths` of each layer's channels, [Hkv, D], where known.
+
+        Raises:
+            ValueError: They are too large to be compared.
+        """
+        with np.errstate(over="ignore"):
+            found = [
+                None
+                if weights is None or spread is None
+                else weights**KEY_POWER * np.square(spread)
+                for weights, spread in zip(self.layers, self.spread, strict=True)
+            ]
+        for i, costs in enumerate(found):
+            if costs is not None and not np.isfinite(costs.sum()):
+                raise ValueError(f"[Sensitivities] weights and spread of layer {i} are too large.")
+        return found
 
     def of_layer(self, n_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
         """The weights of a single layer and its salience, each float32 [Hkv, D].

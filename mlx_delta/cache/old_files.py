@@ -17,7 +17,8 @@ The last keys were full ones, in a buffer of their own from position ``firsts`` 
 
 The buffers of such a state, in order: near keys [B, Hkv, room, D], one or three of values, masks
 [B, Hkv, blocks, size - 1, words], payload [B, words], offsets [B, Hkv, blocks], grid
-[B, Hkv, blocks, 2, D] or none, sinks [B, Hkv, sinks, D] or none, zeros [B, Hkv, blocks].
+[B, Hkv, blocks, 2, D] or none, sinks [B, Hkv, sinks, D] or none, zeros [B, Hkv, blocks]. Beside
+quantized values keys could also be as they are now, in full or as codes of any kind.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mlx_delta.ops.storage import HEAD_DIMS, LARGEST
 
 from .dropping import stored
 from .far_keys import DTYPES
+from .kinds import key_kind
 from .store import spread
 
 PACKED = ("masks", "payload", "offsets", "grid", "sinks", "zeros")
@@ -58,18 +60,20 @@ def modern_state(
     setting = DeltaConfig.from_dict(fields)
     header = {**header, "config": fields}
     count = 3 if quantized else 1
-    if len(buffers) != 1 + count + (len(PACKED) if packed else 2):
+    of_keys = len(PACKED) if packed else key_kind(setting).n_arrays - 1
+    if len(buffers) != 1 + count + of_keys:
         raise ValueError(f"it has {len(buffers) + 1} parts")
     if all(x is None for x in buffers):
-        return header, [None] * 4
+        return header, [None] * (2 + key_kind(setting).n_arrays - 1)
     say("[prompt_cache] keys or values were packed by an earlier version; they are in full now.")
     keys, values, others = buffers[0], buffers[1 : 1 + count], buffers[1 + count :]
     # Nothing empty: dimensions of arrays without numbers may be anything.
     if any(not isinstance(x, mx.array) or x.ndim != 4 or not x.size for x in (keys, *values)):
         raise ValueError("it lacks one of its buffers")
-    if packed and header["type"] not in DTYPES:
-        raise ValueError(f"it is of type {str(header['type'])[:40]!r}")
-    dtype = DTYPES[header["type"]] if packed else keys.dtype
+    name = header.get("type")  # of full keys, where others are stored in fewer bits
+    if (packed or name is not None) and name not in DTYPES:
+        raise ValueError(f"it is of type {str(name)[:40]!r}")
+    dtype = keys.dtype if name is None else DTYPES[name]
     if quantized:
         values = [_plain_values(values, config["value_bits"], dtype)]
     if not packed:

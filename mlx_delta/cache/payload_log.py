@@ -120,6 +120,7 @@ class PayloadLog:
 
     def _reserve_words(self, words: int) -> None:
         """Make room in the payload, and a little more, so that it need not grow every time."""
+        words += self.spare
         if words > self.payload.shape[1]:
             shape = (self.payload.shape[0], words + self._slack)
             self.payload = grow(self.payload, shape, mx.uint32, axis=1)

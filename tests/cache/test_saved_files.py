@@ -11,7 +11,7 @@ from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.utils import load_model
 
 import mlx_delta
-from mlx_delta import BatchDeltaKVCache, DeltaKVCache
+from mlx_delta import BatchDeltaKVCache, DeltaConfig, DeltaKVCache
 from tests.fixtures import make
 
 from .broken import header, replaced, setting
@@ -143,6 +143,28 @@ def test_an_old_state_from_before_it_was_filled(old_state):
     text = json.dumps({**json.loads(old_state[0]), "lengths": [0], "encoded": [0], "model": None})
     cache = DeltaKVCache.from_state([text, *[None] * 10])
     assert cache.empty() and cache.config.key_bits is None
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+@pytest.mark.parametrize(
+    "text", ["key_format=codes,key_bits=4", "level=0.03,key_bits=4"], ids=["codes", "deltas"]
+)
+def test_quantized_values_beside_coded_keys(model, text):
+    config = DeltaConfig.parse(text, make.SETTING)
+    caches = make.caches_of(model, config, make.LENGTH)
+    name, near, values, *others = caches[0].state
+    words = mx.quantize(values.astype(mx.float16), 32, 8)  # as they were stored
+    fields = json.loads(name)
+    state = [json.dumps({**fields, "config": {**fields["config"], "value_bits": 8}})]
+    found = DeltaKVCache.from_state([*state, near, *words, *others])
+    assert found.config == caches[0].config
+    keys, read = found.keys_and_values()
+    np.testing.assert_array_equal(keys, caches[0].keys_and_values()[0])
+    wanted = mx.dequantize(words[0], *(x.astype(values.dtype) for x in words[1:]), 32, 8)
+    np.testing.assert_array_equal(read, wanted[:, :, : make.LENGTH])
+    empty = {**json.loads(state[0]), "lengths": [0], "encoded": [0], "model": None}
+    nothing = [None] * (len(others) + 4)
+    assert DeltaKVCache.from_state([json.dumps(empty), *nothing]).empty()
 
 
 def test_mlx_lm_runs_the_converted_directory_by_the_file_in_it(model):
