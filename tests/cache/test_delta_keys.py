@@ -131,6 +131,15 @@ def test_the_last_words_have_two_behind_them():
         DeltaKVCache.from_state(replaced(state, 3, state[3][:, : words + 1]))
 
 
+def test_a_block_of_the_most_words_leaves_room_for_them():
+    """Of which the last one just fits, and nothing is behind it unless that is counted too."""
+    cache = DeltaKVCache(dataclasses.replace(PLAIN, level=0.0))
+    for t in range(LENGTH):
+        cache.update_and_fetch(*(mx.array(x[:, :, t : t + 1]) for x in TEXT[1:]))
+        if cache.full_from != [0]:
+            assert DeltaKVCache.from_state(cache.state).offset == t + 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
