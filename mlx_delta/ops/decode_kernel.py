@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_delta.kernels import kernel_source
 
+from .building import make_kernel
 from .launching import LEAST_ELEMENTS, SIMD, check_shapes, constant, filler
 from .pack import PackedBlocks
 from .pack_kernel import check_packed
@@ -56,7 +57,7 @@ REDUCE_BODY = """
 @cache
 def decode_kernel() -> Any:
     """delta_decode, the first launch."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_decode",
         input_names=[
             *("queries", "rows", "masks", "payload", "offsets", "grid", "sinks", "near"),
@@ -71,7 +72,7 @@ def decode_kernel() -> Any:
 @cache
 def reduce_kernel() -> Any:
     """delta_decode, the second launch."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_decode_reduce",
         input_names=["partial", "sums"],
         output_names=["out"],

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
 
+from .building import make_kernel
 from .hold import block_thresholds
 from .launching import SAFE_MATH, SIMD, check_shapes, constant, filler, padded
 from .pack import HEAD_DIMS, LARGEST, EncodedBlocks, PackedBlocks, worst_words
@@ -44,7 +45,7 @@ ENCODE_BODY = """
 @cache
 def encode_kernel() -> Any:
     """delta_encode."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_encode",
         input_names=["keys", "thresholds", "place"],
         output_names=["masks", "payload", "counts", "grid"],
@@ -111,7 +112,7 @@ UNPACK_BODY = """
 @cache
 def unpack_kernel() -> Any:
     """delta_unpack."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_unpack",
         input_names=["masks", "payload", "offsets", "grid"],
         output_names=["held"],

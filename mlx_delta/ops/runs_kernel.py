@@ -11,6 +11,7 @@ import numpy as np
 from mlx_delta.kernels import kernel_source
 
 from .backend import has_kernels
+from .building import make_kernel
 from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD
 
 BODY = """
@@ -30,7 +31,7 @@ BODY = """
 @cache
 def runs_kernel() -> Any:
     """delta_runs."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_runs",
         input_names=["keys", "tokens", "costs", "sinks"],
         output_names=["starts", "means"],

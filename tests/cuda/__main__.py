@@ -19,7 +19,6 @@ from ..kernels.delta_case import lanes
 from .count import Trips, Walk, count
 from .launches import captured
 from .nvcc import compile_cuda
-from .translate import cuda_source
 
 D, QUERIES, TOKENS = 128, 4, 64
 OVER_BLOCKS = "base < end; base += Ahead"
@@ -66,7 +65,7 @@ def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
         trips.append(Trips(f"add_kind<{kind},", "FFMA", total))
     trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, OVER_BLOCKS, trips, cold)
+    return found["codes_decode"].text, Walk(TOKENS, OVER_BLOCKS, trips, cold)
 
 
 # Bits of lanes, and of values.
@@ -100,7 +99,7 @@ def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:
         Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN),
     ]
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    source = cuda_source(found["deltas_decode"], "kernel")
+    source = found["deltas_decode"].text
     return source, Walk(TOKENS * ahead, OVER_BLOCKS, trips, cold)
 
 
@@ -139,9 +138,7 @@ def delta_decode() -> tuple[str, Walk]:
         Trips(per_token, "SHFL", each * QUERIES, "simd_shuffle(score"),
     ]
     cold = ("stage(from,", "S*)key_words)[t")
-    return cuda_source(found["delta_decode"], "kernel"), Walk(
-        TOKENS, "unit < (int(split)", trips, cold
-    )
+    return found["delta_decode"].text, Walk(TOKENS, "unit < (int(split)", trips, cold)
 
 
 def row(name: str, source: str, walk: Walk) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURE = "sm_90a"  # H100, H200
+STAND_INS = Path(__file__).parent / "include"  # for MLX's own header
 NVCC_HINT = "nvcc is not on PATH (it comes with NVIDIA's CUDA toolkit)"
 DISASSEMBLER_HINT = (
     "nvdisasm is not on PATH; it comes with the CUDA toolkit and with the package "
@@ -63,6 +64,7 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
         file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
         file.write_text(source, encoding="utf-8")
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
+        command.append(f"-I{STAND_INS}")
         # 177: constants of shared headers that this kernel does not use.
         command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "--resource-usage"]
         result = subprocess.run(
