@@ -129,10 +129,11 @@ METAL_INLINE float ceil(float x) { return ceilf(x); }
 METAL_INLINE float floor(float x) { return floorf(x); }
 METAL_INLINE bool isnan(float x) { return x != x; }
 METAL_INLINE uint popcount(uint x) { return __popc(x); }
+METAL_INLINE float log2(float x) { return log2f(x); }
+METAL_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 METAL_INLINE float exp(float x) { return __expf(x); }
-// A product that is rounded before anything is added to it.
-#define ROUNDED_PRODUCT
-METAL_INLINE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+#define EXACT_PRODUCT
+METAL_INLINE float exact_product(float a, float b) { return __fmul_rn(a, b); }  // never fused
 
 namespace fast {
 METAL_INLINE float exp2(float x) {
@@ -260,4 +261,4 @@ METAL_INLINE uint funnel_right(uint low, uint high, uint shift) {
   using metal::half2; using metal::int2; using metal::uint2; using metal::uint3;             \
   using metal::max; using metal::min; using metal::abs; using metal::rsqrt;                  \
   using metal::sqrt; using metal::rint; using metal::round; using metal::ceil;               \
-  using metal::floor; using metal::exp;
+  using metal::floor; using metal::exp; using metal::log2; using metal::fma;

@@ -38,7 +38,7 @@ inline ulong optimal_cuts(
   sums[lane] = 0.0f;
   before[lane] = 0.0f;
   for (int t = 0; t < Size; ++t) {
-    sum += tokens[t] * (keys[t * D] - mean);
+    sum += exact_product(tokens[t], keys[t * D] - mean);
     sums[(t + 1) * 32 + lane] = sum;
   }
   for (int t = 1; t <= Size; ++t) {
@@ -46,7 +46,8 @@ inline ulong optimal_cuts(
     int begin = 0;
     for (int s = 0; s < t; ++s) {
       float moment = sums[t * 32 + lane] - sums[s * 32 + lane];
-      float candidate = before[s * 32 + lane] - moment * moment / (total[t] - total[s]);
+      float gain = exact_product(moment, moment) / (total[t] - total[s]);
+      float candidate = before[s * 32 + lane] - gain;
       if (candidate < least) {
         least = candidate;
         begin = s;
@@ -74,7 +75,7 @@ inline ulong greedy_cuts(const device float* keys, const device float* tokens, f
     float threshold = base / sqrt(sqrt(tokens[t]));
     // "not more than" rather than "less than": a NaN compares false and starts a run.
     bool keep = abs(key - (first + sum / weight)) <= threshold;
-    sum = keep ? sum + tokens[t] * (key - first) : 0.0f;
+    sum = keep ? sum + exact_product(tokens[t], key - first) : 0.0f;
     weight = (keep ? weight : 0.0f) + tokens[t];
     first = keep ? first : key;
     cuts |= keep ? 0ul : 1ul << t;
@@ -136,7 +137,7 @@ inline void delta_runs(
     float weight = tokens[t];
     int end = t + 1;
     for (; end < Size && !((cuts >> end) & 1ul); ++end) {
-      sum += tokens[end] * (keys[end * D + d] - first);
+      sum += exact_product(tokens[end], keys[end * D + d] - first);
       weight += tokens[end];
     }
     // Of one key, or of equal ones, the mean is exactly that.

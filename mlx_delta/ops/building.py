@@ -9,7 +9,7 @@ which infinities and NaN mean what IEEE 754 says; kernels that compare values wi
 for it by name. CUDA: with NVRTC, for the GPU at hand, and without options of ours: fast-math is
 off, so that division and square roots are rounded as IEEE says and subnormal numbers count, but a
 product and the sum it goes into may become one operation that rounds once. Where a decision hangs
-on the bits of such a sum, the source calls ``rounded_product``, which CUDA keeps apart.
+on the bits of such a sum, the source calls ``exact_product``, which CUDA keeps apart.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CudaKernel:
         """Launch it.
 
         Args:
-            inputs: Arrays or numbers.
+            inputs: Arrays, NumPy's too, or numbers.
             grid: In threads, as on Metal.
             threadgroup: A row of whole simdgroups, of which the grid is a multiple.
             **call: What MLX's kernels take besides.
@@ -116,7 +116,7 @@ class CudaKernel:
                 f"threads, in multiples of {SIMD}, and a grid of whole ones of fewer than 2^31 "
                 f"threads, but got {threadgroup} and {grid}."
             )
-        scalars = tuple(not isinstance(x, mx.array) or x.ndim == 0 for x in inputs)
+        scalars = tuple(getattr(x, "ndim", 0) == 0 for x in inputs)
         folded = max(grid[1:]) > MOST_BLOCKS
         kernel = self._kernels.get((scalars, folded))
         if kernel is None:

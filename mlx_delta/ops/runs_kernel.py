@@ -36,7 +36,7 @@ def runs_kernel() -> Any:
         input_names=["keys", "tokens", "costs", "sinks"],
         output_names=["starts", "means"],
         source=BODY,
-        header=kernel_source("delta_runs.metal"),
+        header=kernel_source("rounding.h") + kernel_source("delta_runs.metal"),
         compile_options=SAFE_MATH,
     )
 

@@ -53,7 +53,8 @@ def launch_on(
 
 def translation_unit(generated: Generated) -> str:
     """C++ that defines the kernel and an entry point with a plain C signature."""
-    header = (STAND_INS / "mlx/backend/cuda/device/utils.cuh").read_text(encoding="utf-8")
+    headers = sorted(file for file in STAND_INS.rglob("*") if file.is_file())
+    header = "".join(file.read_text(encoding="utf-8") for file in headers)
     text = _INCLUDES.sub("", generated.text)
     text = re.sub(r'_Pragma\("unroll[^"]*"\)', "", text)  # costs seconds of compiling
     text = rewrite_threadgroup(text, lambda words: bind_to_runtime(words, ""), "__shared__")

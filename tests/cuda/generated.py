@@ -95,7 +95,8 @@ class CudaArguments:
         for i, (name, dtype) in enumerate(zip(self.output_names, output_dtypes, strict=True)):
             parameters.append(Parameter(name, _C_NAMES[dtype], i, True))
         name = f"custom_kernel_{self.name}{''.join(map(_part_of_name, template))}"
-        lines = [MLX_HEADER, self.header, f"namespace {_NAMESPACE} {{", f"__global__ void {name}("]
+        lines = [MLX_HEADER, self.header, f"namespace {_NAMESPACE} {{"]
+        lines += ["namespace cg = cooperative_groups;", f"__global__ void {name}("]
         lines.append(",\n".join(f"    {_declared(parameter)}" for parameter in parameters) + ") {")
         lines += [f"  {_constant(*argument)};" for argument in template]
         lines += [self.source, f"}}\n}}  // namespace {_NAMESPACE}\n"]

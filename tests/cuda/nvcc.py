@@ -82,6 +82,26 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
         )
 
 
+def ptx_of(source: str) -> str:
+    """The code that NVIDIA's compiler makes of a kernel before it chooses instructions.
+
+    Raises:
+        RuntimeError: It does not compile, or there is no compiler.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(f"[ptx_of] {NVCC_HINT}.")
+    with tempfile.TemporaryDirectory() as folder:
+        file, ptx = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
+        file.write_text(source, encoding="utf-8")
+        command = [nvcc, "-std=c++17", f"-I{STAND_INS}", "-ptx", "--expt-relaxed-constexpr"]
+        command += [f"-arch={ARCHITECTURE}", "-diag-suppress", "177", "-o", str(ptx), str(file)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"[ptx_of] nvcc refused the kernel:\n{result.stderr[:6000]}")
+        return ptx.read_text(encoding="utf-8")
+
+
 def _disassemble(cubin: Path) -> str:
     program = find_disassembler()
     if program is None:

@@ -20,7 +20,7 @@ from .common import as_float, every_run, source_of, special_keys, walk, with_ker
 LEVEL = 0.3
 
 
-def _check(keys: np.ndarray, optimal: bool, sinks: np.ndarray, level: float = LEVEL) -> None:
+def check_runs(keys: np.ndarray, optimal: bool, sinks: np.ndarray, level: float = LEVEL) -> None:
     """Cut blocks [M, n, D] on the bench; runs, means and exact tokens are as specified."""
     M, _, D = keys.shape
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def _check(keys: np.ndarray, optimal: bool, sinks: np.ndarray, level: float = LE
         np.testing.assert_array_equal(np.array(means[m])[single], keys[m][single])
 
 
-def _keys(shape: tuple[int, ...], kind: str = "") -> np.ndarray:
+def runs_keys(shape: tuple[int, ...], kind: str = "") -> np.ndarray:
     keys = special_keys(kind, shape, mx.float16) if kind else walk(shape, mx.float16)
     return as_float(keys)
 
@@ -69,21 +69,21 @@ def _on_bench(bench: MetalBench, **options: Any) -> Any:
 @pytest.mark.parametrize("optimal", [True, False], ids=["optimal", "greedy"])
 def test_runs(bench: MetalBench, optimal, options):
     with _on_bench(bench, **options):
-        _check(_keys((2, 16, 40)), optimal, np.array([3, 0]))
+        check_runs(runs_keys((2, 16, 40)), optimal, np.array([3, 0]))
 
 
 @pytest.mark.parametrize("optimal", [True, False], ids=["optimal", "greedy"])
 @pytest.mark.parametrize(("size", "head_dim"), [(8, 16), (64, 64), (64, 128), (32, 256), (16, 80)])
 def test_shapes(bench: MetalBench, optimal, size, head_dim):
     with _on_bench(bench, mode="fast"):
-        _check(_keys((2, size, head_dim)), optimal, np.array([size, 0]))
+        check_runs(runs_keys((2, size, head_dim)), optimal, np.array([size, 0]))
 
 
 @pytest.mark.parametrize("optimal", [True, False], ids=["optimal", "greedy"])
 @pytest.mark.parametrize("kind", ["constant", "alternating", "nan", "inf"])
 def test_special_keys(bench: MetalBench, optimal, kind):
     with _on_bench(bench, mode="fast"):
-        _check(_keys((1, 16, 32), kind), optimal, np.array([0]))
+        check_runs(runs_keys((1, 16, 32), kind), optimal, np.array([0]))
 
 
 MUTATIONS = [
@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation("another block's sinks", "sinks[block]", "sinks[0]"),
     Mutation("runs are free", "least + cost", "least"),
     Mutation("an infinity is averaged", "finite = finite && abs(key) < INFINITY;", ""),
-    Mutation("a run's tokens count alike", "sum += tokens[t] * (keys", "sum += (keys"),
+    Mutation("a run's tokens count alike", "exact_product(tokens[t], keys", "(keys"),
     Mutation("no division by the weight", "/ (total[t] - total[s])", ""),
     Mutation("runs from the start only", "s < t; ++s", "s < 1; ++s"),
     Mutation("the last cut only", "t > 0; t = int(begins[t * 32 + lane])", "t > 0; t = 0"),
@@ -110,7 +110,7 @@ MUTATIONS = [
     ),
     Mutation("thresholds without tokens", "base / sqrt(sqrt(tokens[t]))", "base"),
     Mutation("the weight goes on", "(keep ? weight : 0.0f)", "weight"),
-    Mutation("means without weights", "sum += tokens[end] * (keys", "sum += (keys"),
+    Mutation("means without weights", "exact_product(tokens[end], keys", "(keys"),
     Mutation("a run past the block's end", "end < Size && !", "!"),
 ]
 
@@ -119,10 +119,10 @@ MUTATIONS = [
 def test_mutations(bench: MetalBench, mutation):
     def cases() -> None:
         for optimal in (True, False):
-            _check(_keys((2, 16, 40)), optimal, np.array([3, 0]))
-        _check(_keys((1, 32, 32)), False, np.array([0]), level=3.0)
-        _check(_keys((1, 16, 32), "inf"), True, np.array([0]))
-        _check(_keys((1, 16, 32), "nan"), False, np.array([0]))
+            check_runs(runs_keys((2, 16, 40)), optimal, np.array([3, 0]))
+        check_runs(runs_keys((1, 32, 32)), False, np.array([0]), level=3.0)
+        check_runs(runs_keys((1, 16, 32), "inf"), True, np.array([0]))
+        check_runs(runs_keys((1, 16, 32), "nan"), False, np.array([0]))
 
     assert_caught(source_of("runs_kernel"), mutation, with_kernel(bench, "runs_kernel", cases))
 

@@ -89,6 +89,8 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __expf(float x) { return __builtin_expf(x); }
 inline float __log2f(float x) { return __builtin_log2f(x); }
+inline float log2f(float x) { return __builtin_log2f(x); }
+inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float exp2f(float x) { return __builtin_exp2f(x); }
 inline float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float sqrtf(float x) { return __builtin_sqrtf(x); }

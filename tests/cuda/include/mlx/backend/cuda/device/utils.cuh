@@ -2,7 +2,9 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifndef __CUDACC_RTC__
 #include <stdint.h>
+#endif
 
 namespace mlx::core::cu {
 template <typename T>
