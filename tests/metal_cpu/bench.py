@@ -82,7 +82,10 @@ class KernelSource:
         Args:
             builder: The function; if it is cached, its `__wrapped__`.
         """
-        with mock.patch.object(mx.fast, "metal_kernel", cls):
+        with (
+            mock.patch.object(mx.fast, "metal_kernel", cls),
+            mock.patch.object(mx.metal, "is_available", lambda: True),  # where CUDA is, too
+        ):
             source = builder()
         if not isinstance(source, cls):
             raise TypeError(f"[KernelSource.of] {builder} returned {source!r}, not a kernel")
