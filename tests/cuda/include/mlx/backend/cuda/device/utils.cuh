@@ -2,7 +2,16 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#ifndef __CUDACC_RTC__
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long long int64_t;
+#else
 #include <stdint.h>
 #endif
 
