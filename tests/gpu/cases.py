@@ -83,3 +83,6 @@ CASES: dict[str, Callable[[], None]] = {
     "ternary, one row": partial(_ternary, 1, True),
     "ternary, four rows": partial(_ternary, 4, False),
 }
+
+# Of each kernel that decodes or decides one case, for NVIDIA's checker, which is slow.
+FEW = ("codes 4 bits", "held, 4 bits", "runs, greedy", "ternary, one row")

@@ -17,11 +17,11 @@ from ..metal_cpu import MetalBench
 from ..metal_cpu.fixture import bench
 from . import __main__ as script
 from . import table
-from .cases import CASES
+from .cases import CASES, FEW
 
 __all__ = ["bench"]
 
-QUICK = ("codes 4 bits", "held, 4 bits")
+QUICK = FEW[:2]
 
 needs_no_gpu = pytest.mark.skipif(backend() is not None, reason="there is a GPU, which runs it")
 
@@ -51,7 +51,7 @@ def wrong() -> None:
 def test_a_wrong_case_is_said_and_the_others_run(monkeypatch, capsys):
     monkeypatch.setattr(script, "CASES", {"wrong": wrong, "right": lambda: None})
     with seems_to_have(METAL):
-        assert script.main(["--cases"]) == 1
+        assert script.main(["--cases", "all"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row.get("right") for row in rows] == [None, False, True]
     assert rows[0]["back-end"] == METAL and "1 is not 2" in rows[1]["said"]
@@ -62,7 +62,7 @@ def test_a_wrong_case_is_said_and_the_others_run(monkeypatch, capsys):
 )
 def test_nvidias_checker_runs_the_cases(monkeypatch, status, right):
     def run(command, timeout, **_):
-        assert command[0] == "/bin/checker" and command[-3:] == ["-m", "tests.gpu", "--cases"]
+        assert command[0] == "/bin/checker" and command[-3:] == ["tests.gpu", "--cases", "few"]
         if status is None:
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, status, "out", "err")
