@@ -57,22 +57,9 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
     Raises:
         RuntimeError: It does not compile, or there is no compiler.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError(f"[compile_cuda] {NVCC_HINT}.")
     with tempfile.TemporaryDirectory() as folder:
-        file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-        file.write_text(source, encoding="utf-8")
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
-        command.append(f"-I{STAND_INS}")
-        # 177: constants of shared headers that this kernel does not use.
-        command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "--resource-usage"]
-        result = subprocess.run(
-            [*command, "-o", str(cubin), str(file)], capture_output=True, text=True
-        )
-        said = result.stdout + result.stderr
-        if result.returncode:
-            raise RuntimeError(f"[compile_cuda] nvcc refused the kernel:\n{said[:6000]}")
+        cubin = Path(folder) / "kernel.cubin"
+        said = _compile(source, cubin, ["-O3", "-lineinfo", "-cubin", "--resource-usage"])
         registers = re.search(r"Used (\d+) registers", said)
         spilled = re.search(r"(\d+) bytes spill stores", said)
         return Compiled(
@@ -88,18 +75,27 @@ def ptx_of(source: str) -> str:
     Raises:
         RuntimeError: It does not compile, or there is no compiler.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        _compile(source, ptx, ["-ptx"])
+        return ptx.read_text(encoding="utf-8")
+
+
+def _compile(source: str, to: Path, flags: list[str]) -> str:
+    """Have nvcc write a file; returns what it said."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError(f"[ptx_of] {NVCC_HINT}.")
-    with tempfile.TemporaryDirectory() as folder:
-        file, ptx = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
-        file.write_text(source, encoding="utf-8")
-        command = [nvcc, "-std=c++17", f"-I{STAND_INS}", "-ptx", "--expt-relaxed-constexpr"]
-        command += [f"-arch={ARCHITECTURE}", "-diag-suppress", "177", "-o", str(ptx), str(file)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"[ptx_of] nvcc refused the kernel:\n{result.stderr[:6000]}")
-        return ptx.read_text(encoding="utf-8")
+        raise RuntimeError(f"[nvcc] {NVCC_HINT}.")
+    file = to.parent / "kernel.cu"
+    file.write_text(source, encoding="utf-8")
+    # 177: constants of shared headers that this kernel does not use.
+    command = [nvcc, "-std=c++17", f"-arch={ARCHITECTURE}", f"-I{STAND_INS}", *flags]
+    command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "-o", str(to), str(file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        said = result.stdout + result.stderr
+        raise RuntimeError(f"[nvcc] the kernel was refused:\n{said[:6000]}")
+    return result.stdout + result.stderr
 
 
 def _disassemble(cubin: Path) -> str:
