@@ -13,7 +13,7 @@ from mlx_delta.ops import backend, launching
 from mlx_delta.ops.backend import CUDA, METAL
 from mlx_delta.ops.building import CudaKernel, make_kernel
 from mlx_delta.ops.cuda_text import cuda_body, translated
-from mlx_delta.system import chips, memory
+from mlx_delta.system import chips, devices, memory
 
 from ..gpus import seems_to_have
 from ..metal_cpu import MetalBench
@@ -225,6 +225,20 @@ def test_the_memory_of_a_gpu_is_a_bound(monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"free_memory": 5000})
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
     assert memory.free_memory(0) == (6000, "the GPU's memory")
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ({"architecture": "sm_90", "device_name": "NVIDIA H200"}, "NVIDIA H200"),
+        ({"architecture": "applegpu_g16s", "device_name": "Apple M4 Max"}, "a chip"),
+        ({}, "a chip"),
+    ],
+)
+def test_an_nvidia_gpu_has_its_own_name(monkeypatch, info, name):
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(devices, "chip_name", lambda: "a chip")
+    assert devices.machine_name() == name
 
 
 def test_every_launcher_goes_through_the_maker():
