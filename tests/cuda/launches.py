@@ -10,20 +10,18 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta import DeltaConfig
-from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel, pack_kernel
+from mlx_delta.ops import codes_kernel, deltas_kernel, hold_kernel
 from mlx_delta.ops.backend import CUDA
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
-from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.runs_kernel import cut_runs
 from mlx_delta.ops.ternary_matvec import matvec_kernel, ternary_matvec
 
 from ..gpus import seems_to_have
 from ..kernels import tile_case as tiles
 from ..kernels.code_case import coded
-from ..kernels.common import BUILDERS
+from ..kernels.common import BUILDERS, config
 from ..kernels.delta_case import lanes
 from .generated import CudaArguments, Generated, Launch, fake_cuda_kernel
 
@@ -66,7 +64,6 @@ def on_cuda(launch: Launch) -> Iterator[None]:
 def every_kernel() -> dict[str, Generated]:
     """A text of each kernel of this project."""
     half = mx.float16
-    setting = DeltaConfig(key_bits=4, threshold=1.0)
     keys = mx.zeros((1, 2, 128, 64), half)
     coding = Coding.of(coded(({3: 1, 4: 1, 5: 5}, {4: 8}), (4, 2)), 2, 64)
     coded_blocks = CodedBlocks(
@@ -90,20 +87,8 @@ def every_kernel() -> dict[str, Generated]:
         size=64,
     )
     with captured() as found:
-        encoded = pack_kernel.encode(keys, setting, 0)
-        packed = PackedBlocks(
-            masks=encoded.masks,
-            payload=mx.zeros((1, 1000), mx.uint32),
-            offsets=mx.zeros((1, 2, 2), mx.int32),
-            grid=encoded.grid,
-            sinks=mx.zeros((1, 2, 4, 64), half),
-            bits=4,
-            dtype=half,
-            head_dim=64,
-        )
-        pack_kernel.unpack(packed, 2)
+        hold_kernel.hold(keys, config(), 0)
         queries = mx.zeros((1, 4, 1, 64), half)
-        decode_kernel.decode(queries, [(100, 0, 0)], packed, keys, (keys,), 16, None, 1.0, 1)
         rows = [(190, 1, 64, 64)]
         codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)

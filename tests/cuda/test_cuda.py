@@ -20,7 +20,7 @@ from .nvrtc import NVRTC_HINT, compile_as_mlx_does, find_nvrtc
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NVCC_HINT)
 needs_disassembler = pytest.mark.skipif(find_disassembler() is None, reason=DISASSEMBLER_HINT)
 KERNELS = [
-    *("delta_encode", "delta_unpack", "delta_decode", "delta_decode_reduce", "delta_runs"),
+    *("delta_hold", "delta_runs"),
     *("codes_decode", "codes_combine", "deltas_decode"),
     *("tile_pack", "tile_score", "tile_attention"),
     "ternary_matvec",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.method import runs
-from mlx_delta.ops import pack_kernel, runs_kernel
+from mlx_delta.ops import hold_kernel, runs_kernel
 
 from ..metal_cpu import KernelSource, MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
@@ -128,7 +128,7 @@ def test_mutations(bench: MetalBench, mutation):
 
 
 @pytest.mark.parametrize(
-    "builder", [pack_kernel.encode_kernel, runs_kernel.runs_kernel], ids=["encode", "runs"]
+    "builder", [hold_kernel.hold_kernel, runs_kernel.runs_kernel], ids=["hold", "runs"]
 )
 def test_what_compares_with_a_threshold_asks_for_no_fast_math(builder):
     kernel = KernelSource.of(builder.__wrapped__)
