@@ -130,6 +130,8 @@ METAL_INLINE float floor(float x) { return floorf(x); }
 METAL_INLINE bool isnan(float x) { return x != x; }
 METAL_INLINE uint popcount(uint x) { return __popc(x); }
 METAL_INLINE float exp(float x) { return __expf(x); }
+#define EXACT_PRODUCT
+METAL_INLINE float exact_product(float a, float b) { return __fmul_rn(a, b); }  // never fused
 
 namespace fast {
 METAL_INLINE float exp2(float x) {

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from . import pack_kernel
+from . import codes_encode, pack_kernel
 from .backend import has_kernels
-from .codes import CodedBlocks, decode_blocks
+from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, read_deltas
 from .hold import hold_blocks
 from .pack import EncodedBlocks, PackedBlocks, pack_blocks, unpack_blocks, with_sinks
@@ -35,6 +35,15 @@ def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> Enco
     if not has_kernels() or config.cuts_runs:  # no kernel cuts and packs in one
         return pack_blocks(keys, config, first_block)
     return pack_kernel.encode(keys, config, first_block)
+
+
+def encode_codes(
+    keys: mx.array, coding: Coding, size: int, felt: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Code the keys of whole blocks; see :func:`mlx_delta.ops.codes.code_blocks`."""
+    if has_kernels() and codes_encode.can_encode(size, keys.shape[3]):
+        return codes_encode.encode(keys, coding, size, felt)
+    return code_blocks(keys, coding, size, felt)
 
 
 def unpack(packed: FarBlocks, blocks: int) -> mx.array:

@@ -14,6 +14,7 @@ import pytest
 from mlx_delta import DeltaConfig
 from mlx_delta.method import storage as ref
 from mlx_delta.ops import (
+    codes_encode,
     codes_kernel,
     decode_kernel,
     deltas_kernel,
@@ -33,6 +34,7 @@ BUILDERS: dict[str, Any] = {
     "decode_kernel": decode_kernel,
     "reduce_kernel": decode_kernel,
     "codes_kernel": codes_kernel,
+    "codes_encode_kernel": codes_encode,
     "combine_kernel": far_kernel,
     "deltas_kernel": deltas_kernel,
     "runs_kernel": runs_kernel,
