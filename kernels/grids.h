@@ -1,13 +1,8 @@
 // Grids of 16-bit numbers for a block's channels, and codes on them: what the encoders share.
 //
 // What they make must not hang on the machine, so every sum has its order (mlx_delta/method/sums.py)
-// and every product is rounded before it is added to anything. The kernels are compiled without
-// fast-math, so that divisions are rounded as IEEE says.
-
-#ifndef EXACT_PRODUCT
-#pragma METAL fp contract(off)
-inline float exact_product(float a, float b) { return a * b; }
-#endif
+// and every product is rounded before it is added to anything (rounding.h). The kernels are compiled
+// without fast-math, so that divisions are rounded as IEEE says.
 
 // The largest finite value of the storage type.
 inline float largest_stored(half) { return 65504.0f; }
@@ -55,8 +50,9 @@ inline void range_grid(ChannelRange range, float codes, thread float& low, threa
     nearest = as_type<S>(ushort(as_type<ushort>(nearest) + 1));
   }
   const bool usable = range.finite && span < INFINITY;
-  low = usable ? float(to_stored<S>(range.least)) : NAN;
-  step = usable ? float(nearest) : NAN;
+  const float none = as_type<float>(0x7fc00000u);  // NaN
+  low = usable ? float(to_stored<S>(range.least)) : none;
+  step = usable ? float(nearest) : none;
 }
 
 // The sum over the lanes of a simdgroup, by halves; every lane has it.

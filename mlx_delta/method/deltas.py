@@ -144,11 +144,11 @@ def pack_block(
         dtype: The storage type.
     """
     order, of_lanes = lane_order(widths)
-    keys, weights, salience = (x[..., order] for x in (keys, weights, salience))
     keys = keys.copy()
     keys[:sinks] = keys[min(sinks, len(keys) - 1)]
     tokens = token_weights(keys, weights, salience)
     begins = (optimal_starts if optimal else greedy_starts)(keys, weights, tokens, level)
+    keys, begins = keys[:, order], begins[:, order]
     held = held_lanes(begins, of_lanes)
     own = np.repeat(held, LANE)
     begins = begins | ~own

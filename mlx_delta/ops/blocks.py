@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from . import codes_encode, pack_kernel
+from . import codes_encode, deltas_encode, pack_kernel
 from .backend import has_kernels
 from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
-from .deltas import DeltaBlocks, read_deltas
+from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .hold import hold_blocks
 from .pack import EncodedBlocks, PackedBlocks, pack_blocks, unpack_blocks, with_sinks
 
@@ -44,6 +44,15 @@ def encode_codes(
     if has_kernels() and codes_encode.can_encode(size, keys.shape[3]):
         return codes_encode.encode(keys, coding, size, felt)
     return code_blocks(keys, coding, size, felt)
+
+
+def encode_deltas(
+    keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
+) -> StoredDeltas:
+    """Hold and store the keys of whole blocks; see :func:`mlx_delta.ops.deltas.store_deltas`."""
+    if deltas_encode.can_encode(config, keys.shape[3]):
+        return deltas_encode.encode(keys, config, coding, first_block)
+    return store_deltas(keys, config, coding, first_block)
 
 
 def unpack(packed: FarBlocks, blocks: int) -> mx.array:

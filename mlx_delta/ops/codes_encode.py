@@ -47,7 +47,9 @@ def codes_encode_kernel() -> Any:
         input_names=["keys", "places", "felt", "rows", "first_rows", "factor"],
         output_names=["words", "grid", "turned"],
         source=BODY,
-        header=kernel_source("grids.h") + kernel_source("codes_encode.metal"),
+        header=kernel_source("rounding.h")
+        + kernel_source("grids.h")
+        + kernel_source("codes_encode.metal"),
         compile_options=SAFE_MATH,
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -17,7 +18,19 @@ from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
-from mlx_delta.ops import decode_kernel, pack_kernel
+from mlx_delta.ops import (
+    codes_encode,
+    codes_kernel,
+    decode_kernel,
+    deltas_encode,
+    deltas_kernel,
+    far_kernel,
+    pack_kernel,
+    runs_kernel,
+)
+from mlx_delta.ops.codes import Coding
+from mlx_delta.ops.deltas import LaneCoding
+from mlx_delta.sensitivities import Sensitivities
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -75,6 +88,9 @@ def kernels_that_count() -> Iterator[list[str]]:
 
     builders = [decode_kernel.decode_kernel, decode_kernel.reduce_kernel]
     builders += [pack_kernel.encode_kernel, pack_kernel.unpack_kernel]
+    builders += [codes_kernel.codes_kernel, deltas_kernel.deltas_kernel]
+    builders += [codes_encode.codes_encode_kernel, deltas_encode.deltas_encode_kernel]
+    builders += [far_kernel.combine_kernel, runs_kernel.runs_kernel]
     for builder in builders:
         builder.cache_clear()
     with (
@@ -84,6 +100,21 @@ def kernels_that_count() -> Iterator[list[str]]:
         yield launched
     for builder in builders:
         builder.cache_clear()
+
+
+def far_format(key_format: str, **changes) -> DeltaConfig:
+    """Keys in such a format and rotated values, of two kv heads of 64."""
+    widths = (("4" * 64,) * 2,) * LAYERS
+    weights = [np.full((2, 64), 1 / 64, np.float32)] * LAYERS
+    setting = DeltaConfig(key_format=key_format, key_bits=4, key_widths=widths)
+    setting = dataclasses.replace(setting, value_format="rotated", value_bits=4, **changes)
+    return dataclasses.replace(setting, sensitivities=Sensitivities(weights))
+
+
+FORMATS = {
+    "codes": (far_format("codes"), ["codes_encode"]),
+    "deltas": (far_format("deltas", level=0.1), ["delta_runs", "deltas_encode"]),
+}
 
 
 def tokens(n: int, head_dim: int = 32) -> list[mx.array]:
@@ -125,6 +156,50 @@ def test_a_chunk_of_a_prompt_waits_for_nothing(chunk):
     with kernels_that_count(), counting() as counts:
         feed(caches, chunk)
     assert counts["waits"] == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_new_far_blocks_of_a_layer_take_a_launch_or_two_and_nothing_else(name, blocks):
+    """Operations of their twins: 172 and 5 uploads for codes, 374 and 15 uploads for held keys."""
+    setting, launches = FORMATS[name]
+    keys, setting = tokens(64 * blocks, 64)[1], setting.for_layer(0, LAYERS)
+    coding: Any = {"codes": Coding, "deltas": LaneCoding}[name].of(setting, 2, 64)
+    felt = mx.ones((2, 64))
+    mx.eval(keys, felt)
+
+    def encoded() -> Sequence[mx.array]:
+        if name == "codes":
+            return whole_blocks.encode_codes(keys, coding, 64, felt)
+        return whole_blocks.encode_deltas(keys, setting, coding, 3)
+
+    with kernels_that_count() as launched:
+        encoded()  # what is made once
+        launched.clear()
+        with counting() as counts:
+            found = encoded()
+    assert launched == launches and not counts
+    assert count_operations(*found) <= len(found), "what stands for the outputs here"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_that_finishes_a_far_block(name):
+    """Values of codes and the new block's place in the buffers are left to operations."""
+    setting, launches = FORMATS[name]
+    caches = [DeltaKVCache(setting.for_layer(i, LAYERS)) for i in range(LAYERS)]
+    text, token = tokens(319, 64), tokens(1, 64)
+    with kernels_that_count() as launched:
+        mx.eval(feed(caches, 319, text), [cache.state for cache in caches])
+        done = caches[0].encoded
+        launched.clear()
+        with counting() as counts:
+            feed(caches, 1, token)
+            feed(caches, 1, token)
+    assert caches[0].encoded == (done[0] + 1,)
+    assert [x for x in launched if x in launches] == LAYERS * launches
+    assert counts["waits"] <= (2 * LAYERS if name == "deltas" else 0), (
+        "the counts before, long known"
+    )
 
 
 def test_moving_a_prompts_words_together_uploads_numbers_of_blocks_not_of_words():

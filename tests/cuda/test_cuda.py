@@ -14,7 +14,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NVCC_HINT)
 needs_disassembler = pytest.mark.skipif(find_disassembler() is None, reason=DISASSEMBLER_HINT)
 KERNELS = [
     *("delta_encode", "delta_unpack", "delta_decode", "delta_decode_reduce", "delta_runs"),
-    *("codes_decode", "codes_combine", "deltas_decode"),
+    *("codes_decode", "codes_combine", "deltas_decode", "codes_encode", "deltas_encode"),
     *("tile_pack", "tile_score", "tile_attention"),
     "ternary_matvec",
 ]
