@@ -18,19 +18,10 @@ from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
-from mlx_delta.ops import (
-    codes_encode,
-    codes_kernel,
-    decode_kernel,
-    deltas_encode,
-    deltas_kernel,
-    far_kernel,
-    pack_kernel,
-    runs_kernel,
-)
 from mlx_delta.ops.codes import Coding
 from mlx_delta.ops.deltas import LaneCoding
 from mlx_delta.sensitivities import Sensitivities
+from tests.cuda.launches import forget
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -86,20 +77,13 @@ def kernels_that_count() -> Iterator[list[str]]:
 
         return launch
 
-    builders = [decode_kernel.decode_kernel, decode_kernel.reduce_kernel]
-    builders += [pack_kernel.encode_kernel, pack_kernel.unpack_kernel]
-    builders += [codes_kernel.codes_kernel, deltas_kernel.deltas_kernel]
-    builders += [codes_encode.codes_encode_kernel, deltas_encode.deltas_encode_kernel]
-    builders += [far_kernel.combine_kernel, runs_kernel.runs_kernel]
-    for builder in builders:
-        builder.cache_clear()
+    forget()
     with (
         mock.patch.object(mx.fast, "metal_kernel", make),
         mock.patch.object(mx.metal, "is_available", lambda: True),
     ):
         yield launched
-    for builder in builders:
-        builder.cache_clear()
+    forget()
 
 
 def far_format(key_format: str, **changes) -> DeltaConfig:

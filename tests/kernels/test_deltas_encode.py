@@ -100,10 +100,9 @@ def check_operations(keys: mx.array, stored: deltas.StoredDeltas, setting: Delta
 @every_run
 def test_deltas(bench: MetalBench, options):
     setting = setting_of()
-    keys = mixed_keys(setting, 48)
+    keys = mixed_keys(setting, 32)
     with on_bench(bench, **options):
         stored = check(keys, setting)
-        check(keys, setting, 1)
     check_operations(keys, stored, setting)
 
 
@@ -118,13 +117,14 @@ def test_deltas(bench: MetalBench, options):
     ],
 )
 def test_shapes(bench: MetalBench, request, head_dim, size, dtype, optimal):
-    if head_dim not in (80, 256) and not request.config.getoption("--all"):
+    if head_dim != 256 and not request.config.getoption("--all"):
         pytest.skip("each shape is compiled anew; --all takes all")
     widths = (7, 6, 5, 4, 3, 2, 2, 4) * 4
     setting = setting_of(widths[: head_dim // 8], None, size, size // 2, optimal)
     keys = walk((1, 2, 2 * size, head_dim), dtype)
     with on_bench(bench):
         stored = check(keys, setting)
+        check(keys, setting, 1)
     check_operations(keys, stored, setting)
 
 
@@ -182,7 +182,6 @@ MUTATIONS = [
     Mutation("one chunk", "stream / Lanes * CHUNK", "0"),
     Mutation("the bits of the first 32 lanes", "bit += simd_sum(bits);", "bit = simd_sum(bits);"),
     Mutation("three fits", "fit < 4", "fit < 3"),
-    Mutation("a step that is none", "&& fitted > 0 &&", "&&"),
     Mutation("codes of the chunk before", "t % CHUNK == 0", "t == 0"),
     Mutation("channels of a lane one upon another", "codes[next + before]", "codes[next]"),
     Mutation("masks behind each other", "(n_held * chunk) * (CHUNK / 4)", "chunk * (CHUNK / 4)"),
@@ -223,7 +222,6 @@ def test_mutations(bench: MetalBench, mutation):
         check(keys, setting_of())
         check(keys[:1], setting_of(), 1)
         check(keys[:1], setting_of(sinks=20))
-        check(keys[:1] * 2e-5, setting_of())
         check(special_keys("nan", (1, 2, 16, 48), mx.float16), setting_of())
         pairs = mx.where(mx.arange(16) % 4 < 2, 3.0, -3.0)[:, None]  # half of the numbers begin
         check(mx.broadcast_to(pairs, (1, 2, 16, 48)).astype(mx.float16), setting_of(sinks=0))
