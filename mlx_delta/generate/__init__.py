@@ -23,6 +23,7 @@ from mlx_delta.cache.check_state import length_of
 from mlx_delta.cache.layout import map_caches
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.models.common import model_setting
+from mlx_delta.system.thread_end import cleared_with_thread
 
 from .checks import check_caches_fit, check_options, check_prompt, encode_prompt, limit_answer
 from .memory import check_memory
@@ -103,6 +104,7 @@ def batch_generate(
     if not prompts:
         raise ValueError(f"[{name}] there are no prompts.")
     check_options(name, model, kwargs)
+    cleared_with_thread()
     delta = model_setting(model)
     if delta is not None and delta.block_fraction is not None:
         raise ValueError(
@@ -158,6 +160,7 @@ def _prepare(
     most = options.get("max_tokens", MAX_TOKENS)
     options["max_tokens"] = limit_answer(name, model, length, most, given)
     check_memory(name, model, length, options)
+    cleared_with_thread()
     return tokens
 
 

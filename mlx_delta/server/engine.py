@@ -26,6 +26,8 @@ from mlx_lm.server import (
     ResponseGenerator,
 )
 
+from mlx_delta.system.thread_end import cleared_with_thread
+
 from .alone import serve_alone
 from .job import Job, Request
 from .refusal import NO_MEMORY, Refused
@@ -212,12 +214,8 @@ class Engine(ResponseGenerator):
     # The engine's thread.
 
     def _run_generate(self) -> None:
-        """The thread's life; MLX's own threads for it must end with it, or the process aborts."""
-        try:
-            super()._run_generate()
-        finally:
-            if hasattr(mx, "clear_streams"):
-                mx.clear_streams()
+        cleared_with_thread()
+        super()._run_generate()
 
     def _generate(self) -> None:
         self.model_provider.load_default()
