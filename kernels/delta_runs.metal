@@ -4,14 +4,14 @@
 // has channel 32 * word + l. Lanes without a channel work on the last one; nobody reads their bits.
 //
 //   Tokens' weights: of all of the head's channels, those that stand out and are looked at count
-//   more. Each threadgroup of a block finds them for itself, which is a fifth of its work.
+//   more. Each threadgroup of a block finds them for itself, an eighth of its work at D = 128.
 //   Optimal: dynamic programming. before[t] is the least cost of the first t tokens, less the
 //   squares that are in every cut's cost; begins[t] where the last run of that cut begins. Lanes
 //   do not depend on each other: each has a column of its own in threadgroup memory, and only the
 //   tokens' weights are shared.
 //   Greedy: one pass with the run's weighted mean in registers.
 //
-// Which runs start at a token becomes a word by a vote of the simdgroup. About 320 operations an
+// Which runs start at a token becomes a word by a vote of the simdgroup. About 350 operations an
 // element for blocks of 64, once per block. mlx_delta/method/runs.py specifies it.
 
 // How much each token of a block counts, tokens [Size]; keys: from the first channel on. weights and
