@@ -219,10 +219,9 @@ def _delta(text: str | None) -> Any:
         return None
     if "=" in text and not text.lstrip().startswith("{"):
         from mlx_delta.config import DeltaConfig
-        from mlx_delta.notation import read_fields
 
         try:
-            return read_fields(text, DeltaConfig)
+            return DeltaConfig.parse(text).to_dict()
         except ValueError as error:
             raise ConvertError(f"--delta {text[:60]}: {error}") from error
     value = parse_json(text.encode(), "--delta")

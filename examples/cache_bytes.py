@@ -3,7 +3,7 @@
     python examples/cache_bytes.py
 
 Fills caches of one layer with float16 keys of which a given share is held, and prints what
-`nbytes` says, the window and room to grow included. What packed caches cost in quality is for
+`nbytes` says, the window and room to grow included. What small caches cost in quality is for
 `python -m mlx_delta.evaluate` to say.
 """
 
@@ -19,9 +19,9 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_delta import DeltaConfig, DeltaKVCache
 
 HEADS, HEAD_DIM, CHUNK = 2, 64, 2048
-WIDTHS = [(None, None), (16, None), (16, 16), (8, 8), (4, 4), (3, 4), (2, 4)]
-# Of key_format, with value_format=rotated.
-FORMATS = [
+FORMATS = [  # of key_format
+    ("held", None, None),
+    ("held", None, 16),
     *(("codes", 4, 4), ("codes", 3, 3), ("codes", 2.5, 2.5)),
     *(("deltas", 4, 4), ("deltas", 3.5, 3)),
 ]
@@ -52,15 +52,8 @@ def bytes_table(args: argparse.Namespace) -> None:
     dense = keys.nbytes
     print(f"{args.tokens} tokens, {HEADS} kv heads, head_dim {HEAD_DIM}; shares of dense float16")
     print("cache                          zero deltas   keys  values  together")
-    settings = [("delta", DeltaConfig(key_bits=k, value_bits=v)) for k, v in WIDTHS]
-    settings += [
-        (
-            kind,
-            DeltaConfig(key_format=kind, key_bits=k, value_format="rotated", value_bits=v),
-        )
-        for kind, k, v in FORMATS
-    ]
-    for kind, setting in settings:
+    for kind, key_bits, value_bits in FORMATS:
+        setting = DeltaConfig(key_format=kind, key_bits=key_bits, value_bits=value_bits)
         cache = DeltaKVCache(setting)
         fill(cache, keys)
         zeros = "-"

@@ -24,7 +24,7 @@ from mlx_delta.measure.settings import parse_setting
 from mlx_delta.measure.text import BUNDLED_TEXT, encode_text, read_text
 from mlx_delta.prefixes import PrefixCache, PrefixDirectory, fingerprint
 
-SETTINGS = ["delta:key_bits=4,value_bits=4", "delta:key_bits=16,value_bits=16", "delta", "dense"]
+SETTINGS = ["delta:key_bits=4,value_bits=4", "delta:kv=balanced", "delta", "dense"]
 ANSWER = 8
 
 

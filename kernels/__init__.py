@@ -14,7 +14,7 @@ def kernel_source(filename: str) -> str:
     """Return the text of a kernel source file of this folder.
 
     Args:
-        filename: A file's name with its suffix, such as ``delta_decode.metal`` or a ``.h`` that
+        filename: A file's name with its suffix, such as ``codes_decode.metal`` or a ``.h`` that
             several kernels share.
 
     Raises:

@@ -133,7 +133,7 @@ inline void codes_decode(
   const int all_queries = sizes.groups * sizes.queries;
   const int first_query = simdgroup * Queries;
   const int start = rows[row * CODED_ROW_NUMBERS];
-  const int packed_blocks = rows[row * CODED_ROW_NUMBERS + 1];
+  const int stored_blocks = rows[row * CODED_ROW_NUMBERS + 1];
   const int near_first = rows[row * CODED_ROW_NUMBERS + 2];
   const int value_first = rows[row * CODED_ROW_NUMBERS + 3];
   const int window = sizes.window_blocks;
@@ -142,7 +142,7 @@ inline void codes_decode(
   const int first_position = max(start, 0);
   const int last_position = max(start + sizes.queries - 1, 0);
   const int least_far = max(first_position / CODED_TOKENS - window, 0);
-  const int far_blocks = min(packed_blocks, max(last_position / CODED_TOKENS - window, 0));
+  const int far_blocks = min(stored_blocks, max(last_position / CODED_TOKENS - window, 0));
 
   // This split's tokens: of which kind, and which steps of CODED_TOKENS.
   const int near_split = sizes.far_splits + (HasSinks ? 1 : 0);

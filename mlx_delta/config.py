@@ -13,15 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from .config_checks import (
-    KEY_BITS,
     KEY_FORMATS,
     MODES,
-    VALUE_BITS,
     VALUE_FORMATS,
     check_setting,
     shown,
 )
 from .notation import read_fields, write_fields
+from .old_settings import modern_fields
 from .sensitivities import Sensitivities
 from .widths import (
     KeyWidths,
@@ -32,11 +31,9 @@ from .widths import (
 )
 
 __all__ = [
-    "KEY_BITS",
     "KEY_FORMATS",
     "MODES",
     "RUN_MODES",
-    "VALUE_BITS",
     "VALUE_FORMATS",
     "DeltaConfig",
     "KeyFormat",
@@ -92,13 +89,12 @@ class DeltaConfig:
         block_fraction: When set, ``block_size`` is not used as given but becomes this fraction
             of the prompt's length once the prompt is seen (the paper's 5 % window). Needs
             ``window=0``, the block-diagonal form.
-        key_bits: How held keys are stored. ``None``: in full, as long as the text (fast without
-            a GPU, saves no memory). 16: packed, only the values that changed, in 16 bits each.
-            8, 4, 3 or 2: packed, and those values as codes of so many bits on a grid of the
-            block and channel. Packed keys need ``keyframes`` and a ``block_size`` that is a
-            multiple of 8, up to 64; a float32 model's keys are rounded to float16.
-        value_bits: How values (V) are stored. ``None``: in the model's type. 16: in 16 bits.
-            8 or 4: as codes, in mlx-lm's own quantized form.
+        key_bits: Bits of a key far from the query, on average over the model (2 to 8, such as 3.5).
+            ``None``: it is held in full (fast without a GPU, saves no memory). Needs ``keyframes``
+            and a ``block_size`` that is a multiple of 8, up to 64; near keys, and the first ones,
+            stay in 16 bits.
+        value_bits: Bits of a value far from the query, likewise (2 to 8). ``None``: values are
+            stored in the model's type. 16: in 16 bits.
         level: For the modes ``"optimal"`` and ``"greedy"``: what a run costs; the higher, the
             more is held. 0 holds nothing that has changed. ``None``: a safe default.
         sensitivities: For the same modes: how much the model's output minds errors of each
@@ -110,15 +106,15 @@ class DeltaConfig:
             faster on long prompts, and not exact.
         tiles: For ``prefill="tiles"``: the share of the expected attention that is computed; one
             number, or one for each layer (``python -m mlx_delta.calibrate --tiles``).
-        key_format: ``"held"``: as above. ``"codes"``: nothing is held; every far key is a code,
-            with more bits in channels that the sensitivities say matter
-            (:mod:`mlx_delta.method.codes`), ``key_bits`` (2 to 8, such as 3.5) of them on average
-            over the model. Without calibrated ones keys are rotated, and get equal codes.
-            ``"deltas"``: held, with a threshold_mode that cuts runs, and their values such codes,
-            ``key_bits`` (2 to 7) on average over the channels (:mod:`mlx_delta.method.deltas`).
-        value_format: ``"plain"``: as above. ``"rotated"``: values far from the query are rotated
-            and stored as codes, with more bits in kv heads that matter, ``value_bits`` (2 to 8) of
-            them on average; near ones are stored in 16 bits. Needs ``key_bits``.
+        key_format: How keys of ``key_bits`` are stored. ``"deltas"``, what they are unless another
+            is given: held, with a threshold_mode that cuts runs, and their values codes, with more
+            bits (2 to 7) in channels that the sensitivities say matter
+            (:mod:`mlx_delta.method.deltas`). ``"codes"``: nothing is held; every far key is a code
+            (:mod:`mlx_delta.method.codes`), with more bits likewise; without calibrated
+            sensitivities keys are rotated, and get equal codes. ``"held"``: without ``key_bits``.
+        value_format: Follows from ``value_bits`` and need not be given. ``"plain"``: as they are.
+            ``"rotated"``: values far from the query are rotated and stored as codes, with more bits
+            in kv heads that matter; near ones are stored in 16 bits. Needs ``key_bits``.
         key_widths: The width of each channel's codes, chosen by :meth:`with_widths`: for each layer
             a string of digits for each kv head, or ``None`` where all channels count alike.
         value_widths: The width of each kv head's values: for each layer a tuple, or ``None``.
@@ -166,6 +162,11 @@ class DeltaConfig:
         if isinstance(given_weights, Mapping):
             read = Sensitivities.from_dict(given_weights)
             object.__setattr__(self, "sensitivities", read)
+        # What the names of formats say where only bits are given.
+        if self.key_format == "held" and self.key_bits is not None and self.cuts_runs:
+            object.__setattr__(self, "key_format", "deltas")
+        if self.value_format == "plain" and self.value_bits not in (None, 16):
+            object.__setattr__(self, "value_format", "rotated")
         check_setting(self)
 
     @classmethod
@@ -219,6 +220,10 @@ class DeltaConfig:
         fields["threshold_mode"] = mode
         if fields.get("tiles") is not None:
             fields.setdefault("prefill", "tiles")
+        if "key_bits" in fields and fields["key_bits"] is None:
+            fields.setdefault("key_format", "held")
+        if "value_bits" in fields and fields["value_bits"] in (None, 16):
+            fields.setdefault("value_format", "plain")
         if mode in RUN_MODES and not self.cuts_runs:
             fields.setdefault("threshold", None)
         if mode not in RUN_MODES and self.cuts_runs:
@@ -397,6 +402,9 @@ class DeltaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DeltaConfig:
         """The setting written by :meth:`to_dict`; keys left out take their defaults.
 
+        Forms that earlier versions wrote, and that are gone, become the nearest one there is, with
+        a warning (:mod:`mlx_delta.old_settings`).
+
         Raises:
             ValueError: They are no mapping, an unknown key, or a value out of range.
         """
@@ -411,11 +419,11 @@ class DeltaConfig:
                 f"[DeltaConfig] unknown setting {shown(unknown[0])}; known are "
                 f"{', '.join(sorted(names))}."
             )
-        return cls(**values)
+        return cls(**modern_fields(values, _cuts_runs(values)))
 
     @classmethod
     def parse(cls, text: str, base: DeltaConfig | None = None) -> DeltaConfig:
-        """The setting that ``key_bits=4,threshold=1.1`` stands for, as on the command lines.
+        """The setting that ``key_bits=4,level=0.1`` stands for, as on the command lines.
 
         Any field may be given; thresholds of layers are joined by slashes and those of a layer's
         heads by colons: ``threshold=0.9:1.1/1.0:1.2``. Of a single one the joint stands alone:
@@ -435,6 +443,7 @@ class DeltaConfig:
         default = DeltaConfig()
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = {k: v for k, v in values.items() if v != getattr(default, k)}
+        values.pop("value_format", None)  # it follows from the bits
         if isinstance(self.sensitivities, Sensitivities):
             values["sensitivities"] = self.sensitivities.file or self.sensitivities
             return write_fields(values)
@@ -457,6 +466,12 @@ def _needs_threshold(
         or run_value == "first"
         or block_fraction is not None
     )
+
+
+def _cuts_runs(values: Mapping[str, Any]) -> bool:
+    """Whether the mode of these fields' setting is one that cuts runs."""
+    mode = values.get("threshold_mode")
+    return mode in RUN_MODES if isinstance(mode, str) else not _needs_threshold(**values)
 
 
 def _nested(value: Any, kind: type) -> Any:

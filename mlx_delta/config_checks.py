@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 MODES = ("optimal", "greedy", "relative", "absolute")
 LONGEST_BLOCK = 64  # that runs are cut in: the work for a token grows with it
-KEY_BITS = (16, 8, 4, 3, 2)
-VALUE_BITS = (16, 8, 4)
 KEY_FORMATS = ("held", "codes", "deltas")
 VALUE_FORMATS = ("plain", "rotated")
 MEAN_BITS = (2, 8)  # of codes, from the least to the most
@@ -159,44 +157,56 @@ def _check_storage(config: DeltaConfig) -> None:
                 f"[DeltaConfig] {name} must be one of {', '.join(map(repr, known))} but got "
                 f"{shown(value)}."
             )
-    means = {"key_bits": config.key_format != "held", "value_bits": config.value_format != "plain"}
-    for name, widths in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
-        value = getattr(config, name)
-        if means[name]:
-            which = config.key_format if name == "key_bits" else config.value_format
-            _check_mean(name, value, which)
-        elif value is not None and (type(value) is not int or value not in widths):
-            text = ", ".join(map(str, widths))
-            raise ValueError(f"[DeltaConfig] {name} must be one of {text} but got {shown(value)}.")
-    for name, is_mean in (("key_widths", means["key_bits"]), ("value_widths", means["value_bits"])):
-        value = getattr(config, name)
-        kind = "values" if name == "value_widths" else config.key_format
-        if value is not None:
-            fits = is_mean and isinstance(value, tuple)
-            if not fits or not all(x is None or _fits_layer(kind, x) for x in value):
-                raise ValueError(
-                    f"[DeltaConfig] {name} must be widths of codes, for each layer those of its kv "
-                    f"heads, but got {shown(value)}."
-                )
-    if config.key_bits is None:
-        if config.value_format != "plain":
-            raise ValueError("[DeltaConfig] value_format='rotated' needs key_bits but got None.")
-        return
+    blocks = config.keyframes and config.block_fraction is None
+    if config.key_bits is not None and not blocks:
+        raise ValueError(
+            f"[DeltaConfig] key_bits={shown(config.key_bits)} needs keyframes=True and a fixed "
+            "block_size: stored blocks are read independently of each other."
+        )
     if config.key_format == "deltas" and not config.cuts_runs:
         raise ValueError(
             "[DeltaConfig] key_format='deltas' needs threshold_mode 'optimal' or 'greedy' but got "
-            f"{shown(config.threshold_mode)}."
+            f"{shown(config.threshold_mode)}; give key_format='codes', or leave key_bits out."
         )
-    if not config.keyframes or config.block_fraction is not None:
+    if config.key_format != "held":
+        _check_mean("key_bits", config.key_bits, config.key_format)
+    elif config.key_bits is not None:
         raise ValueError(
-            f"[DeltaConfig] key_bits={config.key_bits} needs keyframes=True and a fixed "
-            "block_size: packed blocks are read independently of each other."
+            f"[DeltaConfig] key_bits={shown(config.key_bits)} needs key_format='codes' with "
+            f"threshold_mode={config.threshold_mode!r}: keys held by a threshold are kept in full."
         )
-    if config.block_size % 8 or config.block_size > 64:
+    if config.value_format != "plain":
+        _check_mean("value_bits", config.value_bits, config.value_format)
+        if config.key_bits is None:
+            raise ValueError(
+                f"[DeltaConfig] value_bits={shown(config.value_bits)} needs key_bits but got None: "
+                "values are codes where keys are; give key_bits, or value_bits=16."
+            )
+    _check_widths(config)
+    if config.key_bits is not None and (config.block_size % 8 or config.block_size > 64):
         raise ValueError(
             f"[DeltaConfig] key_bits={config.key_bits} needs a block_size that is a multiple "
             f"of 8, up to 64, but got {config.block_size}."
         )
+
+
+def _check_widths(config: DeltaConfig) -> None:
+    """Validate widths that were chosen for codes."""
+    kinds = {"key_widths": config.key_format, "value_widths": "values"}
+    coded = {
+        "key_widths": config.key_format != "held",
+        "value_widths": config.value_format != "plain",
+    }
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        fits = coded[name] and isinstance(value, tuple)
+        if not fits or not all(x is None or _fits_layer(kind, x) for x in value):
+            raise ValueError(
+                f"[DeltaConfig] {name} must be widths of codes, for each layer those of its kv "
+                f"heads, but got {shown(value)}."
+            )
 
 
 def _check_mean(name: str, value: Any, kind: str) -> None:
@@ -204,9 +214,11 @@ def _check_mean(name: str, value: Any, kind: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
         which = f"{name.removesuffix('_bits')}_format={kind!r}"
+        codes = is_number and kind == "deltas" and most < value <= MEAN_BITS[1]
+        other = f"; key_format='codes' takes up to {MEAN_BITS[1]}" if codes else ""
         raise ValueError(
             f"[DeltaConfig] {name} must be between {least} and {most}, with {which}, but got "
-            f"{shown(value)}."
+            f"{shown(value)}{other}."
         )
 
 

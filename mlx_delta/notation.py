@@ -1,4 +1,4 @@
-"""``key_bits=4,threshold=1.1``: a dataclass's fields as the command lines write them.
+"""``key_bits=4,level=0.1``: a dataclass's fields as the command lines write them.
 
 Tuples are joined by slashes, tuples within them by colons: ``0.9:1.1/1.0:1.2``. Of a tuple with one
 value the joint stands behind it: ``0.9/``.

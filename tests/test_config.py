@@ -44,6 +44,7 @@ def test_a_config_json_without_what_runs_are_held_as_takes_the_default():
     assert DeltaConfig.from_dict(values) == DeltaConfig()
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was before formats")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -70,7 +71,25 @@ def test_a_config_json_without_what_runs_are_held_as_takes_the_default():
         ({"window": 10**9}, "window must be <= 16777216 but got 1000000000"),
         ({"block_size": 10**30, "window": 0}, "block_size must be <= 16777216 but got 1000000"),
         ({"threshold": 10**400}, "threshold must be >= 0 but got 1000"),
-        ({"key_bits": 8.0}, r"key_bits must be one of 16, 8, 4, 3, 2 but got 8\.0"),
+        ({"key_bits": 7.5}, r"between 2 and 7, with key_format='deltas', but got 7\.5; key_fo"),
+        ({"key_bits": True}, "key_bits must be between 2 and 7"),
+        ({"value_format": "rotated", "key_bits": 4}, "value_bits must be between 2 and 8"),
+        ({"key_bits": 4, "value_bits": 1}, "value_bits must be between 2 and 8"),
+        ({"key_bits": 4, "value_bits": 9}, "value_bits must be between 2 and 8"),
+        (
+            {
+                "key_format": "codes",
+                "key_bits": 4,
+                "block_size": 128,
+                "window": 128,
+                "threshold": 1.0,
+            },
+            "up to 64, but got 128",
+        ),
+        (
+            {"key_format": "codes", "key_bits": 4, "window": 0, "block_fraction": 0.05},
+            "a fixed blo",
+        ),
         ({"block_fraction": True, "window": 0}, r"block_fraction must be in \(0, 1\] but got True"),
         ({"treshold": 1.0}, "unknown setting 'treshold'"),
     ],
@@ -128,7 +147,7 @@ def test_another_number_of_heads_is_named():
     ("text", "fields"),
     [
         ("", {}),
-        ("key_bits=4,threshold=1.1", {"key_bits": 4, "threshold": 1.1}),
+        ("value_bits=16,threshold=1.1", {"value_bits": 16, "threshold": 1.1}),
         ("keyframes=false, run_value=first", {"keyframes": False, "run_value": "first"}),
         ("threshold=0.9/1.1", {"threshold": (0.9, 1.1)}),
         ("threshold=0.9/", {"threshold": (0.9,)}),
@@ -144,9 +163,9 @@ def test_a_setting_is_written_and_read_alike(text, fields):
 
 
 def test_what_is_not_written_stays_as_it_was():
-    base = DeltaConfig(threshold=2.0, key_bits=8)
+    base = DeltaConfig(threshold=2.0, key_format="codes", key_bits=8)
     assert DeltaConfig.parse("key_bits=none", base) == DeltaConfig(threshold=2.0)
-    assert str(DeltaConfig(key_bits=4, threshold=1.1)) == "threshold=1.1,key_bits=4"
+    assert str(DeltaConfig(value_bits=16, threshold=1.1)) == "threshold=1.1,value_bits=16"
     assert str(DeltaConfig()) == ""
 
 
@@ -160,11 +179,12 @@ def test_what_is_not_written_stays_as_it_was():
         ),
     ),
     blocks=st.integers(0, 3),
-    bits=st.sampled_from([None, 16, 8, 4, 3, 2]),
+    bits=st.sampled_from([None, 8, 4, 2.5]),
     mode=st.sampled_from(["relative", "absolute"]),
 )
 def test_every_setting_can_be_written_down(threshold, blocks, bits, mode):
-    config = DeltaConfig(threshold, mode, 16, 16 * blocks, key_bits=bits, value_bits=None)
+    fields = {"key_format": "held" if bits is None else "codes", "key_bits": bits}
+    config = DeltaConfig(threshold, mode, 16, 16 * blocks, **fields, value_bits=bits)
     assert DeltaConfig.parse(str(config)) == config
     assert DeltaConfig.parse(str(config), DeltaConfig()) == config
 
@@ -176,7 +196,10 @@ def test_every_setting_can_be_written_down(threshold, blocks, bits, mode):
         ("key_bits", "key_bits lacks a value, as in key_bits=1."),
         ("key_bits=", "key_bits lacks a value"),
         ("key_bits=4,key_bits=8", "key_bits is given twice"),
-        ("key_bits=five", "key_bits must be one of 16, 8, 4, 3, 2 but got 'five'"),
+        (
+            "key_bits=five",
+            "key_bits must be between 2 and 7, with key_format='deltas', but got 'five'",
+        ),
         ("threshold=1/x", "threshold must be a number but got 'x'"),
         ("threshold=/", "threshold must be a number but got ''"),
         ("threshold=1//2", "threshold must be a number but got ''"),
@@ -188,3 +211,60 @@ def test_a_wrongly_written_setting_is_refused_by_name(text, message):
     with pytest.raises(ValueError) as error:
         DeltaConfig.parse(text)
     assert message in str(error.value) and str(error.value).startswith("[DeltaConfig] ")
+
+
+# Only bits, and forms that are gone.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"key_bits": 16}, "key_bits must be between 2 and 7, .* but got 16"),
+        ({"key_bits": 4, "threshold": 1.0}, "key_bits=4 needs key_format='codes' with threshold_m"),
+        ({"key_bits": 4, "keyframes": False, "run_value": "first"}, "needs keyframes=True"),
+        ({"value_bits": 4}, "value_bits=4 needs key_bits but got None: .* or value_bits=16"),
+    ],
+)
+def test_bits_that_no_format_has_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DeltaConfig(**fields)
+
+
+def test_bits_alone_say_the_formats():
+    config = DeltaConfig(key_bits=4, value_bits=3)
+    assert (config.key_format, config.value_format) == ("deltas", "rotated")
+    assert (
+        config
+        == DeltaConfig.parse("key_bits=4,value_bits=3")
+        == DeltaConfig(key_bits=4, key_format="deltas", value_bits=3, value_format="rotated")
+    )
+    assert config.changed(key_format="codes", key_bits=3.5).key_format == "codes"
+    plain = config.changed(value_bits=16)
+    assert (plain.value_bits, plain.value_format) == (16, "plain")
+    full = config.changed(key_bits=None, value_bits=None)
+    assert full == DeltaConfig() and DeltaConfig.from_dict(config.to_dict()) == config
+
+
+OLD = [
+    ({"key_bits": 4, "value_bits": 4}, {"key_bits": 4, "value_bits": 4}, "'deltas' of 4 .*rotated"),
+    ({"key_bits": 8}, {"key_bits": 7}, "key_bits=8 is key_format='deltas' of 7 bits"),
+    ({"key_bits": 16, "value_bits": 16}, {"value_bits": 16}, "key_bits=16 are kept in full"),
+    ({"key_bits": 2, "threshold": 1.1}, {"threshold": 1.1}, "keys of key_bits=2 are kept in full"),
+    ({"key_bits": 4, "threshold_mode": "absolute", "value_bits": 8, "threshold": 1.0},
+     {"threshold_mode": "absolute", "threshold": 1.0, "value_bits": 16}, "full, .* are 16 bits"),
+    ({"value_bits": 8}, {"value_bits": 16}, "values of value_bits=8 are 16 bits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "fields", "message"), OLD, ids=str)
+def test_a_setting_in_a_form_that_is_gone_loads_in_the_nearest_one(old, fields, message):
+    with pytest.warns(UserWarning, match=r"^\[DeltaConfig\] a setting .*" + message) as said:
+        assert DeltaConfig.from_dict(old) == DeltaConfig(**fields)
+    assert len(said) == 1
+
+
+def test_a_setting_of_today_is_read_without_a_word(recwarn):
+    for fields in ({"key_bits": 3.5}, {"key_bits": 4, "key_format": "codes", "value_bits": 8}):
+        config = DeltaConfig(**fields)
+        assert DeltaConfig.from_dict(config.to_dict()) == config
+    assert not recwarn.list

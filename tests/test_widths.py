@@ -128,9 +128,7 @@ def test_a_setting_gives_each_layer_its_own_widths():
         [np.ones((2, 64)), None, 9 * np.ones((2, 64))],
         [np.array([1.0, 9.0]), None, np.array([1.0, 99.0])],
     )
-    config = DeltaConfig(
-        key_format="codes", key_bits=3, value_format="rotated", value_bits=3, sensitivities=found
-    )
+    config = DeltaConfig(key_format="codes", key_bits=3, value_bits=3, sensitivities=found)
     first, none, last = (config.for_layer(i, 3) for i in range(3))
     assert none.key_widths is None and none.value_widths is None
     sizes = [sum(map(int, "".join(x.key_widths[0]))) for x in (first, last)]
@@ -178,9 +176,7 @@ def test_shares_of_a_model_have_the_widths_that_the_whole_has():
     found = Sensitivities([RNG.lognormal(0, 1, (2, 64)) for _ in range(3)]).with_spread(
         [np.full((2, 64), size) for size in (1, 5, 2)], [np.array([1.0, 9.0])] * 3
     )
-    config = DeltaConfig(
-        key_format="codes", key_bits=3, value_format="rotated", value_bits=3, sensitivities=found
-    )
+    config = DeltaConfig(key_format="codes", key_bits=3, value_bits=3, sensitivities=found)
     whole = [config.for_layer(i, 3) for i in range(3)]
     halves = [share_of_heads(config, rank, 2) for rank in range(2)]
     for i, layer in enumerate(whole):

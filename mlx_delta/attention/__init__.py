@@ -8,6 +8,6 @@ A key's way, one sentence per room:
   query's window reaches it, it has the block's keys held (``ops``) and moves them to the far ones;
   and it leaves a ``Step``: far keys, near keys, values, and where each row stands.
 * ``attention`` chooses, in ``choice``, and nowhere else: the decode kernel for few queries over
-  packed blocks where there is one, else MLX's own attention over unpacked keys (``operations``).
+  stored blocks where there is one, else MLX's own attention over keys written out (``operations``).
 * ``ops`` launches what was chosen, on arrays alone; its ``backend`` knows which kernels there are.
 """

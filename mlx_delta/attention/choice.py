@@ -1,9 +1,9 @@
 """Kernel or MLX operations, for decode attention and for tiles: decided here, and nowhere else.
 
 A table that was measured on this machine says which is faster for a shape, where there is one.
-Without a kernel, or for what the kernel does not take, keys are unpacked and attended to by MLX's
-own attention. In decode that unpacks every far key for every token; where a kernel is at hand and
-still can't be used, a warning says so once, and why.
+Without a kernel, or for what the kernel does not take, keys are written out in full and attended to
+by MLX's own attention. In decode that writes out every far key for every token; where a kernel is
+at hand and still can't be used, a warning says so once, and why.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from functools import cache
 import mlx.core as mx
 
 from mlx_delta.cache.step import Step
-from mlx_delta.cache.turned_values import TurnedView
-from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel, tiles_kernel
+from mlx_delta.ops import codes_kernel, deltas_kernel, tiles_kernel
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
-from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.system.tuning import SPLITS, UNPACK, Shape, decode_path
 
-DECODE_QUERIES = 8  # of a row; for more, prefill attention over unpacked keys is faster
+DECODE_QUERIES = 8  # of a row; for more, prefill attention over keys in full is faster
 
 
 def decode_blocks(queries: mx.array, step: Step, mask: mx.array | str | None) -> FarBlocks | None:
@@ -37,7 +35,7 @@ def decode_blocks(queries: mx.array, step: Step, mask: mx.array | str | None) ->
         return None
     reason = _refusal(queries, step, blocks) or _mask_refusal(queries, mask)
     if reason is not None:
-        _warn(f"decoding without the kernel, over unpacked keys: {reason}")
+        _warn(f"decoding without the kernel, over keys written out: {reason}")
         return None
     return None if _measured(queries, step) == UNPACK else blocks
 
@@ -70,22 +68,10 @@ def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
 
 def _refusal(queries: mx.array, step: Step, blocks: FarBlocks) -> str | None:
     """Why the kernel does not take these queries, keys and values; ``None`` if it does."""
-    values, turned = step.stored_values, isinstance(step.stored_values, TurnedView)
-    _, n_heads, steps, head_dim = queries.shape
-    if not isinstance(blocks, PackedBlocks):
-        if not isinstance(values, TurnedView) and values.quantized:
-            return f"keys are codes of several widths, and values {values.bits}-bit codes"
-        if isinstance(blocks, DeltaBlocks):
-            return deltas_kernel.refusal(queries, blocks, values.head_dim)
-        return codes_kernel.refusal(queries, blocks, values.head_dim)
-    if turned:
-        return "values are turned, and keys held"
-    most = decode_kernel.MAX_SIMDGROUPS * decode_kernel.max_queries(head_dim)
-    if n_heads // blocks.masks.shape[1] * steps > most:
-        return f"more than {most} queries share a kv head"
-    if values.head_dim != head_dim:
-        return f"values have another dimension ({values.head_dim}) than keys ({head_dim})"
-    return None
+    values_dim = step.stored_values.head_dim
+    if isinstance(blocks, DeltaBlocks):
+        return deltas_kernel.refusal(queries, blocks, values_dim)
+    return codes_kernel.refusal(queries, blocks, values_dim)
 
 
 def _mask_refusal(queries: mx.array, mask: mx.array | str | None) -> str | None:

@@ -9,16 +9,15 @@ import mlx.core as mx
 from mlx_delta.cache.held import HeldKeys
 from mlx_delta.cache.step import Part, Step
 from mlx_delta.cache.turned_values import TurnedView
-from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
+from mlx_delta.ops import codes_kernel, deltas_kernel
 from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.launching import simdgroups_times
-from mlx_delta.ops.pack import PackedBlocks
 
 from .choice import decode_blocks, kernel_mask, simdgroups_factor
 from .masks import begin
-from .operations import attend_unpacked
+from .operations import attend_in_full
 from .prefill import (
     attend_in_blocks,
     attend_in_strips,
@@ -112,7 +111,7 @@ def attend_to_step(
             return attend_in_strips(queries, step, scale)
         if attends_in_blocks(queries, step):
             return attend_in_blocks(queries, step, scale, mask)
-    return attend_unpacked(queries, step, scale, mask, head_sinks)
+    return attend_in_full(queries, step, scale, mask, head_sinks)
 
 
 def _check_shapes(
@@ -151,28 +150,15 @@ def _decode(
     """Attention of a few queries by a kernel, straight from far blocks."""
     values, window = step.stored_values, step.window_blocks
     rows = zip(step.starts, step.encoded, step.firsts, strict=True)
-    if not isinstance(blocks, PackedBlocks):
-        if isinstance(values, TurnedView):
-            firsts = tuple(values.firsts)
-            stored: mx.array | CodedValues = CodedValues(
-                *values.codes, values.near, values.sinks, values.widths
-            )
-        else:
-            firsts, stored = (0,) * len(step.starts), values.buffers[0]
-        numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
-        rest = (step.near, stored, kernel_mask(mask), scale, window)
-        if isinstance(blocks, DeltaBlocks):
-            return deltas_kernel.decode(queries, numbers, blocks, *rest)
-        return codes_kernel.decode(queries, numbers, blocks, *rest)
-    assert not isinstance(values, TurnedView)
-    return decode_kernel.decode(
-        queries,
-        list(rows),
-        blocks,
-        step.near,
-        values.buffers,
-        values.width,
-        kernel_mask(mask),
-        scale,
-        window,
-    )
+    if isinstance(values, TurnedView):
+        firsts = tuple(values.firsts)
+        stored: mx.array | CodedValues = CodedValues(
+            *values.codes, values.near, values.sinks, values.widths
+        )
+    else:
+        firsts, stored = (0,) * len(step.starts), values.buffer
+    numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
+    rest = (step.near, stored, kernel_mask(mask), scale, window)
+    if isinstance(blocks, DeltaBlocks):
+        return deltas_kernel.decode(queries, numbers, blocks, *rest)
+    return codes_kernel.decode(queries, numbers, blocks, *rest)

@@ -1,4 +1,4 @@
-"""Attention over unpacked keys, by MLX's own fused attention.
+"""Attention over keys in full, by MLX's own fused attention.
 
 Each sub-chunk of queries is one call of ``mx.fast.scaled_dot_product_attention`` over
 ``[held keys ; full keys]`` with a mask that picks every key once for every query. No score matrix
@@ -19,7 +19,7 @@ from .masks import chunk_columns, plain_mask
 QUERY_CHUNK = 128
 
 
-def attend_unpacked(
+def attend_in_full(
     queries: mx.array,
     step: Step,
     scale: float,

@@ -15,7 +15,7 @@ from mlx_delta.ops.tiles import tile_attention
 
 from .choice import tiles_by_kernel
 
-# Far tokens, beyond which even a single query reads packed keys strip by strip.
+# Far tokens, beyond which even a single query reads stored keys strip by strip.
 LONG = 4096
 
 
@@ -46,10 +46,10 @@ def attend_in_blocks(
 
 
 def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None) -> bool:
-    """Whether these queries [B, Hq, L, D] attend to packed keys a strip at a time.
+    """Whether these queries [B, Hq, L, D] attend to stored keys a strip at a time.
 
     Where there is no kernel, and neither a mask nor rows at different positions; few queries only
-    to a long text, of which unpacking all keys would take more memory than they are stored in.
+    to a long text, of which writing out all keys would take more memory than they are stored in.
     """
     far = step.far
     if far is None or isinstance(far, mx.array) or isinstance(mask, mx.array) or has_kernels():
@@ -64,7 +64,7 @@ def attends_in_strips(queries: mx.array, step: Step, mask: mx.array | str | None
 
 
 def attend_in_strips(queries: mx.array, step: Step, scale: float) -> mx.array:
-    """Attention of queries [B, Hq, L, D] to full keys near and packed keys far; [B, Hq, L, Dv]."""
+    """Attention of queries [B, Hq, L, D] to full keys near and stored keys far; [B, Hq, L, Dv]."""
     blocks, size, first = step.far, step.block_size, step.firsts[0]
     assert blocks is not None and not isinstance(blocks, mx.array) and size is not None
     stored = step.stored_values

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(SETTINGS),
         metavar="SETTING",
         help="dense, stock (dense by MLX's own attention), delta, "
-        "delta:threshold=1.25,key_bits=4, delta:tiles=0.95, paper, window-only, kv8, kv4, "
+        "delta:level=0.1,key_bits=4, delta:tiles=0.95, paper, window-only, kv8, kv4, "
         f"rotating:1024. Default: {' '.join(SETTINGS)}.",
     )
     add_delta_argument(parser)
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--tune",
         action="store_true",
-        help="Instead of settings: time each way that this machine's GPU could attend from packed "
+        help="Instead of settings: time each way that this machine's GPU could attend from stored "
         "keys, for the model's shape, and keep the table in the user's folder for caches. "
         "Attention takes what was fastest from then on.",
     )

@@ -95,7 +95,7 @@ def decode_notes(first: str) -> list[str]:
         f"times {first}: median [quartiles] over tokens, by the clock and by the processor's time "
         "of all threads; in all: of their sums, which include finishing a block.",
         "cache MB: allocated, floats at 16 bits. written out MB: in memory besides, at full width, "
-        "where no kernel reads packed keys.",
+        "where no kernel reads stored keys.",
     ]
 
 
@@ -207,7 +207,7 @@ class DecodeBenchmark:
         rows = [DecodeRow(setting, context) for setting in self.settings]
         caches = [fill(row.setting, self.model, dense, prompt - 1, self.step) for row in rows]
         turns = list(zip(rows, caches, strict=True))
-        for row, own in turns:  # not counted: it allocates, and writes out what is packed
+        for row, own in turns:  # not counted: it allocates, and writes out what is stored
             self._token(DecodeRow(row.setting, context), own, self.tokens[prompt - 1])
         for i, token in enumerate(self.tokens[prompt:context]):
             for row, own in round_order(turns, self.seed, context, i):

@@ -82,7 +82,7 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
     """What the columns of the timed tables mean.
 
     Args:
-        unpacks: Whether packed keys were timed without the kernel that reads them.
+        unpacks: Whether stored keys were timed without the kernel that reads them.
         tiles: Whether a prefill by tiles was timed.
     """
     notes = [
@@ -103,7 +103,7 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
         )
     if unpacks:
         notes.append(
-            "Without Metal packed keys and values are kept written out while tokens are decoded, "
+            "Without Metal stored keys and values are kept written out while tokens are decoded, "
             "up to 32 MiB of a layer (written out MB, besides the caches); with it their attention "
             "is 2 launches per layer."
         )

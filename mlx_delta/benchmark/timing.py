@@ -121,7 +121,7 @@ class Row:
         runs: The runs that count.
         traffic: What decoding a token takes at the end of the context; computed.
         cache_bytes: What the caches have allocated then, floats at 16 bits.
-        scratch_bytes: What they keep written out besides, where no kernel reads packed keys.
+        scratch_bytes: What they keep written out besides, where no kernel reads stored keys.
         operations: In the graph of each of ``generated`` tokens after the context.
         density: Of a prefill by tiles: the part of them that was computed.
     """

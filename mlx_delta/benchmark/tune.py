@@ -44,7 +44,7 @@ LAYERS = 8  # attentions evaluated together
 ROUNDS = 7  # of which the median counts
 CHUNK = 2048  # tokens by which caches are filled
 NOTHING = (
-    "There is nothing to choose without a GPU: packed keys are unpacked, kept written out while "
+    "There is nothing to choose without a GPU: stored keys are kept written out while "
     "tokens are decoded, and attended to by MLX's own attention. No table is written."
 )
 
@@ -109,8 +109,11 @@ def tried_shapes(model: nn.Module) -> list[Tried]:
     own = model_setting(model) or DeltaConfig()
     dtype = _float_type(model)
     settings = []
-    for fields in (*map(kv_fields, SMALLER), {"key_bits": 4, "value_bits": 4}):
-        with suppress(ValueError):  # a chain can't be packed
+    for fields in (
+        *map(kv_fields, SMALLER),
+        {"key_format": "deltas", "key_bits": 4, "value_bits": 4},
+    ):
+        with suppress(ValueError):  # a chain can't be stored
             settings.append(own.changed(**fields))
     found: dict[Shape, Tried] = {}
     layers = trace_heads(model)
@@ -175,7 +178,7 @@ def tune(
 
 
 def _bytes(tried: Tried, tokens: int) -> int:
-    """What a length takes: the dense cache, unpacked copies for each layer, and as much again."""
+    """What a length takes: the dense cache, a copy of each layer in full, and as much again."""
     heads = tried.heads
     return 2 * (LAYERS + 2) * heads.kv_heads * (heads.key_dim + heads.value_dim) * tokens * 4
 

@@ -19,7 +19,7 @@ WORDS_AXIS, GRID_AXIS = 1, 2  # of blocks
 
 
 class CodeLog:
-    """Coded blocks of each row. What ``PackedLog`` is for packed ones.
+    """Coded blocks of each row.
 
     Args:
         coding: Of the layer.

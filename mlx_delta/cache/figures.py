@@ -141,7 +141,7 @@ class CacheFigures(_BaseCache):
 
     @property
     def scratch_nbytes(self) -> int:
-        """Bytes of what is kept written out between tokens, where no kernel reads packed keys.
+        """Bytes of what is kept written out between tokens, where no kernel reads stored keys.
 
         No part of ``nbytes``: it is bounded, made anew when it is needed, and never saved.
         """

@@ -2,7 +2,7 @@
 
 Positions count from the start of a row's own text, whatever padding the batch came with. A block
 is encoded once no later query's window reaches it. Keys are stored in full (``dense_keys``) or
-packed (``packed_keys``), as the setting says.
+in few bits (``far_keys``), as the setting says.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class HeldKeys(CacheState):
         """
         if steps > FEW_TOKENS:
             return
-        assert isinstance(self._keys, DenseKeys)  # a setting with packed keys has a fixed size
+        assert isinstance(self._keys, DenseKeys)  # a setting with key_bits has a fixed size
         self._held_from = max(self._lengths)
         self.config = self.config.resolve(self._held_from + steps)
         self._keys = self._keys.with_setting(self.config)

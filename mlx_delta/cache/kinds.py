@@ -9,19 +9,17 @@ from mlx_delta.config import DeltaConfig
 from .coded_keys import CodedKeys
 from .delta_keys import DeltaKeys
 from .dense_keys import DenseKeys
-from .packed_keys import PackedKeys
+from .far_keys import FarKeys
 from .turned_values import TurnedValues
 from .values import ValueStore
 
-Keys = DenseKeys | PackedKeys
+Keys = DenseKeys | FarKeys
 Values = ValueStore | TurnedValues
 
 
 def key_kind(config: DeltaConfig) -> Any:
     """The class of the store of a setting's keys."""
-    if config.key_bits is None:
-        return DenseKeys
-    return {"codes": CodedKeys, "deltas": DeltaKeys}.get(config.key_format, PackedKeys)
+    return {"held": DenseKeys, "codes": CodedKeys, "deltas": DeltaKeys}[config.key_format]
 
 
 def value_kind(config: DeltaConfig) -> Any:

@@ -2,7 +2,7 @@
 
 Further back than a block the full keys of the window are gone, and with them the way back
 (:meth:`HeldKeys.exact_length`). A mark keeps those that the next token would need: a window and a
-block at most. All that lies before them is packed or held, and stays as it is.
+block at most. All that lies before them is stored or held, and stays as it is.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta.ops.pack import run_together
-
 from .buffers import Rows, grow, pad_to, take_out
 
 BLOCK_STEP = 4  # blocks by which what each block has grows
@@ -251,3 +249,24 @@ class PayloadLog:
             np.concatenate(offsets),
             [list(ends) for log in logs for ends in log.ends],
         )
+
+
+def run_together(runs: mx.array, words: np.ndarray) -> mx.array:
+    """The first words of each run, one run after another.
+
+    Args:
+        runs: [n, room].
+        words: How many of each run, at least one; [n].
+
+    Returns:
+        [sum of words].
+    """
+    ends = np.cumsum(words)
+    begins = ends - words
+    shifts = np.arange(len(words)) * runs.shape[1] - begins
+    begins, shifts = mx.array(np.stack([begins, shifts]).astype(np.int32))
+    # Word i of the result is in the run whose number is how many begin at 1 to i.
+    index = mx.arange(int(ends[-1]))
+    marks = mx.zeros(index.shape, mx.int32)
+    marks[begins[1:]] = 1
+    return runs.reshape(-1)[index + shifts[mx.cumsum(marks)]]

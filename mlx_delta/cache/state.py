@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from .dense_keys import DenseKeys
 from .dropping import Dropping, stored
 from .figures import CacheFigures
 from .kinds import key_kind, value_kind
+from .old_files import modern_state
 from .store import spread
 
 STATE_VERSION = 1
@@ -58,8 +60,9 @@ class CacheState(CacheFigures):
                 raise ValueError(
                     f"it has version {version} but this library reads version {STATE_VERSION}"
                 )
+            header, buffers = modern_state(header, state[1:])
             self._begin(DeltaConfig.from_dict(header["config"]))
-            self._restore(header, list(state[1:]))
+            self._restore(header, buffers)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"[{name}] not a saved state of this cache: {error}; make the prompt cache anew."
@@ -67,7 +70,7 @@ class CacheState(CacheFigures):
         if self._keys is not None:
             self._check_state(name)
 
-    def _restore(self, header: dict[str, Any], buffers: list[Any]) -> None:
+    def _restore(self, header: Mapping[str, Any], buffers: list[Any]) -> None:
         """Take over a header and buffers, each of which is looked at by itself."""
         kind, of_values = key_kind(self.config), value_kind(self.config)
         end = 1 + of_values.count_arrays(self.config)

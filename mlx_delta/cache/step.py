@@ -1,4 +1,4 @@
-"""What an update leaves for attention to read; packed keys are unpacked when they are asked for."""
+"""What an update leaves for attention to read; stored keys are written out when asked for."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Step:
         block_sizes: Tokens in a block of each row.
         window_blocks: Blocks before a query's own that it sees in full.
         far: Held keys: a buffer [B, Hkv, capacity, D] in which they stand in every block that is
-            far from the last query, full ones elsewhere; or packed blocks; ``None``: not any.
+            far from the last query, full ones elsewhere; or stored blocks; ``None``: not any.
         near: [B, Hkv, room, D]; full keys of each row from position ``firsts[b]`` on, in every
             block that is near to the first query.
         firsts: Multiples of the block size.
@@ -138,11 +138,11 @@ class Step:
         return self.stored_values.held(self.length, self.dtype)
 
     @cached_property
-    def _unpacked(self) -> mx.array | None:
+    def _written_out(self) -> mx.array | None:
         if self.far is None or isinstance(self.far, mx.array) or not max(self.encoded):
             return None
         return unpack(self.far, max(self.encoded))
 
     def _joined(self, boundaries: list[int]) -> mx.array:
-        keys = join_near(self._unpacked, self.near, boundaries, list(self.firsts), self.length)
+        keys = join_near(self._written_out, self.near, boundaries, list(self.firsts), self.length)
         return keys.astype(self.dtype)

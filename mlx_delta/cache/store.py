@@ -1,4 +1,4 @@
-"""What a store of keys does, whether it keeps them in full or packed.
+"""What a store of keys does, whether it keeps them in full or in few bits.
 
 A store is made at the first update, complete, and has one count for each of its rows: that all
 rows of a text agree is nothing special to it.
@@ -17,7 +17,7 @@ from mlx_delta.ops.blocks import FarBlocks
 LARGEST = 1 << 31  # of a count
 
 # What an append leaves for attention: held keys of far blocks (in place in a buffer as long as the
-# text, or packed), near keys, and the position of each row's first near key.
+# text, or stored), near keys, and the position of each row's first near key.
 KeyParts = tuple[mx.array | FarBlocks | None, mx.array, list[int]]
 
 

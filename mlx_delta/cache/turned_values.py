@@ -1,4 +1,4 @@
-"""Values turned and stored as codes far away, full near: the same tokens as of packed keys.
+"""Values turned and stored as codes far away, full near: the same tokens as of keys.
 
 The layout is specified in :mod:`mlx_delta.method.codes`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import value_group, value_words
 from mlx_delta.ops.join import join_near
-from mlx_delta.ops.pack import LARGEST, storage_type, to_storage
+from mlx_delta.ops.storage import LARGEST, storage_type, to_storage
 from mlx_delta.ops.turned import Codes, decode_values, encode_values
 from mlx_delta.widths import share_value_bits
 

@@ -1,8 +1,8 @@
-"""Keys and values written out for decode, on machines where no kernel reads packed ones.
+"""Keys and values written out for decode, on machines where no kernel reads stored ones.
 
-Unpacking all far blocks for each token takes longer than attention to them. So between tokens
+Writing out all far blocks for each token takes longer than attention to them. So between tokens
 they stay written out, up to a bound, where memory is plentiful, and only blocks that become far are
-unpacked. It is scratch: no part of a cache's state or of its bytes, made anew whenever it does not
+read. It is scratch: no part of a cache's state or of its bytes, made anew whenever it does not
 fit, and let go for prompts.
 """
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import unpack
-from mlx_delta.ops.pack import to_storage
+from mlx_delta.ops.storage import to_storage
 from mlx_delta.system.memory import free_memory
 
 from .buffers import grow, write_tokens
@@ -24,7 +24,7 @@ from .values import ValueStore
 # Layers that a model may have, each of which writes its own out: those of the largest.
 MOST_LAYERS = 128
 # Of a layer's keys and values together: 20,000 tokens of three heads of 64 in float32, 4,000 of
-# eight heads of 128. Longer texts are unpacked strip by strip for each token.
+# eight heads of 128. Longer texts are written out strip by strip for each token.
 MOST_BYTES = 1 << 25
 # Tokens of one update, up to which it is taken for decode.
 FEW_TOKENS = 8
@@ -78,7 +78,7 @@ class WrittenOut:
             far=self._keys,
             near=self._keys,
             firsts=(0,) * len(step.firsts),
-            stored_values=ValueStore(None, (self._values[...],)),
+            stored_values=ValueStore(None, self._values[...]),
         )
 
     def _has_room(self, size: int) -> bool:

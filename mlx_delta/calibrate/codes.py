@@ -252,8 +252,7 @@ class Search:
         return self._with(tried.key_bits, tried.value_bits)
 
     def _with(self, key_bits: float, value_bits: float) -> DeltaConfig:
-        fields: dict[str, Any] = {"key_format": "codes", "value_format": "rotated"}
-        fields |= {"key_bits": key_bits, "value_bits": value_bits}
+        fields = {"key_format": "codes", "key_bits": key_bits, "value_bits": value_bits}
         return self._config.changed(**fields, key_widths=None, value_widths=None)
 
     def _measure(self, share: float, split: float) -> Tried:
@@ -323,7 +322,7 @@ def report(found: CodesCalibration) -> list[str]:
         lines += map(_row, found.tried[:-1])
         lines += ["Chosen:", _row(found.tried[-1])]
     else:
-        fields = {"key_format": "codes", "value_format": "rotated", "key_bits": 3, "value_bits": 3}
+        fields = {"key_format": "codes", "key_bits": 3, "value_bits": 3}
         config = config.changed(**fields, key_widths=None, value_widths=None)
     chosen = config.with_widths()
     assert chosen.key_widths is not None and chosen.value_widths is not None

@@ -18,7 +18,6 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.sparsity import causal_pairs, queries_of_blocks
 from mlx_delta.models.anatomy import watched_caches
 from mlx_delta.ops.hold import hold_blocks
-from mlx_delta.ops.pack import block_grid, decode_values, encode_values, to_storage
 
 # In units of the spread of the keys: dense where sparsity changes fast; at 8 nearly all is held.
 GRID = (0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0) + (
@@ -128,9 +127,7 @@ def measure_layer(
     _, H, length, D = keys.shape
     size = config.block_size
     blocks = (length - 1) // size - config.window_blocks  # far from the last query
-    stored = keys if config.key_bits is None else to_storage(keys)
-    stored = stored[:, :, : blocks * size]
-    codes = None if config.key_bits in (None, 16) else _decoded(stored, stored, config)
+    full = keys[:, :, : blocks * size]
     skipping = queries_of_blocks(config, blocks, 0, length) / (D * causal_pairs(0, length))
     attention = _FarAttention(queries, keys, scale, config, positions, blocks * size)
 
@@ -139,11 +136,7 @@ def measure_layer(
         some = thresholds[start : start + THRESHOLDS_AT_ONCE].tolist()
         # Copies of a head at different thresholds are heads with thresholds of their own.
         tried = dataclasses.replace(config, threshold=(tuple(some) * H,))
-        copies = mx.repeat(stored, len(some), axis=1)
-        many = None if codes is None else mx.repeat(codes, len(some), axis=1)
-        held, zeros = hold_blocks(copies, tried, stored=many)
-        if many is not None and config.run_value == "mean":  # it is means that are coded
-            held = _decoded(held, copies, config)
+        held, zeros = hold_blocks(mx.repeat(full, len(some), axis=1), tried)
         held = held.reshape(H, len(some), -1, D)
         costs = mx.stack([attention.cost(held[:, g]) for g in range(len(some))], axis=1)
         mx.eval(zeros, costs)
@@ -200,13 +193,3 @@ class _FarAttention:
         error = self._queries @ held.swapaxes(1, 2) - self._scores
         weighted = self._weights * error
         return 0.5 * ((weighted * error).sum(axis=-1) - weighted.sum(axis=-1) ** 2).mean(axis=-1)
-
-
-def _decoded(values: mx.array, keys: mx.array, config: DeltaConfig) -> mx.array:
-    """What codes of values [1, H, N, D] stand for, on the grids of keys of that shape."""
-    assert config.key_bits is not None
-    shape = (*keys.shape[:2], -1, config.block_size, keys.shape[3])
-    blocks, coded = (x.reshape(shape).astype(mx.float32) for x in (keys, values))
-    grid = block_grid(blocks, int(config.key_bits), keys.dtype)
-    codes = encode_values(coded, grid, int(config.key_bits))
-    return decode_values(codes, grid, keys.dtype).reshape(keys.shape)

@@ -190,7 +190,7 @@ class Slash:
             if scratch := scratch_nbytes(caches):
                 yield (
                     f"besides: {scratch / 1e6:.2f} MB written out while decoding, as there is no "
-                    "GPU to read packed keys"
+                    "GPU to read stored keys"
                 )
         if conversation.draft_caches:
             size = sum(cache.nbytes for cache in conversation.draft_caches)

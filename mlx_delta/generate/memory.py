@@ -69,7 +69,7 @@ def estimate(model: nn.Module, tokens: int, setting: DeltaConfig | None = None) 
     if delta is not None and delta.value_bits is not None:
         value = int(head_dim * delta.value_bits) // 8
     if delta is not None and delta.key_bits is not None:
-        # What packed blocks take depends on the text; their near keys have a room of their own.
+        # What held keys take depends on the text; near keys have a room of their own.
         window, key = 2 * head_dim * (delta.window + 2 * delta.block_size), 0
         if delta.key_format == "codes":
             key = int(head_dim * delta.key_bits) // 8

@@ -233,7 +233,7 @@ def cache_line(size: int, dense: int, scratch: int) -> str:
     if scratch:
         line += (
             f", and {scratch / 1e6:.2f} MB written out while decoding, as there is no GPU to read "
-            "packed ones"
+            "stored ones"
         )
     return line
 

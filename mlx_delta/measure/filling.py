@@ -78,8 +78,8 @@ def memory_needed(model: nn.Module, setting: Setting, context: int, prefill_step
     heads = max((layer.queries for layer in layers), default=0)
     token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * item
     kept = context if setting.max_size is None else min(context, setting.max_size + prefill_step)
-    # While a cache grows, the old buffers are there beside the new ones; so are packed keys and
-    # what they are packed from.
+    # While a cache grows, the old buffers are there beside the new ones; so are stored keys and
+    # what they are made from.
     caches = 2 * kept * token
     fused = has_gpu() and setting.kv_bits is None
     scores = 0 if fused else 2 * heads * min(prefill_step, context) * kept * item

@@ -20,7 +20,7 @@ from mlx_delta.system.devices import has_gpu
 from mlx_delta.system.kv import SMALLER, kv_fields
 from mlx_delta.system.memory import free_memory, show_bytes
 
-# Share of the changes that propagate, of packed keys: about what the default setting leaves.
+# Share of the changes that propagate, of held keys: about what the default setting leaves.
 _CHANGED = 0.4
 _SHOWN_TOKENS = 8192  # of a model whose context is not known
 _CHECK_EVERY = 16  # tokens of an answer
@@ -86,11 +86,9 @@ class Plan:
         if setting is not None and setting.max_size is not None:
             tokens = min(tokens, setting.max_size)
         if setting is not None and setting.key_bits is not None:
-            key = 1 + _CHANGED * setting.key_bits
-            if setting.key_format == "codes":
-                key = setting.key_bits + 0.5
-            elif setting.key_format == "deltas":
-                key += 0.4
+            key = setting.key_bits + 0.5
+            if setting.key_format == "deltas":
+                key = 1.4 + _CHANGED * setting.key_bits
             near = 2 * self.head_dim * (setting.window + 2 * setting.block_size)
             near *= 2 if setting.value_format == "rotated" else 1
         if setting is not None and setting.value_bits is not None:

@@ -46,7 +46,7 @@ def decode_operations(
     """Operations of each of the next tokens, those that the caches need included.
 
     A token that finishes a block encodes it too. What is evaluated on the way, as when the length
-    of what was packed decides where it goes, is counted before it is. What NumPy computes, where
+    of what was stored decides where it goes, is counted before it is. What NumPy computes, where
     there is no GPU, is not counted.
 
     Args:

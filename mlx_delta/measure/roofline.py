@@ -21,7 +21,9 @@ from .settings import PREFILL_STEP, Setting
 from .traffic import decode_traffic, weight_bytes
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SETTINGS = ("dense", "delta", "delta:key_bits=4,value_bits=4", "kv8", "kv4", "rotating:1024")
+SETTINGS = (
+    *("dense", "delta", "delta:kv=balanced", "delta:kv=small", "kv8", "kv4", "rotating:1024"),
+)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def parse_settings(names: Sequence[str], default: DeltaConfig | None = None) -> 
 
     ``dense``, ``kv8`` and ``kv4`` (mlx-lm's caches), ``kv4-rotated`` (as llama.cpp quantizes),
     ``kivi4`` and ``kivi2`` (keys by channel), ``rotating:1024`` (mlx-lm's ``--max-kv-size``),
-    ``delta`` and ``delta:threshold=1.25,key_bits=4`` (any field of
+    ``delta`` and ``delta:level=0.1,key_bits=4`` (any field of
     :class:`DeltaConfig`, as :meth:`DeltaConfig.parse` reads them), ``delta:kv=balanced`` (as
     ``--kv``), ``delta:sparsity=0.75`` and
     ``delta:kl=0.002`` (the level that a calibrated model's curve says), ``uncalibrated`` (the delta

@@ -31,7 +31,7 @@ class Traffic:
 
     Attributes:
         weight_bytes: Of weights read.
-        cache_bytes: Of keys and values read, and of what they are packed with.
+        cache_bytes: Of keys and values read, and of what they are stored with.
         projection_macs: Multiply-accumulates of linear layers and the head.
         attention_macs: Those of QK^T and of its product with V, for every key that is seen.
         skippable_macs: Those of QK^T with a delta that is zero. The kernels do not skip them yet.

@@ -2,9 +2,11 @@
 
 | step                         | MLX form                 | launcher            |
 |------------------------------|--------------------------|---------------------|
-| hold keys of whole blocks    | ``hold``                 | ``pack_kernel``     |
-| pack and unpack them         | ``pack``                 | ``pack_kernel``     |
-| attend to packed blocks      | ``attention.operations`` | ``decode_kernel``   |
+| hold keys of whole blocks    | ``hold``                 | ``hold_kernel``     |
+| cut them into runs           | ``runs``                 | ``runs_kernel``     |
+| code keys, and attend to them| ``codes``                | ``codes_kernel``    |
+| store held keys, and attend  | ``deltas``               | ``deltas_kernel``   |
+| choose tiles of a prompt     | ``tiles``                | ``tiles_kernel``    |
 | multiply with ternary weights| ``ternary.linear``       | ``ternary_matvec``  |
 
 Nothing here knows of caches. Which back-end there is, and so whether a kernel runs, is said in one

@@ -1,4 +1,4 @@
-"""Whole blocks held, packed and unpacked: by kernels where there are any, else by their twins.
+"""Whole blocks held, and stored ones read: by kernels where there are any, else by their twins.
 
 Whether *decode attention* goes through its kernel also depends on the queries and the mask:
 :mod:`mlx_delta.attention.choice` decides that.
@@ -10,31 +10,23 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from . import codes_encode, deltas_encode, pack_kernel
+from . import codes_encode, deltas_encode, hold_kernel
 from .backend import has_kernels
 from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .hold import hold_blocks
-from .pack import EncodedBlocks, PackedBlocks, pack_blocks, unpack_blocks, with_sinks
 
 # Far keys that are not stored in full.
-FarBlocks = PackedBlocks | CodedBlocks | DeltaBlocks
+FarBlocks = CodedBlocks | DeltaBlocks
 
 
 def hold(
     keys: mx.array, config: DeltaConfig, first_block: int, previous: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks; see :func:`mlx_delta.ops.hold.hold_blocks`."""
-    if has_kernels() and pack_kernel.can_hold(keys, config):
-        return pack_kernel.hold(keys, config, first_block)
+    if has_kernels() and hold_kernel.can_hold(keys, config):
+        return hold_kernel.hold(keys, config, first_block)
     return hold_blocks(keys, config, first_block, previous)
-
-
-def encode_blocks(keys: mx.array, config: DeltaConfig, first_block: int) -> EncodedBlocks:
-    """Hold and pack the keys of whole blocks; see :func:`mlx_delta.ops.pack.pack_blocks`."""
-    if not has_kernels() or config.cuts_runs:  # no kernel cuts and packs in one
-        return pack_blocks(keys, config, first_block)
-    return pack_kernel.encode(keys, config, first_block)
 
 
 def encode_codes(
@@ -55,12 +47,8 @@ def encode_deltas(
     return store_deltas(keys, config, coding, first_block)
 
 
-def unpack(packed: FarBlocks, blocks: int) -> mx.array:
-    """Held keys of the first blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
-    if isinstance(packed, CodedBlocks):
-        return decode_blocks(packed.first(blocks))
-    if isinstance(packed, DeltaBlocks):
-        return read_deltas(packed.first(blocks))
-    if not has_kernels():
-        return unpack_blocks(packed.first(blocks))
-    return with_sinks(pack_kernel.unpack(packed, blocks), packed.sinks)
+def unpack(stored: FarBlocks, blocks: int) -> mx.array:
+    """Keys of the first blocks in full, [B, Hkv, blocks * block_size, D] of the storage type."""
+    if isinstance(stored, CodedBlocks):
+        return decode_blocks(stored.first(blocks))
+    return read_deltas(stored.first(blocks))

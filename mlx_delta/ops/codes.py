@@ -18,7 +18,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import FITS, MOST_WEIGHT, order_of, slots_of
 from mlx_delta.widths import FIELDS, Rows, even_key_widths
 
-from .pack import LARGEST, block_grid, encode_values, with_sinks
+from .storage import LARGEST, block_grid, encode_values, with_sinks
 from .sums import over_lanes
 from .turned import turn
 
@@ -250,17 +250,17 @@ def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.clip(values, -LARGEST[dtype], LARGEST[dtype]).astype(dtype).astype(mx.float32)
 
 
-def decode_blocks(packed: CodedBlocks) -> mx.array:
+def decode_blocks(coded: CodedBlocks) -> mx.array:
     """Keys of all blocks, [B, Hkv, blocks * block_size, D] of the storage type."""
-    coding, places = packed.coding, _places(packed.coding)
-    B, H, blocks, _, D = packed.grid.shape
-    size = packed.words.shape[3]
-    codes = (packed.words[:, :, places.rows] >> places.right) & places.masks
+    coding, places = coded.coding, _places(coded.coding)
+    B, H, blocks, _, D = coded.grid.shape
+    size = coded.words.shape[3]
+    codes = (coded.words[:, :, places.rows] >> places.right) & places.masks
     codes = codes.reshape(B, blocks, H, D, size).swapaxes(1, 2)
-    grid = mx.take_along_axis(packed.grid, places.back, axis=-1)
+    grid = mx.take_along_axis(coded.grid, places.back, axis=-1)
     low, step = (grid[:, :, :, i, :, None].astype(mx.float32) for i in (0, 1))
-    keys = mx.minimum(low + codes.astype(mx.float32) * step, LARGEST[packed.dtype])
-    keys = keys.swapaxes(3, 4).reshape(B, H, blocks * size, D).astype(packed.dtype)
+    keys = mx.minimum(low + codes.astype(mx.float32) * step, LARGEST[coded.dtype])
+    keys = keys.swapaxes(3, 4).reshape(B, H, blocks * size, D).astype(coded.dtype)
     if coding.turned:
-        keys = turn(keys.astype(mx.float32)).astype(packed.dtype)
-    return with_sinks(keys, packed.sinks)
+        keys = turn(keys.astype(mx.float32)).astype(coded.dtype)
+    return with_sinks(keys, coded.sinks)

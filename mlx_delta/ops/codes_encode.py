@@ -13,8 +13,17 @@ from mlx_delta.method.codes import FITS, MOST_WEIGHT, hadamard_size, slots_of
 from mlx_delta.widths import FIELDS
 
 from .codes import Coding
-from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, filler, padded
-from .pack import HEAD_DIMS, LARGEST
+from .launching import (
+    LEAST_ELEMENTS,
+    SAFE_MATH,
+    SIMD,
+    check_shapes,
+    constant,
+    filler,
+    padded,
+    table,
+)
+from .storage import HEAD_DIMS, LARGEST
 
 assert (FITS, MOST_WEIGHT) == (2, 8.0), "as kernels/codes_encode.metal has them"
 
@@ -120,6 +129,5 @@ def _tables(coding: Coding) -> tuple[mx.array, mx.array, mx.array]:
                 own_rows.append(first << 5 | 2 * kind)
                 first += 2 * kind
     tables = np.concatenate(places), np.array(own_rows), np.array(coding.first_rows)
-    found = [padded(mx.array(table.astype(np.int32))) for table in tables]
-    mx.eval(found)  # so that other threads can use them
-    return found[0], found[1], found[2]
+    channels, starts, firsts = (table(x.astype(np.int32)) for x in tables)
+    return channels, starts, firsts

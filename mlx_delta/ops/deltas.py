@@ -20,8 +20,8 @@ from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, lane_order
 from mlx_delta.widths import even_lane_widths
 
 from .codes import token_weights
-from .pack import LARGEST, block_grid, encode_values, with_sinks
 from .runs import hold_runs
+from .storage import LARGEST, block_grid, encode_values, with_sinks
 
 WORD = 32  # bits
 

@@ -13,9 +13,9 @@ from mlx_delta.kernels import kernel_source
 from mlx_delta.method.deltas import CHUNK, FITS, LANE
 
 from .deltas import LaneCoding, StoredDeltas
-from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded
-from .pack import HEAD_DIMS, LARGEST
+from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded, table
 from .runs_kernel import can_cut, cut_runs
+from .storage import HEAD_DIMS, LARGEST
 
 assert (CHUNK, FITS, LANE) == (16, 4, 8), "as kernels/deltas_encode.metal has them"
 
@@ -129,6 +129,4 @@ def write(
 def _places(coding: LaneCoding) -> mx.array:
     """Channel and width of each place of the order, of all heads, as the kernel takes them."""
     widths = np.repeat(np.array(coding.widths), LANE, axis=1)
-    places = padded(mx.array((np.array(coding.order) | widths << 8).astype(np.int32)))
-    mx.eval(places)  # so that other threads can use them
-    return places
+    return table((np.array(coding.order) | widths << 8).astype(np.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,6 @@ import mlx.core as mx
 from mlx_delta.kernels import kernel_source
 from mlx_delta.method.codes import hadamard_size
 
-from .decode_kernel import mask_input, row_numbers
 from .far_values import TOKENS, CodedValues
 from .launching import LEAST_ELEMENTS, SIMD, constant, filler, gpu_simdgroups
 
@@ -201,6 +200,21 @@ def launch(
     return out
 
 
+@lru_cache(maxsize=4)
+def row_numbers(rows: tuple[tuple[int, ...], ...]) -> mx.array:
+    """What the kernel needs to know of each row, int32 [rows, 8]; once for all layers of a step."""
+    return mx.array([[*row, *[0] * (8 - len(row))] for row in rows], mx.int32)
+
+
+def mask_input(mask: mx.array | None) -> mx.array:
+    """A boolean mask [1 or B, L, S], or none, as the kernel takes it."""
+    if mask is None:
+        return filler(mx.bool_).reshape(1, 1, -1)
+    if mask.shape[2] >= LEAST_ELEMENTS:
+        return mask
+    return mx.pad(mask, [(0, 0), (0, 0), (0, LEAST_ELEMENTS - mask.shape[2])])
+
+
 @dataclass(frozen=True)
 class _Parts:
     """How the queries that share a kv head are divided.
@@ -233,8 +247,8 @@ def _units(
 ) -> tuple[int, int]:
     """The most far blocks and the most near ones that any row's queries look at."""
     far = near = 0
-    for start, packed, _, _ in rows:
+    for start, stored, _, _ in rows:
         first, last = (max(start + step, 0) // TOKENS for step in (0, steps - 1))
-        far = max(far, min(packed, max(last - window_blocks, 0)))
+        far = max(far, min(stored, max(last - window_blocks, 0)))
         near = max(near, last + 1 - max(first - window_blocks, 0))
     return far, near

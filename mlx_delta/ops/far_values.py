@@ -107,20 +107,20 @@ def check_decode(
     if len(rows) != B:
         raise ValueError(f"[{name}] got numbers of {len(rows)} rows for {B} rows of queries.")
     coded_tokens = (values.words if isinstance(values, CodedValues) else exact).shape[2]
-    for start, packed, first, value_first in rows:
+    for start, stored, first, value_first in rows:
         near_from = max(max(start, 0) // TOKENS - window_blocks, 0) * TOKENS
         end = max(start + steps, 1)
         if (
-            not 0 <= packed <= capacity
-            or packed * TOKENS > coded_tokens
-            or max(end - 1, 0) // TOKENS - window_blocks > packed
+            not 0 <= stored <= capacity
+            or stored * TOKENS > coded_tokens
+            or max(end - 1, 0) // TOKENS - window_blocks > stored
             or not 0 <= first <= near_from
             or not 0 <= value_first <= near_from
             or end - first > near.shape[2]
             or end - value_first > exact.shape[2]
         ):
             raise ValueError(
-                f"[{name}] a row at position {start} with {packed} coded blocks, near keys from "
+                f"[{name}] a row at position {start} with {stored} coded blocks, near keys from "
                 f"{first} on and near values from {value_first} on does not fit {capacity} blocks, "
                 f"{coded_tokens} coded tokens, {near.shape[2]} near keys and {exact.shape[2]} "
                 "near values."

@@ -42,7 +42,6 @@ def hold_blocks(
     config: DeltaConfig,
     first_block: int = 0,
     previous: mx.array | None = None,
-    stored: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks.
 
@@ -52,10 +51,6 @@ def hold_blocks(
         first_block: Which block of the text the first one is.
         previous: [B, Hkv, D], the held key before the first one. Used without keyframes only;
             ``None`` at the start of the text.
-        stored: What each key becomes once it is stored, shaped as ``keys``, where that is not
-            the key itself. First values are compared as they are really stored, so that
-            rounding adds nothing to the threshold's bound. Used with keyframes only, and not
-            for means: of those it is the mean that is stored.
 
     Returns:
         The held keys, shaped and typed as ``keys``, and how many of each block's deltas are
@@ -63,7 +58,7 @@ def hold_blocks(
     """
     B, H, length, D = keys.shape
     size = config.block_size
-    if stored is None and not config.cuts_runs and config.layer_threshold == 0:
+    if not config.cuts_runs and config.layer_threshold == 0:
         # What has changed at all propagates.
         zeros = _count_zeros(keys, config, [first_block * size] * B, previous)
         return keys, _of_blocks(zeros, size)
@@ -75,7 +70,7 @@ def hold_blocks(
     if config.run_value == "mean":
         held, _, zeros = hold_means(blocks, config, first_block)
         return held.reshape(keys.shape).astype(keys.dtype), zeros
-    held, _ = _hold_firsts(blocks, config, first_block, stored)
+    held, _ = _hold_firsts(blocks, config, first_block)
     held = held.reshape(keys.shape)
     zeros = _count_zeros(held, config, [first_block * config.block_size] * B, None)
     return held.astype(keys.dtype), _of_blocks(zeros, size)
@@ -162,7 +157,7 @@ def hold_means(
 
 @np.errstate(all="ignore")
 def _hold_firsts(
-    blocks: mx.array, config: DeltaConfig, first_block: int, stored: mx.array | None = None
+    blocks: mx.array, config: DeltaConfig, first_block: int
 ) -> tuple[mx.array, mx.array]:
     """The first value of each element's run, float32, and which elements start one.
 
@@ -170,23 +165,21 @@ def _hold_firsts(
     of all blocks are stepped through side by side.
     """
     B, H, n_blocks, size, D = blocks.shape
-    targets = blocks if stored is None else stored.astype(mx.float32).reshape(blocks.shape)
     xp = _module()
     keys = _by_token(xp, blocks)
-    values = keys if targets is blocks else _by_token(xp, targets)
     thresholds = _array(xp, block_thresholds(blocks, config).reshape(-1, 1))
     position = first_block * size + np.arange(size)[:, None] + size * np.arange(n_blocks)
     exact = position < config.sinks  # [size, n_blocks]: they stand for themselves
     sinks = [_array(xp, mx.array(np.tile(row, B * H)[:, None])) for row in exact if row.any()]
 
-    held = values[0]  # the first value of a block
+    held = keys[0]  # the first value of a block
     firsts, starts = [held], [xp.ones(held.shape, xp.bool_)]
     for t in range(1, size):
         # "not more than" rather than "less than": a NaN compares false and so propagates.
         keep = xp.abs(keys[t] - held) <= thresholds
         if exact[t].any():
             keep = keep & ~sinks[t]
-        held = xp.where(keep, held, values[t])
+        held = xp.where(keep, held, keys[t])
         starts.append(~keep)
         firsts.append(held)
     return _by_block(xp.stack(firsts), blocks.shape), _by_block(xp.stack(starts), blocks.shape)

@@ -13,7 +13,7 @@ from mlx_delta.kernels import kernel_source
 from mlx_delta.method.runs import run_costs
 
 from .backend import has_kernels
-from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, padded
+from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, padded, table
 
 BODY = """
     constexpr int W = (D + 31) / 32;
@@ -110,6 +110,4 @@ def _felt(config: DeltaConfig, n_heads: int, head_dim: int) -> mx.array:
     """Weights, salience and what a run costs, [3 * Hkv * D], of a setting of one layer."""
     weights, salience = config.sensitivities_of_layer(n_heads, head_dim)
     parts = np.stack([weights, salience, run_costs(weights, config.run_level)])
-    felt = padded(mx.array(parts.astype(np.float32)))
-    mx.eval(felt)  # so that other threads can use it
-    return felt
+    return table(parts.astype(np.float32))

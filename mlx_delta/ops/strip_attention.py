@@ -1,8 +1,9 @@
-"""Exact attention over packed keys, unpacked a strip at a time: no copy of them all is made.
+"""Exact attention over stored keys, written out a strip at a time: no copy of them all is made.
 
 As :mod:`mlx_delta.ops.exact_attention`, with the loops the other way round: a strip of far keys and
-values is unpacked once, for all blocks of queries, each of which keeps the running maximum and sum
-of its softmax. So what is in memory besides the packed keys is one strip, however long the text.
+values is written out once, for all blocks of queries, each of which keeps the running maximum and
+sum of its softmax. So what is in memory besides the stored keys is one strip, however long the
+text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 
 from .exact_attention import Far, Weighted, hide, query_blocks, with_ones
 
-# Tokens of a strip: what a processor's cache holds, unpacked.
+# Tokens of a strip: what a processor's cache holds, written out.
 STRIP = 1024
 
 _LOG2_E = math.log2(math.e)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_delta.method.codes import hadamard_size, value_group, value_words
 
-from .pack import storage_type, to_storage
+from .storage import storage_type, to_storage
 
 # Words, scales and biases of values.
 Codes = tuple[mx.array, mx.array, mx.array]

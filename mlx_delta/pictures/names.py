@@ -14,7 +14,8 @@ from .theme import Theme
 FAMILIES: dict[str, tuple[str, int | None, str]] = {
     "dense": ("s", None, "dense"),
     "delta": ("o", 0, "delta"),
-    "packed delta": ("D", 1, "delta, packed"),
+    "codes": ("D", 1, "codes"),
+    "deltas": ("d", 7, "delta, codes"),
     "paper": ("^", 2, "paper's setting"),
     "quantized": ("v", 3, "mlx-lm quantized"),
     "others": ("<", 6, "others' quantized"),
@@ -41,7 +42,7 @@ def family(setting: str, delta: Delta) -> str:
     """One of ``FAMILIES``."""
     kind = setting.partition(":")[0]
     if kind in ("delta", "paper") and option(setting, delta, "key_bits"):
-        return "packed delta"
+        return option(setting, delta, "key_format") or "deltas"
     if kind in BASELINES:
         return "others"
     return "quantized" if kind in QUANTIZED else kind
@@ -59,11 +60,12 @@ def label(setting: str, delta: Delta) -> str:
     if isinstance(threshold, (list, tuple)) or "/" in str(threshold):
         threshold = "per layer"
     parts = ["paper"] if kind == "paper" else []
+    parts += ["codes"] if option(setting, delta, "key_format") == "codes" else []
     parts += [f"θ {threshold}"] if threshold is not None else []
     for name, letter in (("key_bits", "K"), ("value_bits", "V")):
         bits = option(setting, delta, name)
         parts += [f"{letter}{bits}"] if bits else []
-    shown = ("threshold", "key_bits", "value_bits")
+    shown = ("threshold", "key_bits", "value_bits", "key_format", "value_format", "kv")
     parts += [f"{key}={value}" for key, value in written.items() if key not in shown]
     return " ".join(parts) or setting
 

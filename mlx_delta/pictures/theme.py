@@ -37,7 +37,7 @@ class Theme:
         grid: Grid lines, and areas without data.
         ramp: Colours of a map from nothing to all; it starts near the background.
         accents: Colours told apart by people with any common colour blindness, on this
-            background: blue, orange, purple, green, brown or yellow, grey, red.
+            background: blue, orange, purple, green, brown or yellow, grey, red, teal.
     """
 
     name: str
@@ -96,7 +96,16 @@ LIGHT = Theme(
     quiet="#59636e",
     grid="#e4e8ec",
     ramp=("#f2f6fa", "#b5d3ea", "#5ba3d0", "#1a6bab", "#08306b"),
-    accents=("#0072b2", "#dd5f00", "#93308a", "#008a66", "#6b4e00", "#858d96", "#b3003c"),
+    accents=(
+        "#0072b2",
+        "#dd5f00",
+        "#93308a",
+        "#008a66",
+        "#6b4e00",
+        "#858d96",
+        "#b3003c",
+        "#005f73",
+    ),
 )
 DARK = Theme(
     name="dark",
@@ -105,7 +114,16 @@ DARK = Theme(
     quiet="#9198a1",
     grid="#262c34",
     ramp=("#151c26", "#1b3f63", "#2f78b5", "#74b6ee", "#e6f3ff"),
-    accents=("#4aa8ff", "#ff7a3c", "#f7aede", "#1fc79a", "#f2d65c", "#8b949e", "#ff6070"),
+    accents=(
+        "#4aa8ff",
+        "#ff7a3c",
+        "#f7aede",
+        "#1fc79a",
+        "#f2d65c",
+        "#8b949e",
+        "#ff6070",
+        "#7fe3f0",
+    ),
 )
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 

@@ -15,7 +15,7 @@ from .labels import Box, Label, place_labels
 from .results import Run
 from .theme import WIDTH, Theme, caption, headline, new_figure
 
-HOLDS_KEYS = ("dense", "delta", "packed delta", "paper")  # those that sparsity says something of
+HOLDS_KEYS = ("dense", "delta", "deltas", "paper")  # those that sparsity says something of
 
 METRICS = {
     "acc": "accuracy",

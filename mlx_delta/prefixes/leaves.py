@@ -48,8 +48,6 @@ class HeldLeaf:
             names = ["near", "codes", "grid", "sinks"]
         elif cache.config.key_format == "deltas":
             names = ["near", "payload", *DELTA_PARTS, "sinks"]
-        elif cache.config.key_bits is not None:
-            names = ["near", "masks", "payload", "offsets", "grid", "sinks", "zeros"]
         found = dict(zip(names, keys, strict=True))
         values = arrays[1:end]
         if cache.config.value_format == "rotated":
@@ -82,7 +80,7 @@ class HeldLeaf:
         if any(cache.dropped):
             return None  # its first blocks are gone
         leaf = HeldLeaf(cache)
-        fits = leaf.full_from <= leaf.blocks * leaf.size and leaf._packed() == leaf.blocks
+        fits = leaf.full_from <= leaf.blocks * leaf.size and leaf._stored() == leaf.blocks
         return leaf if fits else None
 
     @property
@@ -90,19 +88,17 @@ class HeldLeaf:
         """Tokens in a block."""
         return self.config.block_size
 
-    def _packed(self) -> int:
-        """Blocks that are held."""
+    def _stored(self) -> int:
+        """Blocks that are held or coded."""
         if self.config.key_bits is None:
             return int(self.header["held"][0])
         if self.config.key_format == "codes":
             return int(self.header["coded"][0])
-        if self.config.key_format == "deltas":
-            return int(self.header["stored"][0])
-        return len(self.header["ends"][0])
+        return int(self.header["stored"][0])
 
     def _full_from(self) -> int:
         if self.config.key_bits is None:
-            return (self._packed() - self.header["spare_valid"][0]) * self.size
+            return (self._stored() - self.header["spare_valid"][0]) * self.size
         return max(self.header["firsts"][0], self.header["lost"][0] * self.size)
 
     def block(self, i: int) -> Piece:
@@ -124,14 +120,7 @@ class HeldLeaf:
             piece["payload"] = self.arrays["payload"][0, begin : begin + int(words[i])]
             return piece
         piece["zeros"] = self.arrays["zeros"][0, :, i]
-        if self.config.key_bits is None:
-            return {**piece, "keys": self.arrays["keys"][0, :, span]}
-        ends = [0, *self.header["ends"][0]]
-        piece["payload"] = self.arrays["payload"][0, ends[i] : ends[i + 1]]
-        piece["masks"] = self.arrays["masks"][0, :, i]
-        if "grid" in self.arrays:
-            piece["grid"] = self.arrays["grid"][0, :, i]
-        return piece
+        return {**piece, "keys": self.arrays["keys"][0, :, span]}
 
     def end(self, base: int, first: int) -> Piece:
         """Full keys from position ``first`` on, and values from block ``base`` on."""
@@ -141,7 +130,7 @@ class HeldLeaf:
             if name.startswith("values")
         }
         if self.config.key_bits is None:
-            border = self._packed() * self.size
+            border = self._stored() * self.size
             near = self.arrays["keys"][0, :, border : self.length]
             if first < border:
                 spare = self.arrays["spare"][0, :, first - border :]
@@ -180,8 +169,13 @@ class HeldLeaf:
             end: As :meth:`end` gave it, with the number of blocks as its base.
             first: As for it.
             length: Tokens of the text.
+
+        Raises:
+            ValueError: They are of a form that is gone, or do not fit each other.
         """
         config, types = entry["config"], entry["types"]
+        if "masks" in types:
+            raise ValueError("its keys are packed, as earlier versions did")
         size, bits = config["block_size"], config.get("key_bits")
         step = DeltaKVCache.step
         capacity = -(-length // step) * step
@@ -239,36 +233,21 @@ class HeldLeaf:
             order = ["near", *values, "codes", "grid", "sinks"]
             return _from_state(header, [made.get(name) for name in order])
         room = max(LEAST_BLOCKS, len(blocks))
-        per_block: dict[str, tuple[tuple[int, ...], Any]] = {"zeros": ((heads,), np.int32)}
-        if "steps" in types:
-            per_block["counts"] = per_block["zeros"]
-            per_block["low"] = ((heads, head_dim), near.dtype)
-            per_block["steps"] = ((heads, head_dim), np.uint8)
-        else:
-            per_block["masks"] = ((heads, size - 1, -(-head_dim // 32)), np.uint32)
-        if "grid" in types:
-            per_block["grid"] = ((heads, 2, head_dim), near.dtype)
+        per_block: dict[str, tuple[tuple[int, ...], Any]] = {
+            "counts": ((heads,), np.int32),
+            "low": ((heads, head_dim), near.dtype),
+            "steps": ((heads, head_dim), np.uint8),
+            "zeros": ((heads,), np.int32),
+        }
         for name, (shape, dtype) in per_block.items():
             whole = np.zeros((shape[0], room, *shape[1:]), dtype)
             if blocks:
                 whole[:, : len(blocks)] = np.stack([block[name] for block in blocks], axis=1)
             put(name, whole)
-        spare = np.zeros(DeltaLog.spare if "steps" in types else 0, np.uint32)
+        spare = np.zeros(DeltaLog.spare, np.uint32)
         put("payload", np.concatenate([*(b["payload"] for b in blocks), spare]))
-        if "steps" in types:
-            header["stored"] = [len(blocks)]
-            order = ["near", *values, "payload", *DELTA_PARTS, "sinks"]
-            return _from_state(header, [made.get(name) for name in order])
-        masks = np.array(made["masks"][0, :, : len(blocks)])
-        counts = np.bitwise_count(masks).sum(axis=(2, 3), dtype=np.int64) + head_dim
-        words = -(-counts // (32 // bits))  # [heads, blocks]
-        stops = np.cumsum(words.T.reshape(-1))
-        offsets = np.zeros((heads, room), np.int32)
-        offsets[:, : len(blocks)] = (stops - words.T.reshape(-1)).reshape(-1, heads).T
-        put("offsets", offsets)
-        ends = stops[heads - 1 :: heads].tolist()
-        header["ends"] = [ends]
-        order = ["near", *values, "masks", "payload", "offsets", "grid", "sinks", "zeros"]
+        header["stored"] = [len(blocks)]
+        order = ["near", *values, "payload", *DELTA_PARTS, "sinks"]
         return _from_state(header, [made.get(name) for name in order])
 
 

@@ -132,7 +132,7 @@ def _new_caches(model: Any, prompt_tokens: int) -> list[Any]:
 
 
 def fingerprint_of(provider: Provider, args: argparse.Namespace) -> str:
-    """A name of all that makes caches what they are: models, settings, and how they are packed."""
+    """A name of all that makes caches what they are: models, settings, and how they are stored."""
     models = [m for m in (provider.model, provider.draft_model) if m is not None]
     packing = (args.kv_bits, args.kv_group_size, args.quantized_kv_start) if args.kv_bits else ()
     return fingerprint(models[0], *map(fingerprint, models[1:]), *packing)

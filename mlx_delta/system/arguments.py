@@ -1,11 +1,11 @@
-"""The delta's setting on the command lines: ``--delta key_bits=4,threshold=1.1``."""
+"""The delta's setting on the command lines: ``--delta key_bits=4,level=0.1``."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any, Protocol
 
-from mlx_delta.config import KEY_BITS, VALUE_BITS, DeltaConfig
+from mlx_delta.config import DeltaConfig
 from mlx_delta.notation import read_fields
 
 from .kv import HELP, KV, kv_fields
@@ -36,7 +36,7 @@ def add_delta_argument(parser: Arguments) -> None:
     parser.add_argument(
         "--delta",
         metavar="SETTING",
-        help="What differs from the model's own setting, such as key_bits=4,threshold=1.1: any "
+        help="What differs from the model's own setting, such as key_bits=4,level=0.1: any "
         "field of DeltaConfig. Default: nothing.",
     )
 
@@ -73,12 +73,16 @@ def add_delta_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--delta-sinks", type=int, help="Keys at the start kept exact.")
     group.add_argument(
         "--delta-key-bits",
-        type=int,
-        choices=KEY_BITS,
-        help="Store far keys packed: changed values in 16 bits, or as codes of so many bits.",
+        type=_number,
+        metavar="BITS",
+        help="Store far keys in so many bits (2 to 8, such as 3.5): what changed of held ones, or "
+        "with --delta key_format=codes all of them.",
     )
     group.add_argument(
-        "--delta-value-bits", type=int, choices=VALUE_BITS, help="Store values in so many bits."
+        "--delta-value-bits",
+        type=_number,
+        metavar="BITS",
+        help="Store far values in so many bits (2 to 8), or all in 16.",
     )
     group.add_argument("--kv", choices=tuple(KV), help=HELP)
     group.add_argument(
@@ -130,6 +134,11 @@ def flag_of_field(args: argparse.Namespace, name: str) -> str:
         if getattr(args, f"delta_{name}", None) is None:
             return f"--kv {kind}"
     return _flag(name) if getattr(args, f"delta_{name}", None) is not None else f"--delta {name}"
+
+
+def _number(text: str) -> float:
+    """A number, whole where it is written so."""
+    return int(text) if text.strip().isdecimal() else float(text)
 
 
 def _flag(name: str) -> str:

@@ -11,19 +11,16 @@ KV: dict[str, dict[str, Any]] = {
     "small": {
         "key_format": "codes",
         "key_bits": 3,
-        "value_format": "rotated",
         "value_bits": 3,
     },
     "balanced": {
         "key_format": "codes",
         "key_bits": 4,
-        "value_format": "rotated",
         "value_bits": 4,
     },
     "exact": {
         "key_format": "held",
         "key_bits": None,
-        "value_format": "plain",
         "value_bits": None,
         "level": 0.0,
     },

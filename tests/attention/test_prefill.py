@@ -25,7 +25,7 @@ EXACT = {
     "wide window": DeltaConfig(threshold=0.7, window=192),
     "blocks of 32": DeltaConfig(threshold=0.7, block_size=32, window=64),
     "blocks of 50": DeltaConfig(threshold=0.7, block_size=50, window=50),
-    "packed": DeltaConfig(threshold=0.7, key_bits=8, value_bits=16),
+    "deltas": DeltaConfig(key_bits=7, value_bits=16),
 }
 
 

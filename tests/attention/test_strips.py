@@ -1,4 +1,4 @@
-"""Packed keys attended to strip by strip: the same output, and no copy of them all."""
+"""Stored keys attended to strip by strip: the same output, and no copy of them all."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.tiny import smooth_keys
 
 pytestmark = pytest.mark.skipif(has_kernels(), reason="there is a GPU, whose attention is fused")
 
-PACKED = DeltaConfig(block_size=8, window=16, sinks=11, key_bits=4, value_bits=16, threshold=1.0)
+DELTAS = DeltaConfig(block_size=8, window=16, sinks=11, key_bits=4, value_bits=16)
 SETTINGS = {
-    "codes": PACKED,
-    "16 bits": dataclasses.replace(PACKED, key_bits=16),
-    "no window": dataclasses.replace(PACKED, window=0, sinks=0),
-    "dropping": dataclasses.replace(PACKED, max_size=160),
+    "deltas": DELTAS,
+    "codes": dataclasses.replace(DELTAS, key_format="codes"),
+    "no window": dataclasses.replace(DELTAS, window=0, sinks=0),
+    "dropping": dataclasses.replace(DELTAS, max_size=160),
     "blocks of 64": DeltaConfig(key_bits=3, value_bits=16),
 }
 
@@ -37,7 +37,7 @@ def short_strips(monkeypatch):
 
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("cuts", [[330], [100, 37, 1, 64, 128], [64, 1, 1, 200, 64]], ids=str)
-def test_strips_agree_with_keys_unpacked_at_once(config, cuts, monkeypatch):
+def test_strips_agree_with_keys_written_out_at_once(config, cuts, monkeypatch):
     text = [mx.array(x) for x in inputs(330)]
 
     def run() -> np.ndarray:
@@ -53,8 +53,8 @@ def test_strips_agree_with_keys_unpacked_at_once(config, cuts, monkeypatch):
     np.testing.assert_allclose(found, run(), atol=2e-5)
 
 
-def test_quantized_values_are_unpacked_in_strips_too(monkeypatch):
-    config, keys = dataclasses.replace(PACKED, value_bits=4), smooth_keys((1, KV_HEADS, 300, 32))
+def test_coded_values_are_written_out_in_strips_too(monkeypatch):
+    config, keys = dataclasses.replace(DELTAS, value_bits=4), smooth_keys((1, KV_HEADS, 300, 32))
     queries = np.random.default_rng(0).normal(size=(1, HEADS, 300, 32))
     text = [mx.array(x, mx.float32) for x in (queries, keys, keys)]
     found = delta_attention(*text, DeltaKVCache(config), 0.1)
@@ -63,10 +63,10 @@ def test_quantized_values_are_unpacked_in_strips_too(monkeypatch):
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-def test_what_a_prompt_takes_besides_its_packed_keys_does_not_grow(monkeypatch):
+def test_what_a_prompt_takes_besides_its_stored_keys_does_not_grow(monkeypatch):
     """The peak of a chunk, less what is kept: little more after 6,000 tokens than after 2,000."""
     monkeypatch.setattr(strip_attention, "STRIP", 1024)
-    config, width = DeltaConfig(key_bits=4, value_bits=4, threshold=1.0), 64
+    config, width = DeltaConfig(key_format="codes", key_bits=4, value_bits=4), 64
     cache = DeltaKVCache(config)
     keys = mx.array(smooth_keys((1, KV_HEADS, 2048, width)))
     queries = mx.random.normal((1, HEADS, 256, width))

@@ -26,7 +26,7 @@ from mlx_delta.system.chips import Chip, find_chips, this_chip
 from tests.tiny import SMALL, llama_model, tokens, write_llama
 
 TEXT = "It was a dark night, and the wind was in the trees. "
-NAMES = ["dense", "delta", "delta:key_bits=4", "kv8", "rotating:32", "window-only", "paper"]
+NAMES = ["dense", "delta", "delta:kv=small", "kv8", "rotating:32", "window-only", "paper"]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_without_apples_chip_there_is_no_bandwidth(monkeypatch):
 def test_a_table_for_each_context(run, tmp_path):
     file = tmp_path / "results.json"
     flags = ["--contexts", "96", "48", "-g", "4", "-n", "2", "--output", str(file)]
-    status, out, _ = run("--settings", "dense", "delta:key_bits=4", "kv4", *flags)
+    status, out, _ = run("--settings", "dense", "delta:kv=small", "kv4", *flags)
     assert status == 0
     lines = out.splitlines()
     heads = [line for line in lines if line.endswith(" generated")]
@@ -243,7 +243,7 @@ def test_a_table_for_each_context(run, tmp_path):
     start = lines.index(heads[0])
     assert lines[start + 1].split()[:3] == ["setting", "prefill", "tok/s"]
     assert [line.split()[0] for line in lines[start + 2 : start + 5]] == [
-        "dense", "delta:key_bits=4", "kv4"
+        "dense", "delta:kv=small", "kv4"
     ]  # fmt: skip
     assert "prompt MB  cache MB  written out MB" in lines[start + 1]
     assert "2 launches per layer" in out and "GB/s" not in out
@@ -259,9 +259,9 @@ def test_a_table_for_each_context(run, tmp_path):
     assert first["cache_bytes"] == 2 * 2 * 2 * 64 * 2 * 256  # mlx-lm grows by 256
     assert first["operations_per_token"]["median"] > 50 < first["peak_memory_bytes"]
     assert 0 < first["prompt_memory_bytes"] < first["peak_memory_bytes"]
-    packed = data["results"][1]
+    coded = data["results"][1]
     # Keys and values of 2 layers, 2 heads of 64, in float32, with room for 256 tokens.
-    assert packed["scratch_bytes"] == 2 * 2 * 2 * 64 * 4 * 256 > first["scratch_bytes"] == 0
+    assert coded["scratch_bytes"] == 2 * 2 * 2 * 64 * 4 * 256 > first["scratch_bytes"] == 0
     assert first["token_seconds"]["median"] <= first["token_seconds"]["max"]
     assert first["token_seconds"]["n"] == 2 * 3 and first["operations_per_token"]["n"] == 4
 

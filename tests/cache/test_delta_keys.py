@@ -17,7 +17,8 @@ from mlx_delta.method import deltas as ref
 from mlx_delta.method.storage import round_to
 from tests.attention.test_hybrid import SCALE, attend, inputs
 from tests.cache.settings import LANES
-from tests.cache.test_coded_keys import changed, replaced, setting
+
+from .broken import header, replaced, setting
 
 LENGTH = 90
 TEXT = tuple(round_to(x, "float16") for x in inputs(LENGTH, dim=32))
@@ -84,12 +85,12 @@ def plus_one(array, *place):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda s: changed(s, type="int4"), "int4"),
-        (lambda s: changed(s, stored=[]), "row counts do not fit"),
-        (lambda s: changed(s, stored=[99]), "row counts do not fit"),
-        (lambda s: changed(s, stored=[3]), "3. stored ones"),
-        (lambda s: changed(s, encoded=[2]), "near keys from position"),
-        (lambda s: changed(s, lengths=[9999]), "9999 tokens"),
+        (lambda s: header(s, type="int4"), "int4"),
+        (lambda s: header(s, stored=[]), "row counts do not fit"),
+        (lambda s: header(s, stored=[99]), "row counts do not fit"),
+        (lambda s: header(s, stored=[3]), "3 stored ones"),
+        (lambda s: header(s, encoded=[2]), "near keys from position"),
+        (lambda s: header(s, lengths=[9999]), "9999 tokens"),
         (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 7"),
         (lambda s: setting(s, key_widths=[["4" * 31 + "3"] * 2]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 16] * 2]), "2 kv heads of 16 channels"),
@@ -100,7 +101,7 @@ def plus_one(array, *place):
         (lambda s: replaced(s, 3, s[3][:, :99]), "counts of row 0 do not fit"),
         (lambda s: replaced(s, 3, s[3][:, :0]), "counts of row 0 do not fit"),
         (lambda s: replaced(s, 3, s[3].astype(mx.int32)), "payload do not fit"),
-        (lambda s: replaced(s, 3, s[3][0]), "payload do not fit"),
+        (lambda s: replaced(s, 3, s[3][0]), "payload do not have the right dim"),
         (lambda s: replaced(s, 3, 0 * s[3]), "counts of row 0 do not fit"),
         (lambda s: replaced(s, 4, plus_one(s[4], 0, 1, 0)), "counts of row 0 do not fit"),
         (lambda s: replaced(s, 4, -s[4]), "counts of row 0 do not fit"),

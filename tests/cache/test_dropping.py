@@ -24,13 +24,12 @@ SETTINGS = {
     "two at a time": dataclasses.replace(SMALL, max_size=136),
     "no sinks": DeltaConfig(block_size=8, window=0, sinks=0, max_size=40, threshold=1.0),
     "chain": DeltaConfig(block_size=8, window=8, keyframes=False, run_value="first", max_size=64),
-    "4 bits": dataclasses.replace(SMALL, max_size=136, key_bits=4, value_bits=16),
+    "deltas": SMALL.changed(level=0.03, max_size=136, key_bits=4, value_bits=16),
     "codes": dataclasses.replace(
         SMALL,
         max_size=136,
         key_format="codes",
         key_bits=8,
-        value_format="rotated",
         value_bits=8,
     ),
 }

@@ -1,4 +1,4 @@
-"""Thresholds of single kv heads: from a model's config.json to dense and packed caches."""
+"""Thresholds of single kv heads: from a model's config.json to caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.attention.test_hybrid import attend, expected, inputs
 from tests.tiny import SMALL, llama_model, smooth_keys, tokens, write_llama
 
 HEADS = dataclasses.replace(SMALL, threshold=((0.4, 2.0),))
-PACKED = dataclasses.replace(HEADS, key_bits=16, value_bits=16)
+HALVES = dataclasses.replace(HEADS, value_bits=16)
 LAYERS = ((0.5, 1.5), 1.0, (2.0, 0.3))
 
 
@@ -28,16 +28,14 @@ def text() -> tuple[np.ndarray, ...]:
     return tuple(x.astype(np.float16).astype(np.float32) for x in inputs(200))
 
 
-@pytest.mark.parametrize("config", [HEADS, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("config", [HEADS, HALVES], ids=["dense", "values of 16 bits"])
 @pytest.mark.parametrize("cuts", [[200], [150, *[1] * 50]], ids=["prefill", "decode"])
 def test_heads_agree_with_the_reference_one_by_one(text, config, cuts):
     output = attend(DeltaKVCache(config), text, cuts)
-    tolerance = 3e-6 if config.key_bits is None else 2e-3
-    np.testing.assert_allclose(output, expected(text, config), atol=tolerance)
-    if config.key_bits is not None:
-        firsts = dataclasses.replace(config, run_value="first")
-        output = attend(DeltaKVCache(firsts), text, cuts)
-        np.testing.assert_allclose(output, expected(text, firsts), atol=3e-6)
+    np.testing.assert_allclose(output, expected(text, config), atol=3e-6)
+    firsts = dataclasses.replace(config, run_value="first")
+    output = attend(DeltaKVCache(firsts), text, cuts)
+    np.testing.assert_allclose(output, expected(text, firsts), atol=3e-6)
 
 
 def test_sparsity_is_that_of_each_heads_own_threshold(text):
@@ -50,7 +48,7 @@ def test_sparsity_is_that_of_each_heads_own_threshold(text):
     assert wanted[1] > wanted[0] + 0.1
 
 
-@pytest.mark.parametrize("config", [HEADS, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("config", [HEADS, HALVES], ids=["dense", "values of 16 bits"])
 def test_a_saved_cache_goes_on_with_its_own_thresholds(text, config, tmp_path):
     file = str(tmp_path / "cache.safetensors")
     first, rest = (tuple(x[:, :, part] for x in text) for part in (slice(120), slice(120, None)))

@@ -17,10 +17,8 @@ SHAPE = {"hidden_size": 64, "head_dim": 32}
 SETTINGS = {
     "full": SMALL,
     "one chain": dataclasses.replace(SMALL, keyframes=False, run_value="first"),
-    "packed4": dataclasses.replace(SMALL, key_bits=4, value_bits=4),
-    "codes": dataclasses.replace(
-        SMALL, key_format="codes", key_bits=3.5, value_format="rotated", value_bits=3
-    ),
+    "deltas": SMALL.changed(level=0.03, key_bits=4, value_bits=4),
+    "codes": dataclasses.replace(SMALL, key_format="codes", key_bits=3.5, value_bits=3),
     "no window": dataclasses.replace(SMALL, window=0),
     "dense": None,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import stat
@@ -19,20 +18,22 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
+import mlx_delta
 from mlx_delta.cache import prompt_file
 from mlx_delta.generate import make_caches
 from mlx_delta.generate.saved import check_model_fits
 from tests.cache import hostile
+from tests.fixtures import make
 from tests.tiny import SMALL, llama_model, tokens
 
 METADATA = {"model": "x", "tokenizer_config": "{}"}
-PACKED = dataclasses.replace(SMALL, key_bits=4, value_bits=4)
+DELTAS = SMALL.changed(level=0.03, key_bits=4, value_bits=4)
 KINDS = {
     "dense": (None, KVCache),
     "sliding": (None, lambda: RotatingKVCache(32, 4)),
     "quantized": (None, lambda: QuantizedKVCache(32, 8)),
     "held": (SMALL, None),
-    "packed": (PACKED, None),
+    "deltas": (DELTAS, None),
 }
 
 
@@ -52,13 +53,13 @@ def _next(model, caches) -> np.ndarray:
     return np.array(model(tokens(5, seed=1), cache=caches))
 
 
-def _outcome(model, file: Path, content: bytes, wanted: np.ndarray) -> str:
+def _outcome(model, file: Path, content: bytes, wanted: np.ndarray, following=_next) -> str:
     """``refused`` with one line, ``same`` logits, or ``other`` ones."""
     file.write_bytes(content)
     try:
         caches, _ = prompt_file.load(file)
         check_model_fits(model, caches)
-        logits = _next(model, caches)
+        logits = following(model, caches)
     except ValueError as error:
         assert "\n" not in str(error)
         return "refused"
@@ -111,7 +112,7 @@ def test_headers_that_lie(kind, tmp_path):
         assert outcome in ("refused", "same"), what
 
 
-@pytest.mark.parametrize("config", [SMALL, PACKED], ids=["held", "packed"])
+@pytest.mark.parametrize("config", [SMALL, DELTAS], ids=["held", "deltas"])
 def test_states_that_lie(config, tmp_path):
     model = llama_model(config, head_dim=32, num_hidden_layers=2)
     caches = make_caches(model)
@@ -123,8 +124,28 @@ def test_states_that_lie(config, tmp_path):
         outcomes[what] = _outcome(model, file, content, wanted)
     # Another setting within bounds is not a lie that can be seen.
     others = {what.split("=")[0] for what, outcome in outcomes.items() if outcome == "other"}
-    assert others <= {"config.threshold", "config.window", "config.sinks"}
+    assert others <= {"config.threshold", "config.level", "config.window", "config.sinks"}
     assert len(outcomes) > 100
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+def test_old_states_that_lie(tmp_path):
+    """Of a file in a form that is gone: read, or refused in one line."""
+    content = (make.HERE / "packed4.safetensors").read_bytes()
+    model, _ = mlx_delta.load(make.HERE / "model")
+    model.set_dtype(mx.float32)
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+
+    def following(model, caches) -> np.ndarray:
+        return make.follow(model, caches)[0]
+
+    wanted = following(model, prompt_file.load(file)[0])
+    states = hostile.hostile_states(content)
+    outcomes = {what: _outcome(model, file, lie, wanted, following) for what, lie in states}
+    others = {what.split("=")[0] for what, outcome in outcomes.items() if outcome == "other"}
+    assert others <= {"config.key_bits", "config.threshold", "config.threshold_mode"}
+    assert len(outcomes) > 100 and sum(x == "refused" for x in outcomes.values()) > 90
 
 
 @pytest.mark.parametrize(

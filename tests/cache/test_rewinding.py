@@ -27,11 +27,9 @@ SETTINGS = {
     "window": SMALL,
     "no window": DeltaConfig(block_size=8, window=0),
     "chain": DeltaConfig(block_size=8, window=0, keyframes=False, run_value="first"),
-    "packed": dataclasses.replace(SMALL, key_bits=16, value_bits=16),
-    "packed, no window": DeltaConfig(block_size=8, window=0, key_bits=4),
-    "codes": dataclasses.replace(
-        SMALL, key_format="codes", key_bits=4, value_format="rotated", value_bits=3
-    ),
+    "deltas": SMALL.changed(level=0.03, key_bits=4, value_bits=4),
+    "deltas, no window": DeltaConfig(block_size=8, window=0, key_bits=4),
+    "codes": dataclasses.replace(SMALL, key_format="codes", key_bits=4, value_bits=3),
 }
 each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 
@@ -127,7 +125,7 @@ def test_all_of_a_short_text_can_be_taken_back():
 @pytest.mark.parametrize("key_bits", [None, 4])
 def test_a_model_goes_on_with_the_logits_of_an_undisturbed_run(key_bits):
     """All layers: where a window is gone, its keys can't be had from a part of the text."""
-    config = dataclasses.replace(SMALL, key_bits=key_bits)
+    config = SMALL.changed(level=0.03, key_bits=key_bits)
     model, text = llama_model(delta=config), tokens(210)
     caches = model.make_cache()
     model(text[:, :200], cache=caches)

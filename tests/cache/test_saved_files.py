@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import mlx_delta
 from mlx_delta import BatchDeltaKVCache, DeltaKVCache
 from tests.fixtures import make
 
-NAMES = [*make.SETTINGS, "batch_dense", "batch_packed4"]
+from .broken import header, replaced, setting
+
+NAMES = [*make.SETTINGS, "batch_dense"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,104 @@ def test_the_text_fed_today_gives_them_too(name, model):
     for i, logits in enumerate(make.follow(model, caches)):
         # A prompt's attention is summed up in another order now: a key or code may round otherwise.
         np.testing.assert_allclose(logits, wanted[f"{name}_{i}"], atol=4e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+@pytest.mark.parametrize("name", make.OLD)
+def test_an_old_form_is_read_bit_for_bit(name):
+    caches = load_prompt_cache(str(make.HERE / f"{name}.safetensors"))
+    wanted = np.load(make.HERE / "old_arrays.npz")
+    for i, cache in enumerate(caches):
+        assert cache.config.key_bits is cache.config.value_bits is None
+        assert cache.full_from == ([0, 24] if name.startswith("batch") else [24])
+        for what, found in zip(("keys", "values"), cache.keys_and_values(), strict=True):
+            if f"{name}_{i}_{what}" in wanted:
+                np.testing.assert_array_equal(found, wanted[f"{name}_{i}_{what}"])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("packed16", 5e-3), ("values8", 6e-2)])
+def test_an_old_form_goes_on_in_full(name, tolerance, model):
+    """What follows is not rounded any more as it was when the file was made."""
+    with pytest.warns(UserWarning, match="were packed by an earlier version; they are in full"):
+        caches = load_prompt_cache(str(make.HERE / f"{name}.safetensors"))
+    wanted = np.load(make.HERE / "logits.npz")
+    for i, logits in enumerate(make.follow(model, caches)):
+        np.testing.assert_allclose(logits, wanted[f"{name}_{i}"], atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+def test_an_old_batch_goes_on_as_its_rows_do(model):
+    batch = load_prompt_cache(str(make.HERE / "batch_packed4.safetensors"))
+    rows = [[cache.extract(row) for cache in batch] for row in range(len(make.ROWS))]
+    together = make.follow(model, batch, len(make.ROWS))
+    for row, caches in enumerate(rows):
+        for logits, whole in zip(make.follow(model, caches), together, strict=True):
+            np.testing.assert_allclose(logits[0], whole[row], atol=2e-5)
+
+
+# header, near, words of values, scales, biases, masks, payload, offsets, grid, sinks, zeros
+@pytest.fixture(scope="module")
+def old_state() -> list:
+    """The state of the first layer, before anything reads it."""
+    file = str(make.HERE / "packed4.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeltaKVCache, "from_state", classmethod(lambda _, state: state))
+        return load_prompt_cache(file)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda s: header(s, version=7), "version 7"),
+        (lambda s: header(s, type="int4"), "int4"),
+        (lambda s: header(s, firsts=[8, 8, 8]), "counts for different numbers of rows"),
+        (lambda s: header(s, firsts=[40]), "near keys from 40 on"),
+        (lambda s: header(s, firsts=[4]), "near keys from 4 on"),
+        (lambda s: header(s, firsts=[-8]), "near keys from -8 on"),
+        (lambda s: header(s, lengths=[9999]), "9999 tokens"),
+        (lambda s: header(s, encoded=[2]), "2 encoded blocks"),
+        (lambda s: header(s, encoded=[99]), "99 encoded blocks"),
+        (lambda s: header(s, lost=[10]), "it counts 45 tokens"),
+        (lambda s: header(s, lost=[0]), "it counts 45 tokens"),
+        (lambda s: header(s, config=4), "its setting is no object"),
+        (lambda s: setting(s, key_bits=16), "grid do not fit"),
+        (lambda s: setting(s, key_bits=5), "key_bits"),
+        (lambda s: setting(s, value_bits=8), "not 8-bit codes"),
+        (lambda s: setting(s, value_bits=16), "11 parts"),
+        (lambda s: setting(s, window=16), "near keys do not fit"),
+        (lambda s: setting(s, block_size=4), "near keys do not fit"),
+        (lambda s: setting(s, sinks=3), "sinks do not fit"),
+        (lambda s: s[:-2], "9 parts"),
+        (lambda s: replaced(s, 6, s[6][:, :50]), "offsets of row 0 do not fit"),
+        (lambda s: replaced(s, 6, s[6][0]), "payload do not fit"),
+        (lambda s: replaced(s, 7, s[7] + 10**6), "offsets of row 0 do not fit"),
+        (lambda s: replaced(s, 7, s[7] - 10**6), "offsets of row 0 do not fit"),
+        (lambda s: replaced(s, 7, s[7][0, 0]), "lacks one of its buffers"),
+        (lambda s: replaced(s, 5, s[5][..., :0]), "masks do not fit"),
+        (lambda s: replaced(s, 5, None), "lacks one of its buffers"),
+        (lambda s: replaced(s, 8, None), "grid do not fit"),
+        (lambda s: replaced(s, 9, s[9][:, :, :1]), "sinks do not fit"),
+        (lambda s: replaced(s, 1, s[1][:, :, :8]), "near keys do not fit"),
+        (lambda s: replaced(s, 1, s[1].astype(mx.float32)), "near keys do not fit"),
+        (lambda s: replaced(s, 1, s[1][:, :, :0]), "lacks one of its buffers"),
+        (lambda s: replaced(s, 2, s[2][..., :0]), "lacks one of its buffers"),
+        (lambda s: replaced(s, 3, s[3][..., :0]), "lacks one of its buffers"),
+        (lambda s: replaced(s, 3, s[3].astype(mx.uint32)), "not 4-bit codes"),
+        (lambda s: replaced(s, 4, s[4][:, :, :1]), "not 4-bit codes"),
+        (lambda s: replaced(s, 10, s[10].astype(mx.uint32)), "zeros do not fit"),
+    ],
+)
+def test_a_damaged_old_state_is_refused(break_it, message, old_state):
+    with pytest.raises(ValueError, match=message):
+        DeltaKVCache.from_state(break_it(old_state))
+
+
+@pytest.mark.filterwarnings("ignore:.*packed by an earlier version")
+def test_an_old_state_from_before_it_was_filled(old_state):
+    text = json.dumps({**json.loads(old_state[0]), "lengths": [0], "encoded": [0], "model": None})
+    cache = DeltaKVCache.from_state([text, *[None] * 10])
+    assert cache.empty() and cache.config.key_bits is None
 
 
 def test_mlx_lm_runs_the_converted_directory_by_the_file_in_it(model):

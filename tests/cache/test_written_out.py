@@ -1,8 +1,6 @@
-"""What caches keep written out where no kernel reads packed keys: counted, and given up in time."""
+"""What caches keep written out where no kernel reads stored keys: counted, and given up in time."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +10,7 @@ from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.cache import DeltaKVCache, written_out
 from tests.tiny import SMALL
 
-PACKED = dataclasses.replace(SMALL, key_bits=4, value_bits=8)
+DELTAS = SMALL.changed(level=0.03, key_bits=4, value_bits=8)
 WIDE = 2 * 2 * 32 * 4  # keys and values of a token: 2 heads of 32, in float32
 
 
@@ -27,7 +25,7 @@ def decode(cache: DeltaKVCache, tokens: int) -> np.ndarray:
 
 
 def test_it_is_counted_beside_the_cache():
-    cache = DeltaKVCache(PACKED)
+    cache = DeltaKVCache(DELTAS)
     decode(cache, 0)
     assert cache.scratch_nbytes == 0, "of a prompt nothing is kept"
     stored = cache.nbytes
@@ -40,8 +38,8 @@ def test_it_is_counted_beside_the_cache():
 @pytest.mark.parametrize("free", [0, 128 * 256 * WIDE - 1, 128 * 256 * WIDE], ids=str)
 def test_where_memory_is_short_nothing_is_written_out(monkeypatch, free):
     monkeypatch.setattr(written_out, "free_memory", lambda _: (free, "the limit"))
-    cache = DeltaKVCache(PACKED)
+    cache = DeltaKVCache(DELTAS)
     found = decode(cache, 30)
     assert (cache.scratch_nbytes > 0) == (free == 128 * 256 * WIDE)
     monkeypatch.undo()
-    np.testing.assert_array_equal(found, decode(DeltaKVCache(PACKED), 30))
+    np.testing.assert_array_equal(found, decode(DeltaKVCache(DELTAS), 30))

@@ -69,7 +69,7 @@ def direct(model, window, config, layer, threshold):
 
 @pytest.mark.parametrize(
     ("make", "storage"),
-    [(llama_model, {}), (bitnet_model, {}), (llama_model, {"key_bits": 4, "value_bits": 16})],
+    [(llama_model, {}), (bitnet_model, {}), (llama_model, {"key_format": "codes", "key_bits": 4})],
     ids=["llama", "bitnet", "coded"],
 )
 def test_a_layer_held_alone_has_the_divergence_of_a_direct_computation(make, storage, monkeypatch):

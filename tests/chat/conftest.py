@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,11 +15,11 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# head_dim=32 for packed keys; 256 tokens, one for each byte, so that answers cut characters.
+# head_dim=32 for coded values; 256 tokens, one for each byte, so that answers cut characters.
 BYTES = {"vocab_size": 256, "hidden_size": 64, "head_dim": 32, "tie_word_embeddings": True}
 SETTINGS = {
     "full": SMALL,
-    "packed4": dataclasses.replace(SMALL, key_bits=4, value_bits=4),
+    "deltas": SMALL.changed(level=0.03, key_bits=4, value_bits=4),
 }
 
 

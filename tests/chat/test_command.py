@@ -85,7 +85,7 @@ def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
         ("/setting temp=-1", "temp must be from 0 to 1000000 but got -1"),
         ("/setting max_tokens=0", "max_tokens must be positive (or -1) but got 0"),
         ("/setting tmp=1", "unknown setting 'tmp' (did you mean temp"),
-        ("/setting key_bits=5", "key_bits must be"),
+        ("/setting key_bits=5", "key_bits=5 needs key_format='codes'"),
         (
             "/setting kv=smal",
             "unknown kind 'smal' (did you mean small?); known are small, balanced",
@@ -110,7 +110,7 @@ def test_commands(chat, tmp_path):
     file = tmp_path / "talk.json"
     lines = [
         "/help", "Hello", f"/save {file}", "/system Be brief.", "/edit Hi", "/retry", "/undo",
-        f"/load {file}", "/setting key_bits=16 temp=0.5,top_k=3", "More", "/stats",
+        f"/load {file}", "/setting kv=balanced temp=0.5,top_k=3", "More", "/stats",
         "/setting delta=off", "More", "/setting delta=on", "/setting kv=small", "/reset", "/stats",
         "/quit", "unread",
     ]  # fmt: skip
@@ -118,7 +118,7 @@ def test_commands(chat, tmp_path):
     assert status == 0 and "error" not in err
     assert "/setting [NAME=VALUE ...]" in out and f"saved in {file}" in out
     assert "taken back: Hi" in out and "1 message with its answer" in out
-    assert "key_bits=16" in out and "temp=0.5" in out and "top_k=3" in out
+    assert "value_bits=4" in out and "temp=0.5" in out and "top_k=3" in out
     assert "key_format=codes" in out and "value_bits=3" in out
     assert "besides: 0.39 MB written out while decoding, as there is no GPU" in out
     assert "delta: off" in out and "conversation: 0 tokens of 2048, 0 messages" in out

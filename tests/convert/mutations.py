@@ -28,7 +28,7 @@ KEYS = (
 DELTAS: list[Any] = [
     {"block_size": 10**30}, {"window": 10**9}, {"threshold": 1e308}, {"threshold": -1},
     {"window": -64}, {"window": "64"}, {"threshold": [0.5]}, {"threshold": {"a": 1}},
-    {"block_size": 0}, {"x": 1}, {"key_bits": 3.5}, {"key_bits": True}, {"kind": "x"}, [], [1], 5,
+    {"block_size": 0}, {"x": 1}, {"key_bits": 9}, {"key_bits": True}, {"kind": "x"}, [], [1], 5,
     "off", True, {"window": None}, {"threshold": None}, {"sinks": 1 << 62}, {"value_bits": "4"},
     {"block_size": 1e30},
 ]  # fmt: skip

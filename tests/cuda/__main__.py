@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_delta.ops import codes_kernel, decode_kernel, deltas_kernel
+from mlx_delta.ops import codes_kernel, deltas_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
-from mlx_delta.ops.pack import PackedBlocks
 
 from ..kernels.code_case import Kinds, coded
 from ..kernels.delta_case import lanes
@@ -25,8 +24,6 @@ D, QUERIES, TOKENS = 128, 4, 64
 OVER_BLOCKS = "base < end; base += Ahead"
 HALF = mx.float16
 PER_TOKEN = D * QUERIES / 32  # multiply-adds of a lane, for keys or for values
-# Of a held key's numbers, so many change from one token to the next: what `delta_decode` reads.
-CHANGED = 0.37
 ROWS: tuple[tuple[Kinds, int], ...] = (
     ({4: 16}, 4),
     ({2: 2, 3: 4, 4: 5, 5: 4, 8: 1}, 4),
@@ -104,46 +101,6 @@ def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:
     return source, Walk(TOKENS * ahead, OVER_BLOCKS, trips, cold)
 
 
-def delta_decode() -> tuple[str, Walk]:
-    """The kernel for held keys, codes of 4 bits for keys and values, and its walk."""
-    heads = 2
-    blocks = PackedBlocks(
-        masks=mx.zeros((1, heads, 4, TOKENS - 1, D // 32), mx.uint32),
-        payload=mx.zeros((1, 10000), mx.uint32),
-        offsets=mx.zeros((1, heads, 4), mx.int32),
-        grid=mx.zeros((1, heads, 4, 2, D), HALF),
-        sinks=None,
-        bits=4,
-        dtype=HALF,
-        head_dim=D,
-    )
-    near = mx.zeros((1, heads, 128, D), HALF)
-    words = mx.zeros((1, heads, 384, D // 8), mx.uint32)
-    scales = mx.zeros((1, heads, 384, D // 64), HALF)
-    queries = mx.zeros((1, heads * QUERIES, 1, D), HALF)
-    with captured() as found:
-        rows = [(320, 4, 256)]
-        values = (words, scales, scales)
-        decode_kernel.decode(queries, rows, blocks, near, values, 4, None, 1.0, 1)
-    slices = TOKENS / 32
-    each = TOKENS / slices
-    per_token, shares = "t < tokens; ++t", each * D / 64 / 32
-    trips = [
-        Trips("stage(masks", "LDG", (TOKENS - 1) * D / 32 / 32),
-        Trips("first < block_tokens", "", slices),
-        Trips("stage(words", "LDG", each * D * CHANGED / 8 / 32),
-        Trips("stage(own_values", "LDG", each * D / 8 / 32),
-        Trips("stage(scales", "LDG", shares),
-        Trips("stage(biases", "LDG", shares),
-        Trips(per_token, "SHFL", each * 5 * QUERIES, "product = simd_sum"),
-        Trips(per_token, "SHFL", each * QUERIES, "simd_shuffle(score"),
-    ]
-    cold = ("stage(from,", "S*)key_words)[t")
-    return cuda_source(found["delta_decode"], "kernel"), Walk(
-        TOKENS, "unit < (int(split)", trips, cold
-    )
-
-
 def row(name: str, source: str, walk: Walk) -> str:
     """A line of the table."""
     compiled = compile_cuda(source, read_back=True)
@@ -169,7 +126,6 @@ def main() -> None:
         keys = ", ".join(map(str, sorted(set(lane_widths), reverse=True)))
         name = f"`deltas_decode`, lanes of {keys} bits; values {width} bits"
         print(row(name, *deltas_decode(lane_widths, width)), flush=True)
-    print(row("`delta_decode`, held keys and values of 4 bits", *delta_decode()), flush=True)
 
 
 if __name__ == "__main__":

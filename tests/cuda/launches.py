@@ -9,24 +9,15 @@ from unittest import mock
 
 import mlx.core as mx
 
-from mlx_delta import DeltaConfig
-from mlx_delta.ops import (
-    codes_encode,
-    codes_kernel,
-    decode_kernel,
-    deltas_encode,
-    deltas_kernel,
-    pack_kernel,
-)
+from mlx_delta.ops import codes_encode, codes_kernel, deltas_encode, deltas_kernel, hold_kernel
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
-from mlx_delta.ops.pack import PackedBlocks
 from mlx_delta.ops.ternary_matvec import ternary_matvec
 
 from ..kernels import tile_case as tiles
 from ..kernels.code_case import coded
-from ..kernels.common import BUILDERS
+from ..kernels.common import BUILDERS, config
 from ..kernels.delta_case import lanes
 from ..metal_cpu import signature
 from ..metal_cpu.signature import GeneratedKernel
@@ -69,7 +60,6 @@ def captured(**template: Any) -> Iterator[dict[str, GeneratedKernel]]:
 def every_kernel() -> dict[str, GeneratedKernel]:
     """A source of each kernel of this project."""
     half = mx.float16
-    setting = DeltaConfig(key_bits=4, threshold=1.0)
     keys = mx.zeros((1, 2, 128, 64), half)
     coding = Coding.of(coded(({3: 1, 4: 1, 5: 5}, {4: 8}), (4, 2)), 2, 64)
     coded_blocks = CodedBlocks(
@@ -93,20 +83,8 @@ def every_kernel() -> dict[str, GeneratedKernel]:
         size=64,
     )
     with captured() as found:
-        encoded = pack_kernel.encode(keys, setting, 0)
-        packed = PackedBlocks(
-            masks=encoded.masks,
-            payload=mx.zeros((1, 1000), mx.uint32),
-            offsets=mx.zeros((1, 2, 2), mx.int32),
-            grid=encoded.grid,
-            sinks=mx.zeros((1, 2, 4, 64), half),
-            bits=4,
-            dtype=half,
-            head_dim=64,
-        )
-        pack_kernel.unpack(packed, 2)
+        hold_kernel.hold(keys, config(), 0)
         queries = mx.zeros((1, 4, 1, 64), half)
-        decode_kernel.decode(queries, [(100, 0, 0)], packed, keys, (keys,), 16, None, 1.0, 1)
         rows = [(190, 1, 64, 64)]
         codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)

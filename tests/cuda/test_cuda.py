@@ -13,8 +13,8 @@ from .translate import cuda_source
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NVCC_HINT)
 needs_disassembler = pytest.mark.skipif(find_disassembler() is None, reason=DISASSEMBLER_HINT)
 KERNELS = [
-    *("delta_encode", "delta_unpack", "delta_decode", "delta_decode_reduce", "delta_runs"),
-    *("codes_decode", "codes_combine", "deltas_decode", "codes_encode", "deltas_encode"),
+    *("delta_hold", "delta_runs", "codes_encode", "deltas_encode"),
+    *("codes_decode", "codes_combine", "deltas_decode"),
     *("tile_pack", "tile_score", "tile_attention"),
     "ternary_matvec",
 ]

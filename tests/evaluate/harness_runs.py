@@ -11,7 +11,7 @@ from mlx_delta.evaluate.harness import HarnessOptions, run_harness
 from mlx_delta.measure.settings import Setting, parse_setting
 from tests.tiny import SMALL
 
-SETTINGS = ("dense", "delta", "delta:key_bits=4,value_bits=16")
+SETTINGS = ("dense", "delta", "delta:key_format=codes,key_bits=4,value_bits=16")
 
 
 def setting(name: str) -> Setting:

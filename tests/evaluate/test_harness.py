@@ -56,7 +56,7 @@ def direct(model: Any, name: str, context: list[int], continuation: list[int]) -
 @pytest.mark.parametrize("task", ["winogrande", "squadv2"])
 @pytest.mark.parametrize("name", [*SETTINGS, "paper:threshold=0.5"])
 def test_batches_change_nothing(model, tokenizer, data, name, task):
-    # Packed keys are float16, which a batch may round the other way; blocks are padded to its
+    # Stored keys are float16, which a batch may round the other way; blocks are padded to its
     # largest.
     close, slack = (5e-3, 0.1) if "key_bits" in name else (2e-4, 0.02)
     if name.startswith("paper"):

@@ -25,7 +25,7 @@ from tests.tiny import SMALL, llama_model
 from . import tokenizers
 
 TEXT = read_text(BUNDLED_TEXT)
-NAMES = ["dense", "delta", "kv8", "rotating:40", "window-only", "delta:key_bits=4,value_bits=4"]
+NAMES = ["dense", "delta", "kv8", "rotating:40", "window-only", "delta:kv=small"]
 
 
 @pytest.fixture(scope="module")

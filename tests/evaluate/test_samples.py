@@ -339,8 +339,8 @@ def test_what_can_not_differ_from_dense_is_taken_over_and_checked(
     """Texts of a few tokens: the delta has a window of 24, and skips nothing."""
     wide = parse_setting("delta", DeltaConfig(block_size=8, window=64, sinks=3, threshold=1.0))
     assert (wide.dense_up_to, DENSE.dense_up_to, PAPER.dense_up_to) == (72, 0, 0)
-    packed = parse_setting("delta:key_bits=4", SMALL)
-    assert (DELTA.dense_up_to, packed.dense_up_to) == (24, 0)
+    coded = parse_setting("delta:key_format=codes,key_bits=4", SMALL)
+    assert (DELTA.dense_up_to, coded.dense_up_to) == (24, 0)
     measured = []
     task = ChoiceTask(tokenizer, files["winogrande"], None, 8)
     original = task.measure

@@ -176,8 +176,8 @@ def test_the_estimate_is_no_more_than_what_caches_take():
 
 
 def test_a_huge_window_is_counted():
-    packed = llama_model(DeltaConfig(window=2**24, key_bits=4), head_dim=32)
-    assert memory.estimate(packed, 10) > 10**9
+    deltas = llama_model(DeltaConfig(window=2**24, key_bits=4), head_dim=32)
+    assert memory.estimate(deltas, 10) > 10**9
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on address space")

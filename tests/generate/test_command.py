@@ -73,7 +73,7 @@ def test_coded_keys_are_told_with_what_is_written_out_for_them(run, tmp_path):
     # Keys and values of 3 layers, 2 heads of 32, in float32, by 256 tokens.
     assert cache.endswith(
         "(dense: 0.39 MB), and 0.39 MB written out while decoding, as there is no GPU to read "
-        "packed ones"
+        "stored ones"
     )
     values = json.loads(run("-p", PROMPT, "--kv", "small", "--json", model=model)[1])
     assert values["scratch_bytes"] == 3 * 2 * 2 * 32 * 4 * 256 > values["cache_bytes"]

@@ -25,7 +25,7 @@ def peak(model, length: int) -> tuple[int, int]:
 
 
 def test_a_prompt_of_eight_times_the_length_takes_the_same_memory():
-    config = DeltaConfig(key_bits=4, value_bits=16, threshold=1.0)
+    config = DeltaConfig(key_format="codes", key_bits=4, value_bits=16)
     model = llama_model(config, num_hidden_layers=2)
     (most, kept), (more, later) = peak(model, 2000), peak(model, 16000)
     # The peak varies with how many steps are in flight; keys and values alone would double it.

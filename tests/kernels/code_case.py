@@ -14,7 +14,7 @@ import numpy as np
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
 from mlx_delta.ops import codes_kernel
-from mlx_delta.ops import pack as packing
+from mlx_delta.ops.storage import to_storage
 from mlx_delta.widths import FIELDS
 
 from ..metal_cpu import MetalBench
@@ -54,7 +54,7 @@ def coded(
             widths.append("".join(rng.permutation(list(half))) * 2)
         settings["key_widths"] = (tuple(widths),)
     if values:
-        settings |= {"value_format": "rotated", "value_bits": 4, "value_widths": (values,)}
+        settings |= {"value_bits": 4, "value_widths": (values,)}
     return DeltaConfig(**{**settings, **changes}).for_layer(0, 1)
 
 
@@ -82,7 +82,7 @@ class CodedCase(Case):
 
     def _keys(self, row: int, head: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         size, kind = self.setting.block_size, STORED[self.dtype]
-        keys = as_float(packing.to_storage(self.keys[row, head, :length]))
+        keys = as_float(to_storage(self.keys[row, head, :length]))
         written = self.setting.key_widths
         if written is None:
             widths = np.full(self.head_dim, self.setting.key_bits, np.int64)
@@ -104,11 +104,11 @@ class CodedCase(Case):
         if self.setting.value_format == "plain":
             stored = self._stored_values()[row, head, :length]
             return stored, stored
-        near = as_float(packing.to_storage(self.values[row, head, :length]))
+        near = as_float(to_storage(self.values[row, head, :length]))
         assert self.setting.value_widths is not None and self.setting.value_widths[0]
         width, group = self.setting.value_widths[0][head], ref.value_group(self.head_dim)
         turned = mx.array(ref.turn(near, STORED[self.dtype]))
-        parts = mx.quantize(packing.to_storage(turned.astype(self.dtype)), group, width)
+        parts = mx.quantize(to_storage(turned.astype(self.dtype)), group, width)
         words, scales, biases = (as_float(x) if x.dtype != mx.uint32 else x for x in parts)
         far = [
             ref.decode_value(np.array(words[t]), scales[t], biases[t], (width,), self.head_dim)[0]

@@ -12,28 +12,22 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig
-from mlx_delta.method import storage as ref
 from mlx_delta.ops import (
     codes_encode,
     codes_kernel,
-    decode_kernel,
     deltas_encode,
     deltas_kernel,
     far_kernel,
-    pack_kernel,
+    hold_kernel,
     runs_kernel,
     tiles_kernel,
 )
-from mlx_delta.ops.hold import block_thresholds
 
 from ..metal_cpu import KernelSource, MetalBench
 
 # Which module builds each kernel.
 BUILDERS: dict[str, Any] = {
-    "encode_kernel": pack_kernel,
-    "unpack_kernel": pack_kernel,
-    "decode_kernel": decode_kernel,
-    "reduce_kernel": decode_kernel,
+    "hold_kernel": hold_kernel,
     "codes_kernel": codes_kernel,
     "codes_encode_kernel": codes_encode,
     "combine_kernel": far_kernel,
@@ -61,7 +55,7 @@ def name_of(options: dict[str, Any]) -> str:
 every_run = pytest.mark.parametrize("options", [*FAST, *CHECKED], ids=name_of)
 fast_runs = pytest.mark.parametrize("options", FAST, ids=name_of)
 each_type = pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES.keys())
-# The first unused half of a payload's last word, and all behind it, is left as it is.
+# What is behind the words in use is left as it is.
 UNWRITTEN = {"allow_unwritten": True}
 _PASSED: set[tuple[str, str, str]] = set()
 
@@ -117,9 +111,9 @@ def with_kernel(
     return run
 
 
-def config(bits: int = 16, **changes: Any) -> DeltaConfig:
-    """Small blocks and windows unless told otherwise."""
-    settings = {"block_size": 64, "window": 64, "sinks": 4, "threshold": 1.0, "key_bits": bits}
+def config(**changes: Any) -> DeltaConfig:
+    """Blocks held by a threshold, and windows, of 64 unless told otherwise."""
+    settings = {"block_size": 64, "window": 64, "sinks": 4, "threshold": 1.0}
     settings |= changes
     return DeltaConfig(**settings)
 
@@ -157,27 +151,3 @@ def special_keys(kind: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array
         keys[..., 7, 1] = np.inf
         keys[..., 3, 2] = -np.inf
     return mx.array(keys.astype(np.float32)).astype(dtype)
-
-
-def packed_blocks(keys: mx.array, setting: DeltaConfig, first_block: int = 0) -> list:
-    """The reference's packed blocks of keys [B, H, blocks * size, D], and their held keys."""
-    assert setting.key_bits is not None
-    B, H, length, D = keys.shape
-    size = setting.block_size
-    blocks = keys.reshape(B, H, length // size, size, D).astype(mx.float32)
-    thresholds = np.array(block_thresholds(blocks, setting))
-    kind = STORED[keys.dtype]
-    packed = []
-    for index in np.ndindex(B, H, length // size):
-        position = (first_block + index[2]) * size
-        block = ref.pack_block(
-            np.array(blocks[index]),
-            setting.key_bits,
-            kind,
-            thresholds[index],
-            position,
-            setting.sinks,
-            setting.run_value,
-        )
-        packed.append((index, block))
-    return packed

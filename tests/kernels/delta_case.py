@@ -11,7 +11,7 @@ import numpy as np
 from mlx_delta import DeltaConfig
 from mlx_delta.method import deltas as ref
 from mlx_delta.ops import deltas_kernel
-from mlx_delta.ops import pack as packing
+from mlx_delta.ops.storage import to_storage
 
 from ..metal_cpu import MetalBench
 from .code_case import CodedCase, assert_close
@@ -43,7 +43,7 @@ def lanes(
     settings["key_widths"] = (tuple(rows),)
     settings["level"] = 0.05
     if values:
-        settings |= {"value_format": "rotated", "value_bits": 4, "value_widths": (values,)}
+        settings |= {"value_bits": 4, "value_widths": (values,)}
     return DeltaConfig(**{**settings, **changes}).for_layer(0, 1)
 
 
@@ -54,7 +54,7 @@ class DeltaCase(CodedCase):
     def _keys(self, row: int, head: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         setting, kind = self.setting, STORED[self.dtype]
         size, sinks = setting.block_size, setting.sinks
-        keys = as_float(packing.to_storage(self.keys[row, head, :length]))
+        keys = as_float(to_storage(self.keys[row, head, :length]))
         assert setting.key_widths is not None and setting.key_widths[0]
         widths = np.array(list(map(int, setting.key_widths[0][head])))
         weights, salience = setting.sensitivities_of_layer(self.heads[1], self.head_dim)

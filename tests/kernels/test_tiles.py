@@ -159,9 +159,7 @@ def test_a_cache_that_asks_for_tiles_gets_the_kernels(
     bench: MetalBench, key_bits, tiles_from_the_start
 ):
     """Held keys far, full keys near, the beginning and the prompt's end exact."""
-    config = DeltaConfig(
-        block_size=32, window=32, key_bits=key_bits, prefill="tiles", tiles=0.5, threshold=0.5
-    )
+    config = DeltaConfig(block_size=32, window=32, key_bits=key_bits, prefill="tiles", tiles=0.5)
     case = Case(420, head_dim=16, value_dim=16, size=32, dtype=HALF)
     queries, near, _, values = (x[:, :, :420] for x in case.arrays)
 

@@ -21,12 +21,12 @@ def folder(tmp_path_factory):
 
 
 def test_delta_is_the_models_own_setting_with_what_was_asked_for(folder):
-    delta, settings = choose_settings(folder, ["dense", "delta", "delta:sinks=0"], "key_bits=4")
-    assert delta == DeltaConfig(threshold=1.5, key_bits=4)
+    delta, settings = choose_settings(folder, ["dense", "delta", "delta:sinks=0"], "value_bits=16")
+    assert delta == DeltaConfig(threshold=1.5, value_bits=16)
     assert [setting.delta for setting in settings] == [
         None,
         delta,
-        DeltaConfig(threshold=1.5, key_bits=4, sinks=0),
+        DeltaConfig(threshold=1.5, value_bits=16, sinks=0),
     ]
     assert choose_settings(folder, ["delta"])[0] == DeltaConfig(threshold=1.5)
 

@@ -36,7 +36,7 @@ def test_a_line_through_two_points():
 
 
 def test_bytes_are_those_of_filled_caches_and_go_on_alike(model, ids):
-    names = ["dense", "delta:key_bits=4", "kv8", "rotating:32", "window-only"]
+    names = ["dense", "delta:key_format=codes,key_bits=4", "kv8", "rotating:32", "window-only"]
     settings = parse_settings(names, SMALL)
     found = ceilings(model, settings, ids, [56, 184, 4000], longest=100)
     by_name = {(c.setting, c.context): c for c in found}

@@ -26,7 +26,7 @@ HEAD_64 = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
         ("delta:threshold=1.25", {"threshold": 1.25}),
         ("delta:threshold=1/2.5/0", {"threshold": (1, 2.5, 0)}),
         ("delta:threshold=0.5,threshold_mode=absolute", {"threshold_mode": "absolute"}),
-        ("delta:window=0,sinks=0,key_bits=4,value_bits=8", {"window": 0, "value_bits": 8}),
+        ("delta:window=0,sinks=0,level=1,key_bits=4,value_bits=8", {"window": 0, "value_bits": 8}),
         ("delta:key_bits=none,keyframes=true", {"key_bits": None, "keyframes": True}),
         ("window-only:window=32", {"window": 32}),
     ],
@@ -66,7 +66,7 @@ def test_a_share_of_zeros_or_a_loss_stands_for_the_level_of_the_curve():
         ("delta:threshold", "threshold lacks a value, as in threshold=1"),
         ("delta:threshold=-1", r"in 'delta:threshold=-1': \[DeltaConfig\] threshold must be >= 0"),
         ("delta:threshold=high", "threshold must be a number but got 'high'"),
-        ("delta:key_bits=5", "key_bits must be one of 16, 8, 4, 3, 2 but got 5"),
+        ("delta:key_bits=5", "key_bits=5 needs key_format='codes' with threshold_mode='relative'"),
         ("paper:key_bits=4", "key_bits=4 needs keyframes=True"),
     ],
 )
@@ -193,7 +193,8 @@ def test_window_only_sees_no_more_in_a_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "delta", "delta:key_bits=4,value_bits=4", "delta:key_bits=16", "kv8", "kv4"]
+    "name",
+    ["dense", "delta", "delta:level=1,key_bits=4,value_bits=4", "delta:kv=small", "kv8", "kv4"],
 )
 def test_bytes_of_a_16_bit_model_are_what_its_caches_say(name):
     model = llama_model(**HEAD_64)
@@ -209,7 +210,12 @@ def test_bytes_do_not_depend_on_the_type_a_model_runs_in():
     for dtype in (mx.float32, mx.bfloat16):
         model = llama_model(**HEAD_64)
         model.set_dtype(dtype)
-        for name in ("dense", "delta:key_bits=16,value_bits=4,threshold=0", "kv8", "rotating:40"):
+        for name in (
+            "dense",
+            "delta:key_format=codes,key_bits=4,value_bits=4",
+            "kv8",
+            "rotating:40",
+        ):
             setting = parse_setting(name, dataclasses.replace(SMALL, sinks=0))
             caches = setting.make_caches(model)
             setting.prefill(model, IDS, caches)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -98,7 +96,7 @@ def test_ternary_layers_read_two_bits_a_weight_and_one_scale():
         ("kv8", 2 * (64 + 4), None),  # codes, and a scale and bias to 64 of them
         ("kv4", 2 * (32 + 4), None),
         ("rotating:48", 2 * 64 * 2, 48),
-        ("delta:value_bits=4", 64 * 2 + 32 + 4, None),
+        ("delta:value_bits=16", 2 * 64 * 2, None),
     ],
 )
 def test_bytes_and_products_of_a_cache(name, per_token, most, length):
@@ -124,29 +122,25 @@ def test_window_only_reads_what_is_seen():
     assert traffic.skippable_macs == 0
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 @pytest.mark.parametrize(("length", "decoded"), [(100, 1), (97, 12), (20, 3)])
-def test_packed_keys_read_masks_changed_values_grids_and_what_is_near(bits, length, decoded):
+def test_held_keys_read_words_offsets_grids_and_what_is_near(length, decoded):
     model = llama_model()
-    delta = replace(SMALL, key_bits=bits, value_bits=16)
+    delta = SMALL.changed(level=0.3, key_bits=4, value_bits=16)
     caches = filled(model, "delta", length, delta, decoded)
     expected = 0
     for cache in caches:
         far = max(0, (length - 1) // 8 - 2)
-        # Two kv heads with head_dim 16, so a mask row is one word.
-        masks = np.array(cache.state[3])[0, :, :far]
-        ones = np.vectorize(lambda word: bin(word).count("1"), otypes=[int])(masks)
-        changed = ones.sum(axis=(2, 3)) + 16  # and the keyframe
-        words = sum(-(-count // (32 // bits)) for count in changed.reshape(-1))
-        grids = 0 if bits == 16 else 2 * 2 * 16 * 2 * far
-        sinks = 0 if bits == 16 or not far else 2 * 3 * 16 * 2
+        # header, near, values, payload, counts, low, steps, zeros, sinks
+        words = int(np.array(cache.state[4])[0, :, :far].sum())
+        grids = 2 * 16 * (2 + 1) * far
+        sinks = 2 * 3 * 16 * 2 if far else 0
         near = 2 * 16 * 2 * (length - 8 * far)
-        expected += masks.size * 4 + 4 * words + grids + sinks + 4 * 2 * far + near
+        expected += 4 * words + grids + sinks + 4 * 2 * far + near
         expected += 2 * 16 * 2 * length  # values
     assert decode_traffic(model, caches).cache_bytes == expected
 
 
-@pytest.mark.parametrize("name", ["delta", "delta:key_bits=4", "paper:threshold=1.0"])
+@pytest.mark.parametrize("name", ["delta", "delta:level=1,key_bits=4", "paper:threshold=1.0"])
 def test_skippable_products_are_the_sparsity_of_the_last_query(name):
     model = llama_model()
     traffic = decode_traffic(model, caches := filled(model, name, 90))

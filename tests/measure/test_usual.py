@@ -88,7 +88,7 @@ def test_without_a_gpu_nothing_is_chosen_or_said(monkeypatch, capsys):
         (["--kv", "exact"], None),
         (["--kv", "small"], 3),
         (["--delta", "window=128"], None),
-        (["--delta-key-bits", "8"], 8),
+        (["--delta-key-bits", "6"], 6),
         (["--delta-paper"], None),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -104,10 +104,10 @@ def test_what_is_asked_for_wins(on_a_gpu, capsys, flags, bits):
     [
         None,
         {"level": 0.01},
-        {**CONFIG["delta"], "key_bits": 8},
+        {**CONFIG["delta"], "key_format": "deltas", "key_bits": 6},
         {**CONFIG["delta"], "value_bits": 16},
     ],
-    ids=["dense", "not calibrated", "packed", "values"],
+    ids=["dense", "not calibrated", "deltas", "values"],
 )
 def test_what_a_model_says_of_itself_wins(on_a_gpu, capsys, tmp_path, delta):
     on_a_gpu(measured(0.1))

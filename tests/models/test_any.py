@@ -42,7 +42,7 @@ WINDOWS = {
     "sliding_window_pattern": 2,
     "query_pre_attn_scalar": 16,
 }
-PACKED = DeltaConfig(**{**SMALL.to_dict(), "key_bits": 16, "value_bits": 16})
+DELTAS = SMALL.changed(level=0.03, key_bits=4, value_bits=16)
 
 
 def random_model(architecture, seed: int = 0, **changes) -> nn.Module:
@@ -68,7 +68,7 @@ def windowed(**changes) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, PACKED, DeltaConfig.paper()], ids=["", "packed", "paper"]
+    "config", [SMALL, DELTAS, DeltaConfig.paper()], ids=["", "deltas", "paper"]
 )
 def test_a_llama_of_mlx_lms_becomes_ours(config):
     ours, ids = llama_model(config), tokens(150)
@@ -131,7 +131,7 @@ def test_other_models_of_the_same_file_are_left_alone():
 def test_remove_and_unhook_leave_nothing():
     model, ids = random_model(qwen2), tokens(80)
     dense, args = model(ids), model.args
-    apply(apply(model, PACKED), SMALL)
+    apply(apply(model, DELTAS), SMALL)
     assert model.args.delta == SMALL and not mx.array_equal(model(ids), dense)
     assert isinstance(model, qwen2.Model) and model.args is not args
     remove(model)

@@ -45,8 +45,10 @@ SETTINGS: dict[str, DeltaConfig | None] = {
     # Blocks so small that even these prompts of a few dozen tokens are mostly held: mlx-lm's
     # tests then compare our chunked, batched, copied, saved and rewound runs with the plain one.
     "delta-on": DeltaConfig(block_size=4, window=4, sinks=1),
-    # The same with keys and values stored packed.
-    "packed": DeltaConfig(block_size=8, window=8, sinks=1, key_bits=16, value_bits=16),
+    # The same with keys and values stored as codes.
+    "codes": DeltaConfig(
+        block_size=8, window=8, sinks=1, key_format="codes", key_bits=8, value_bits=8
+    ),
 }
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -32,10 +32,10 @@ OTHER_ARCHITECTURES = {
 STOCK = ("stock",)
 OURS = ("window-covers-all", "delta-on")
 DELTA_ON = ("delta-on",)
-PACKED = ("packed",)
+CODES = ("codes",)
 
-# Packed stores take the head dimensions of real models only, so these run with the demo model.
-PACKED_TOO: dict[str, set[str] | None] = {
+# Codes take the head dimensions of real models only, so these run with the demo model.
+CODES_TOO: dict[str, set[str] | None] = {
     "test_prompt_cache.py": {"test_cache_with_generate", "test_trim_cache_with_generate"},
     "test_generate.py": None,
     "test_server.py": {"TestServer", "TestServerWithDraftModel"},
@@ -62,7 +62,7 @@ class KnownFailure:
 
 _LAYOUT = "reads the inside of mlx-lm's batch cache, which aligns rows right; ours aligns them left"
 _INSTRUCT = "asks a model that follows instructions to say TEST; the demo model completes text"
-_ROUNDED = "wants equal float32 logits of a batch and a single run; packed keys are float16"
+_ROUNDED = "wants equal float32 logits of a batch and a single run; stored keys are float16"
 _NO_KV_BITS = "held keys are not quantized: our caches have no to_quantized, which is optional"
 
 KNOWN_FAILURES: dict[str, KnownFailure] = {
@@ -95,9 +95,9 @@ KNOWN_FAILURES: dict[str, KnownFailure] = {
     ),
     "test_stream_generate_input_embeddings": KnownFailure(STOCK, "'TEST' !=", _INSTRUCT),
     "test_stream_generate_input_embeddings_prefill": KnownFailure(STOCK, "'TEST' !=", _INSTRUCT),
-    "test_batch_matches_single": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
-    "test_many_batches": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
-    "test_batch_continued_generation": KnownFailure(PACKED, "is not true", _ROUNDED, always=False),
+    "test_batch_matches_single": KnownFailure(CODES, "is not true", _ROUNDED, always=False),
+    "test_many_batches": KnownFailure(CODES, "is not true", _ROUNDED, always=False),
+    "test_batch_continued_generation": KnownFailure(CODES, "is not true", _ROUNDED, always=False),
     "test_batch_max_kv_size_creates_rotating_cache": KnownFailure(
         STOCK,
         "is not an instance of <class 'mlx_lm.models.cache.RotatingKVCache'>",

@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from mlx_delta import DeltaKVCache
 
 from .inject import SETTINGS, injected, load_demo
-from .table import FILES, KNOWN_FAILURES, OTHER_ARCHITECTURES, OURS, PACKED, PACKED_TOO, STOCK
+from .table import CODES, CODES_TOO, FILES, KNOWN_FAILURES, OTHER_ARCHITECTURES, OURS, STOCK
 from .upstream import CannotFetch, fetch_tests, import_tests, list_tests
 
 
@@ -28,17 +28,17 @@ def runs(folder: Path) -> Iterator[object]:
                 continue
             known = KNOWN_FAILURES.get(method)
             settings = STOCK if known and known.settings == STOCK else OURS
-            if settings == OURS and runs_packed(file, test):
-                settings += PACKED
+            if settings == OURS and runs_coded(file, test):
+                settings += CODES
             for setting in settings:
                 name = f"{file.removesuffix('.py')}-{test}-{setting}"
                 yield pytest.param(folder / file, test, setting, id=name)
     assert not unseen, f"mlx-lm has no tests {sorted(unseen)}"
 
 
-def runs_packed(file: str, test: str) -> bool:
-    """Whether a test is run with packed stores too."""
-    selected = PACKED_TOO.get(file, set())
+def runs_coded(file: str, test: str) -> bool:
+    """Whether a test is run with codes too."""
+    selected = CODES_TOO.get(file, set())
     return selected is None or not selected.isdisjoint(test.split("."))
 
 

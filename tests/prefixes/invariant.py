@@ -43,14 +43,12 @@ SETTINGS = (
     "dense",
     _SMALL,
     "delta:block_size=16,window=0,keyframes=false,run_value=first,threshold=0.75",
-    *(f"{_SMALL},key_bits={bits},value_bits={min(16, 2 * bits)}" for bits in (16, 8, 4)),
+    f"{_SMALL},key_bits=4,value_bits=16",
     f"{_SMALL},key_bits=3,value_bits=4",
-    f"{_SMALL},key_bits=2,value_bits=4",
-    f"{_SMALL},key_bits=4,value_bits=4,max_size=96",
     "paper:threshold=0.3",
-    f"{_SMALL},key_format=codes,key_bits=4,value_format=rotated,value_bits=4",
+    f"{_SMALL},key_format=codes,key_bits=4,value_bits=4",
     f"{_SMALL},key_format=codes,key_bits=3,value_bits=4,max_size=96",
-    f"{_SMALL},key_format=deltas,key_bits=4,value_format=rotated,value_bits=4,max_size=96",
+    f"{_SMALL},key_format=deltas,key_bits=4,value_bits=4,max_size=96",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.cache.sealed_file import sealed_bytes
+from mlx_delta.config import DeltaConfig
 from mlx_delta.prefixes import PrefixCache, PrefixDirectory
 from tests.prefixes.test_prefix_cache import MODEL, TEXT, as_if_undisturbed, filled
 from tests.tiny import SMALL, llama_model
@@ -85,7 +85,7 @@ def test_texts_share_files(folder):
 def test_a_prefix_of_another_setting_or_model_is_not_taken(folder):
     store = Store(folder)
     assert store.fetch_nearest_cache("n", TEXT)[0] is None
-    other = llama_model(dataclasses.replace(SMALL, key_bits=8), num_hidden_layers=2)
+    other = llama_model(SMALL.changed(key_format="codes", key_bits=8), num_hidden_layers=2)
     assert store.fetch_nearest_cache("m", TEXT, other.make_cache())[0] is None
     assert store.fetch_nearest_cache("m", TEXT, MODEL.make_cache())[0] is not None
 
@@ -216,10 +216,10 @@ def test_files_that_vanish(folder):
     assert store.fetch_nearest_cache("m", TEXT)[0] is None and store.said == []
 
 
-def test_bytes_are_those_that_are_packed(tmp_path):
+def test_bytes_are_those_of_the_caches(tmp_path):
     """No more than 2 percent beyond what caches of 2,000 tokens take."""
     model = llama_model(
-        delta=dataclasses.replace(SMALL, block_size=64, window=64, key_bits=4, value_bits=16),
+        delta=DeltaConfig(sinks=3, key_bits=4, value_bits=16),
         head_dim=64,
         num_hidden_layers=3,
     )

@@ -1,4 +1,4 @@
-"""A cache of coded keys cut into blocks and put together again."""
+"""A cache of stored keys cut into blocks and put together again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from mlx_delta import DeltaKVCache
 from mlx_delta.prefixes.leaves import HeldLeaf
 from tests.attention.test_hybrid import attend
-from tests.cache.settings import CODES, ROTATED, TEXT
+from tests.cache.settings import CODES, LANES, ROTATED, TEXT
 
 
-@pytest.mark.parametrize("config", [CODES, ROTATED], ids=["widths", "rotated"])
+@pytest.mark.parametrize("config", [CODES, ROTATED, LANES], ids=["widths", "rotated", "lanes"])
 @pytest.mark.parametrize("length", [9, 90])
 def test_a_cache_of_its_blocks_goes_on_alike(config, length):
     cache = DeltaKVCache(config)
@@ -28,3 +28,13 @@ def test_a_cache_of_its_blocks_goes_on_alike(config, length):
     np.testing.assert_array_equal(*found)
     states = [x.compact().state[1:] for x in (cache, built)]
     assert all(mx.array_equal(*pair) for pair in zip(*states, strict=True))
+
+
+def test_blocks_of_packed_keys_are_refused():
+    cache = DeltaKVCache(LANES)
+    attend(cache, tuple(x[:, :, :90] for x in TEXT), [90])
+    leaf = HeldLeaf.of(cache)
+    assert leaf is not None
+    old = {**leaf.entry, "types": {**leaf.entry["types"], "masks": "uint32"}}
+    with pytest.raises(ValueError, match="its keys are packed, as earlier versions did"):
+        HeldLeaf.build(old, [leaf.block(0)], leaf.end(1, 8), 8, 90)

@@ -27,7 +27,7 @@ from tests.tiny import LLAMA, SMALL, write_bitnet, write_checkpoint, write_llama
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
-PACKED = "key_bits=4,value_bits=4"
+STORED = "key_bits=4,value_bits=4"
 SMALL_BLOCKS = "block_size=8,window=16"
 # Four kv heads, which four processes can share: the demo has two.
 FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 64,
@@ -89,7 +89,7 @@ def check(case: dict, n: int) -> None:
     if model == "demo":
         assert case["tokens"] == alone["tokens"]
     assert len(case["bytes"]) == n
-    # A packed value more or less, where a run could as well end there.
+    # A value more or less, where a run could as well end there.
     off = 1e-3 if "key_bits" in setting else 0
     assert sum(case["bytes"]) == pytest.approx(alone["bytes"][0], rel=off, abs=0)
     if sharing == "layers":
@@ -105,8 +105,8 @@ def test_four_processes_give_the_tokens_of_one(tmp_path):
     path, qwen = write_llama(tmp_path / "four", **FOUR), write_qwen(tmp_path / "qwen")
     cases = cases_of(
         4,
-        f"{path} heads {SMALL_BLOCKS},{PACKED}",
-        f"{qwen} layers {SMALL_BLOCKS},{PACKED}",
+        f"{path} heads {SMALL_BLOCKS},{STORED}",
+        f"{qwen} layers {SMALL_BLOCKS},{STORED}",
         "demo layers -",
     )
     for case in cases:

@@ -20,12 +20,12 @@ PROMPTS = [
     for i in range(32)
 ]
 # Blocks so small that these prompts reach far outside the window.
-PACKED = "key_bits=4,value_bits=8,block_size=16,window=16"
+STORED = "key_format=codes,key_bits=4,value_bits=8,block_size=16,window=16"
 
 
 @pytest.fixture(scope="module")
-def packed_provider():
-    return make_provider("--delta", PACKED)
+def stored_provider():
+    return make_provider("--delta", STORED)
 
 
 def clear_text(server: Running, prompt: str, tokens: int) -> tuple[str, bool]:
@@ -44,7 +44,7 @@ def clear_text(server: Running, prompt: str, tokens: int) -> tuple[str, bool]:
     return text.lstrip(" "), clear == len(found.tokens)  # mlx-lm leaves a first space out
 
 
-def test_32_streams_at_once_say_what_each_says_alone(packed_provider):
+def test_32_streams_at_once_say_what_each_says_alone(stored_provider):
     def streamed(prompt: str) -> str:
         with server.client() as client:
             parts = client.completions.create(
@@ -52,10 +52,10 @@ def test_32_streams_at_once_say_what_each_says_alone(packed_provider):
             )
             return "".join(part.choices[0].text for part in parts)
 
-    with running(packed_provider) as server, ThreadPoolExecutor(32) as pool:
+    with running(stored_provider) as server, ThreadPoolExecutor(32) as pool:
         together = list(pool.map(streamed, PROMPTS))
         assert server.engine.figures()["cached_bytes"] > 0
-    with running(packed_provider) as server:
+    with running(stored_provider) as server:
         alone = [clear_text(server, prompt, 6) for prompt in PROMPTS]
     for text, (clear, whole) in zip(together, alone, strict=True):
         assert text.lstrip(" ").startswith(clear)
@@ -81,10 +81,10 @@ def test_a_fact_in_a_cached_begin_is_remembered(demo):
     assert other.choices[0].text.startswith("winter garden")
 
 
-def test_a_draft_model_changes_nothing_in_the_answer(packed_provider):
-    provider = copy.copy(packed_provider)
+def test_a_draft_model_changes_nothing_in_the_answer(stored_provider):
+    provider = copy.copy(stored_provider)
     provider.draft_model, _ = load("demo", {"block_size": 16, "window": 16, "level": 0.5})
-    with running(packed_provider) as server:
+    with running(stored_provider) as server:
         plain = [clear_text(server, prompt, 12) for prompt in PROMPTS[12:14]]
     with running(provider) as server:
         for _ in range(2):  # the second time from a cache

@@ -1,4 +1,4 @@
-"""``--delta key_bits=4,threshold=1.1`` and the flags beside it."""
+"""``--delta key_bits=4,level=0.1`` and the flags beside it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def parse(*flags: str) -> argparse.Namespace:
     ("flags", "expected"),
     [
         ([], {}),
-        (["--delta", "key_bits=4,threshold=1.1"], {"key_bits": 4, "threshold": 1.1}),
+        (["--delta", "key_bits=4,level=0.1"], {"key_bits": 4, "level": 0.1}),
         (["--delta-key-bits", "4"], {"key_bits": 4}),
-        (["--delta", "threshold=1.1", "--delta-key-bits", "4"], {"threshold": 1.1, "key_bits": 4}),
+        (["--delta", "level=0.1", "--delta-key-bits", "3.5"], {"level": 0.1, "key_bits": 3.5}),
         (["--delta", "key_bits=none"], {"key_bits": None}),
         (["--delta-sinks", "0"], {"sinks": 0}),
         (["--delta-level", "0.1"], {"level": 0.1}),

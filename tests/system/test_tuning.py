@@ -50,8 +50,8 @@ def machine(monkeypatch, tmp_path):
 def test_stores_are_named_by_what_they_keep():
     named = {name: store_name(DeltaConfig().changed(**kv_fields(name))) for name in ("small",)}
     assert named == {"small": "codes 3, rotated 3"}
-    assert store_name(DeltaConfig(key_bits=4)) == "held 4, plain full"
-    assert store_name(DeltaConfig()) == store_name(DeltaConfig(value_bits=8)) == ""
+    assert store_name(DeltaConfig(key_bits=4)) == "deltas 4, plain full"
+    assert store_name(DeltaConfig()) == store_name(DeltaConfig(value_bits=16)) == ""
 
 
 def test_the_nearest_length_decides():

@@ -1,13 +1,13 @@
-"""Held keys, stored packed: a log of packed blocks far away, a short buffer of full keys near.
+"""Keys that are stored in few bits far away, and full near: what all forms of them share.
 
-The layout of a block is specified in :mod:`mlx_delta.method.storage`. Near keys are those of
-the query's own block, of its window, and of one block of slack, so that rewinding by up to a
-block is exact; they and everything else are in 16 bits.
+Far keys are blocks in a log, of a form of its own: codes (``coded_keys``), or held keys
+(``delta_keys``). Near keys are those of the query's own block, of its window, and of one block of
+slack, so that rewinding by up to a block is exact; they and everything else are in 16 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import mlx.core as mx
@@ -15,33 +15,28 @@ import mlx.core as mx
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.join import join_near
-from mlx_delta.ops.pack import HEAD_DIMS, storage_type, to_storage
+from mlx_delta.ops.storage import HEAD_DIMS, LARGEST, storage_type, to_storage
 
 from .buffers import equal_rows, pad_to, write_first
 from .near_keys import NearKeys
-from .packed_log import PackedLog
-from .packed_state import BUFFERS, check_lost, check_near, check_runs, check_shapes
 from .store import KeyParts, float_size, spread, token_bytes
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-class PackedKeys:
-    """The keys of a layer: packed blocks far away, full keys near. A ``KeyStore``.
+class FarKeys:
+    """The keys of a layer: stored blocks far away, full keys near. A ``KeyStore``, of a subclass.
 
     Args:
         config: The setting of this layer, with ``key_bits``.
         near: The last keys.
-        log: The packed blocks, a ``PackedLog``.
-        sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens; ``None`` at 16 bits, or
-            without sinks.
-        lost: Blocks of each row whose full keys are gone. In files of version 0.1.0 these may be
-            more than are encoded: held keys stand in for full ones near the query, and stay packed
-            as they are, since held a second time they would drift.
+        log: The far blocks.
+        sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens; ``None`` without sinks.
+        lost: Blocks of each row whose full keys are gone.
         type_name: The model's type; a name, since ``mx.Dtype`` can't be copied.
     """
 
-    n_arrays = 7
+    n_arrays: int
 
     def __init__(
         self,
@@ -62,11 +57,10 @@ class PackedKeys:
     @classmethod
     def make(cls, config: DeltaConfig, keys: mx.array) -> Self:
         """An empty store for keys of this shape and type."""
-        assert config.key_bits is not None
         B, H, _, D = keys.shape
         dtype = storage_type(keys.dtype)
         sinks = None
-        if config.key_bits < 16 and config.sinks:
+        if config.sinks:
             sinks = mx.zeros((B, H, config.sinks, D), dtype)
         return cls(
             config,
@@ -80,14 +74,14 @@ class PackedKeys:
     @staticmethod
     def make_log(config: DeltaConfig, shape: tuple[int, int, int], dtype: mx.Dtype) -> Any:
         """An empty log for [B, Hkv, D] keys."""
-        return PackedLog.make(shape, config.block_size, _whole_bits(config), dtype)
+        raise NotImplementedError
 
     @staticmethod
     def check_new(config: DeltaConfig, keys: mx.array) -> None:
-        """Refuse keys that can't be packed.
+        """Refuse keys that can't be stored.
 
         Raises:
-            ValueError: Their type or head_dim has no kernel.
+            ValueError: Their type or head_dim has no kernel, or the widths are of other keys.
         """
         storage_type(keys.dtype)
         if keys.shape[3] not in HEAD_DIMS:
@@ -95,6 +89,7 @@ class PackedKeys:
                 f"[DeltaKVCache] key_bits={config.key_bits} needs a head_dim that is a multiple of "
                 f"16, up to {HEAD_DIMS[-1]}, but got {keys.shape[3]}."
             )
+        check_widths(config, keys.shape[1], keys.shape[3])
 
     @property
     def head_dim(self) -> int:
@@ -133,10 +128,10 @@ class PackedKeys:
         return self.log.read(self.sinks, near.dtype), near, firsts
 
     def _encode(self, near: mx.array, targets: Sequence[int]) -> None:
-        size, packed = self.config.block_size, self.log.blocks
-        if all(target <= done for done, target in zip(packed, targets, strict=True)):
+        size, stored = self.config.block_size, self.log.blocks
+        if all(target <= done for done, target in zip(stored, targets, strict=True)):
             return
-        for (first, done, target), rows in equal_rows(self.near.firsts, packed, targets).items():
+        for (first, done, target), rows in equal_rows(self.near.firsts, stored, targets).items():
             if target > done:
                 keys = near[rows, :, done * size - first : target * size - first]
                 self.log.encode(rows, keys, self.config, done)
@@ -159,12 +154,12 @@ class PackedKeys:
                 self.log.forget(row, target)
 
     def full_keys(self, first: int, length: int) -> mx.array:
-        """Full keys of a single text from its first block that is not packed; see ``KeyStore``."""
+        """Full keys of a single text from its first block that is not stored; see ``KeyStore``."""
         start = self.near.firsts[0]
         return mx.contiguous(self.near.keys[:, :, first - start : length - start])
 
     def refill(self, held: int, near: mx.array) -> None:
-        """Have so many packed blocks, and these full keys after them; see ``KeyStore``."""
+        """Have so many far blocks, and these full keys after them; see ``KeyStore``."""
         first = held * self.config.block_size
         self.log.forget(0, held)
         self.near = NearKeys(pad_to(near, self.near.room), [first])
@@ -179,7 +174,7 @@ class PackedKeys:
         return keys.astype(DTYPES[self._type])
 
     def read_bytes(self, tokens: int, far: int, float_bytes: int | None = None) -> int:
-        """Bytes that a query reads: packed blocks, sinks, and the near keys."""
+        """Bytes that a query reads: far blocks, sinks, and the near keys."""
         near = tokens - far * self.config.block_size
         size = near * token_bytes(self.near.keys, float_bytes)
         if not far:
@@ -231,45 +226,94 @@ class PackedKeys:
         return sum(x.nbytes for x in self.arrays() if x is not None)
 
     def arrays(self) -> list[Any]:
-        """The buffers, those of the log moved together."""
-        self.log.settle()
-        masks, payload, offsets, grid, zeros = self.log.buffers()
-        return [self.near.keys, masks, payload, offsets, grid, self.sinks, zeros]
+        """The buffers, as ``restore`` of a subclass takes them."""
+        raise NotImplementedError
 
     def header(self) -> dict[str, Any]:
         """What belongs to the state besides the buffers, as JSON values."""
-        counts = {"firsts": self.near.firsts, "lost": self.lost, "ends": self.log.ends}
-        return {**counts, "type": self._type}
-
-    @classmethod
-    def restore(cls, config: DeltaConfig, header: dict[str, Any], arrays: list[Any]) -> Self:
-        """The store of a state, each buffer of which is as it should be."""
-        assert config.key_bits is not None
-        near, sinks = arrays[0], arrays[5]
-        if header["type"] not in DTYPES:
-            raise ValueError(f"it is of type {header['type']!r}")
-        firsts = spread(header["firsts"], near.shape[0])
-        size = config.block_size
-        lost = spread(header.get("lost", [first // size for first in firsts]), near.shape[0])
-        rows = {"ends": len(header["ends"]), "firsts": len(firsts), "near": near.shape[0]}
-        check_shapes(config, dict(zip(BUFFERS, arrays, strict=True)), rows)
-        bits, ends = _whole_bits(config), [list(map(int, row)) for row in header["ends"]]
-        log = PackedLog.restore(bits, near.shape[3], dict(zip(BUFFERS, arrays, strict=True)), ends)
-        return cls(config, NearKeys(near, firsts), log, sinks, lost, header["type"])
+        return {"firsts": self.near.firsts, "lost": self.lost, "type": self._type}
 
     def check(self, name: str, lengths: Sequence[int], encoded: Sequence[int]) -> None:
-        """Refuse a state whose parts do not fit together, before a kernel reads past a buffer."""
-        blocks = self.log.read(self.sinks, self.near.keys.dtype)
-        if blocks is None and any(encoded):
-            raise ValueError(f"[{name}] saved state counts encoded blocks but has none.")
-        if blocks is not None:
-            check_runs(name, blocks, self.log.ends, encoded)
-        firsts = self.near.firsts
-        check_near(name, self.config, lengths, encoded, firsts)
-        check_lost(name, self.config, lengths, self.log.blocks, firsts, self.lost)
+        """Refuse counts of a state that do not fit together.
+
+        Near keys begin at a block's border, and reach from the stored blocks to the last token.
+        Blocks without full keys are complete, stored, and all those before the near keys.
+        """
+        size, stored = self.config.block_size, self.log.blocks
+        for length, done, own, first, gone in zip(
+            lengths, encoded, stored, self.near.firsts, self.lost, strict=True
+        ):
+            if not 0 <= done <= own:
+                raise ValueError(
+                    f"[{name}] saved state counts {done} encoded blocks and {own} stored ones."
+                )
+            if first % size or not 0 <= first <= done * size or length - first > self.near.room:
+                raise ValueError(
+                    f"[{name}] saved state has near keys from position {first} on for {length} "
+                    f"tokens and {done} encoded blocks."
+                )
+            if not first // size <= gone <= own or gone * size > max(0, length):
+                raise ValueError(
+                    f"[{name}] saved state counts {gone} blocks without full keys for near keys "
+                    f"from position {first} on and {own} stored blocks."
+                )
 
 
-def _whole_bits(config: DeltaConfig) -> int:
-    """The width of packed values, which is no mean."""
-    assert config.key_bits is not None
-    return int(config.key_bits)
+def check_widths(config: DeltaConfig, n_heads: int, head_dim: int) -> None:
+    """Refuse widths that are of keys of another shape."""
+    widths = None if config.key_widths is None else config.key_widths[0]
+    if widths is None:
+        return
+    if len(config.key_widths or ()) != 1:
+        raise ValueError("[DeltaConfig] key_widths of all layers: call for_layer first.")
+    if (len(widths), len(widths[0])) != (n_heads, head_dim):
+        raise ValueError(
+            f"[DeltaConfig] key_widths are of {len(widths)} kv heads of {len(widths[0])} channels "
+            f"but the layer has {n_heads} of {head_dim}."
+        )
+
+
+def check_buffers(
+    config: DeltaConfig, near: Any, sinks: Any, type_name: Any, buffers: Mapping[str, Any]
+) -> None:
+    """Refuse near keys and sinks of a state that do not fit the setting or each other.
+
+    Args:
+        config: The setting that came with them.
+        near: [B, Hkv, room, D].
+        sinks: [B, Hkv, n_sinks, D], or ``None``.
+        type_name: The model's type.
+        buffers: By name, all that must be there besides, and how many dimensions each has.
+    """
+    if type_name not in DTYPES:
+        raise ValueError(f"it is of type {type_name!r}")
+    if any(not isinstance(x, mx.array) for x in (near, *(x for x, _ in buffers.values()))):
+        raise ValueError("it lacks one of its buffers")
+    odd = [name for name, (x, dimensions) in buffers.items() if x.ndim != dimensions]
+    if near.ndim != 4 or odd:
+        what = odd[0] if near.ndim == 4 else "near keys"
+        raise ValueError(f"saved {what} do not have the right dimensions")
+    B, H, _, D = near.shape
+    check_widths(config, H, D)
+    room = (config.window_blocks + 2) * config.block_size
+    fits = near.shape[2] == room and near.dtype in LARGEST and D in HEAD_DIMS
+    if not fits or near.dtype != storage_type(DTYPES[type_name]):
+        raise ValueError("saved near do not fit the setting or each other")
+    wanted = ((B, H, config.sinks, D), near.dtype) if config.sinks else None
+    if (None if sinks is None else (tuple(sinks.shape), sinks.dtype)) != wanted:
+        raise ValueError("saved sinks do not fit the setting or each other")
+
+
+def check_arrays(wanted: Mapping[str, tuple[mx.array, tuple[int, ...], mx.Dtype]]) -> None:
+    """Refuse buffers of a state of other shapes or types than these."""
+    for name, (array, shape, dtype) in wanted.items():
+        if tuple(array.shape) != shape or array.dtype != dtype:
+            raise ValueError(f"saved {name} do not fit the setting or each other")
+
+
+def read_counts(header: Mapping[str, Any], names: Sequence[str], rows: int) -> list[list[int]]:
+    """Counts of each row, by name."""
+    counts = [spread(header[name], rows) for name in names]
+    if any(len(own) != rows for own in counts):
+        raise ValueError("saved row counts do not fit the setting or each other")
+    return counts
