@@ -134,7 +134,7 @@ METAL_INLINE bool isnan(float x) { return x != x; }
 METAL_INLINE uint popcount(uint x) { return __popc(x); }
 METAL_INLINE float log2(float x) { return log2f(x); }
 METAL_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
-METAL_INLINE float exp(float x) { return __expf(x); }
+METAL_INLINE float exp(float x) { return expf(x); }
 #define EXACT_PRODUCT
 METAL_INLINE float exact_product(float a, float b) { return __fmul_rn(a, b); }  // never fused
 

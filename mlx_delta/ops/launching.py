@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.system.chips import gpu_cores
 
@@ -71,9 +72,13 @@ def constant(values: Any, dtype: mx.Dtype) -> mx.array:
 @lru_cache(maxsize=16)
 def filler(dtype: mx.Dtype) -> mx.array:
     """What stands for an input that a kernel does not look at, [LEAST_ELEMENTS]."""
-    zeros = mx.zeros(LEAST_ELEMENTS, dtype)
-    mx.eval(zeros)  # so that other threads can use it
-    return zeros
+    return mx.array([0] * LEAST_ELEMENTS, dtype)  # unlike mx.zeros there at once, for all threads
+
+
+def table(values: np.ndarray) -> mx.array:
+    """Numbers as a row, long enough to be `device` memory; there at once, for all threads."""
+    flat = values.reshape(-1)
+    return mx.array(np.pad(flat, (0, max(0, LEAST_ELEMENTS - flat.size))))
 
 
 def padded(array: mx.array) -> mx.array:

@@ -8,14 +8,12 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_delta.ops import codes_kernel, deltas_kernel, hold_kernel
+from mlx_delta.ops import codes_encode, codes_kernel, deltas_encode, deltas_kernel, hold_kernel
 from mlx_delta.ops.backend import CUDA
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
-from mlx_delta.ops.runs_kernel import cut_runs
 from mlx_delta.ops.ternary_matvec import matvec_kernel, ternary_matvec
 
 from ..gpus import seems_to_have
@@ -92,8 +90,8 @@ def every_kernel() -> dict[str, Generated]:
         rows = [(190, 1, 64, 64)]
         codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)
-        blocks = mx.zeros((2, 64, 64))
-        cut_runs(blocks, mx.ones((2, 64)), mx.ones((2, 64)), np.zeros(2, np.int32), True)
+        codes_encode.encode(keys, coding, 64, mx.ones((2, 64)))
+        deltas_encode.encode(keys, lanes(values=(4, 2)), held.coding, 0)  # delta_runs too
         tiles.SMALL.attend(tiles.SMALL.choose(0.7))
         ternary_matvec(mx.zeros((1, 64), half), mx.zeros((4, 4), mx.uint32), mx.ones((4, 1)), True)
     return found

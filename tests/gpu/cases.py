@@ -11,10 +11,11 @@ import numpy as np
 from mlx_delta.ops.ternary_matvec import ternary_matvec
 from mlx_delta.ternary.codes import pack_words
 
-from ..kernels import code_case, delta_case, tile_case
-from ..kernels.code_case import CodedCase, coded
+from ..kernels import code_case, delta_case, test_codes_encode, test_deltas_encode, tile_case
+from ..kernels.code_case import CodedCase, Kinds, coded
+from ..kernels.common import walk
 from ..kernels.delta_case import DeltaCase, lanes
-from ..kernels.test_runs import check_runs, runs_keys
+from ..kernels.test_runs import check_runs
 from ..metal_cpu import MetalBench
 
 HALF, BF16, FLOAT = mx.float16, mx.bfloat16, mx.float32
@@ -31,7 +32,16 @@ def _deltas(case: DeltaCase, mask: bool = False) -> None:
 
 
 def _runs(optimal: bool) -> None:
-    check_runs(runs_keys((3, 64, 80)), optimal, np.array([0, 4, 63]))
+    check_runs(walk((1, 2, 128, 80), HALF), optimal, 64)
+
+
+def _coded(kinds: tuple[Kinds, Kinds]) -> None:
+    test_codes_encode.check(walk((1, 2, 128, 48), HALF), kinds, 64, minded=True)
+
+
+def _stored() -> None:
+    setting = test_deltas_encode.setting_of(size=64)
+    test_deltas_encode.check(test_deltas_encode.mixed_keys(setting, 128), setting)
 
 
 def _tile_pack() -> None:
@@ -77,6 +87,8 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "runs, optimal": partial(_runs, True),
     "runs, greedy": partial(_runs, False),
+    "codes, encoded": partial(_coded, test_codes_encode.KINDS),
+    "held, encoded": _stored,
     "tiles, packed": _tile_pack,
     "tiles, chosen": partial(tile_case.check_choice, tile_case.SMALL),
     "tiles, attention": partial(tile_case.check_attention, tile_case.SMALL, tile_case.LISTED),

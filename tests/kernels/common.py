@@ -13,7 +13,9 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.ops import (
+    codes_encode,
     codes_kernel,
+    deltas_encode,
     deltas_kernel,
     far_kernel,
     hold_kernel,
@@ -28,8 +30,10 @@ from ..metal_cpu import KernelSource, MetalBench
 BUILDERS: dict[str, Any] = {
     "hold_kernel": hold_kernel,
     "codes_kernel": codes_kernel,
+    "codes_encode_kernel": codes_encode,
     "combine_kernel": far_kernel,
     "deltas_kernel": deltas_kernel,
+    "deltas_encode_kernel": deltas_encode,
     "runs_kernel": runs_kernel,
     "tile_pack_kernel": tiles_kernel,
     "tile_score_kernel": tiles_kernel,
