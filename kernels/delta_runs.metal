@@ -3,20 +3,82 @@
 // Grid: one threadgroup of a single simdgroup for 32 channels of one block of one kv head; lane l
 // has channel 32 * word + l. Lanes without a channel work on the last one; nobody reads their bits.
 //
+//   Tokens' weights: of all of the head's channels, those that stand out and are looked at count
+//   more. Each threadgroup of a block finds them for itself, an eighth of its work at D = 128.
 //   Optimal: dynamic programming. before[t] is the least cost of the first t tokens, less the
 //   squares that are in every cut's cost; begins[t] where the last run of that cut begins. Lanes
 //   do not depend on each other: each has a column of its own in threadgroup memory, and only the
 //   tokens' weights are shared.
 //   Greedy: one pass with the run's weighted mean in registers.
 //
-// Which runs start at a token becomes a word by a vote of the simdgroup. About 260 operations an
+// Which runs start at a token becomes a word by a vote of the simdgroup. About 350 operations an
 // element for blocks of 64, once per block. mlx_delta/method/runs.py specifies it.
 
+// How much each token of a block counts, tokens [Size]; keys: from the first channel on. weights and
+// salience: [D]. looked_at: [Size].
+template <typename T, int D, int Size>
+inline void token_weights(
+    const device T* keys,
+    int from,
+    const device float* weights,
+    const device float* salience,
+    threadgroup float* tokens,
+    threadgroup float* looked_at,
+    uint lane) {
+  constexpr int W = (D + 31) / 32;
+  float means[W];
+  for (int k = 0; k < W; ++k) {
+    const int d = 32 * k + int(lane);
+    const ChannelKeys<T, D> own = {keys + (d < D ? d : 0), from};
+    means[k] = channel_mean<T, D, Size>(own);
+  }
+  for (int t = 0; t < Size; ++t) {
+    float share = 0.0f;
+    float look = 0.0f;
+    for (int k = 0; k < W; ++k) {
+      const int d = 32 * k + int(lane);
+      if (d < D) {
+        const ChannelKeys<T, D> own = {keys + d, from};
+        const float apart = value_at(own, t) - means[k];
+        share += exact_product(exact_product(apart, apart), weights[d]);
+        look += exact_product(apart, salience[d]);
+      }
+    }
+    share = sum_of_lanes(share);
+    look = sum_of_lanes(look);
+    if (lane == 0) {
+      tokens[t] = share;
+      looked_at[t] = look;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float highest = -INFINITY;
+  for (int t = int(lane); t < Size; t += 32) {
+    highest = max(highest, looked_at[t]);
+  }
+  highest = simd_max(highest);
+  float sum = 0.0f;
+  for (int t = int(lane); t < Size; t += 32) {
+    tokens[t] = exact_product(tokens[t], exp(looked_at[t] - highest));  // only ratios matter
+    sum += tokens[t];
+  }
+  const float mean = sum_of_lanes(sum) / float(Size);
+  bool usable = true;
+  for (int t = int(lane); t < Size; t += 32) {
+    usable = usable && abs(tokens[t] / mean) < INFINITY;
+  }
+  usable = !simd_any(!usable);
+  for (int t = int(lane); t < Size; t += 32) {
+    tokens[t] = usable ? clamp(tokens[t] / mean, 1.0f / 8.0f, 8.0f) : 1.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
 // Bit t: a run of this channel starts at token t.
-template <int D, int Size>
+template <typename T, int D, int Size>
 inline ulong optimal_cuts(
-    const device float* keys,
-    const device float* tokens,
+    ChannelKeys<T, D> keys,
+    const threadgroup float* tokens,
     float cost,
     const threadgroup float* total,
     threadgroup float* sums,
@@ -26,7 +88,7 @@ inline ulong optimal_cuts(
   bool finite = true;
   float mean = 0.0f;
   for (int t = 0; t < Size; ++t) {
-    float key = keys[t * D];
+    const float key = value_at(keys, t);
     finite = finite && abs(key) < INFINITY;
     mean += key;
   }
@@ -38,15 +100,17 @@ inline ulong optimal_cuts(
   sums[lane] = 0.0f;
   before[lane] = 0.0f;
   for (int t = 0; t < Size; ++t) {
-    sum += tokens[t] * (keys[t * D] - mean);
+    sum += exact_product(tokens[t], value_at(keys, t) - mean);
     sums[(t + 1) * 32 + lane] = sum;
   }
   for (int t = 1; t <= Size; ++t) {
     float least = INFINITY;
     int begin = 0;
     for (int s = 0; s < t; ++s) {
-      float moment = sums[t * 32 + lane] - sums[s * 32 + lane];
-      float candidate = before[s * 32 + lane] - moment * moment / (total[t] - total[s]);
+      const float moment = sums[t * 32 + lane] - sums[s * 32 + lane];
+      const float inverse = 1.0f / (total[t] - total[s]);
+      const float gain = exact_product(exact_product(moment, moment), inverse);
+      const float candidate = before[s * 32 + lane] - gain;
       if (candidate < least) {
         least = candidate;
         begin = s;
@@ -62,19 +126,20 @@ inline ulong optimal_cuts(
   return cuts;
 }
 
-template <int D, int Size>
-inline ulong greedy_cuts(const device float* keys, const device float* tokens, float cost) {
+template <typename T, int D, int Size>
+inline ulong greedy_cuts(
+    ChannelKeys<T, D> keys, const threadgroup float* tokens, float cost) {
   const float base = sqrt(cost);
-  float first = keys[0];
+  float first = value_at(keys, 0);
   float sum = 0.0f;
   float weight = tokens[0];
   ulong cuts = 1ul;
   for (int t = 1; t < Size; ++t) {
-    float key = keys[t * D];
-    float threshold = base / sqrt(sqrt(tokens[t]));
+    const float key = value_at(keys, t);
+    const float threshold = base / sqrt(sqrt(tokens[t]));
     // "not more than" rather than "less than": a NaN compares false and starts a run.
     bool keep = abs(key - (first + sum / weight)) <= threshold;
-    sum = keep ? sum + tokens[t] * (key - first) : 0.0f;
+    sum = keep ? sum + exact_product(tokens[t], key - first) : 0.0f;
     weight = (keep ? weight : 0.0f) + tokens[t];
     first = keep ? first : key;
     cuts |= keep ? 0ul : 1ul << t;
@@ -82,17 +147,22 @@ inline ulong greedy_cuts(const device float* keys, const device float* tokens, f
   return cuts;
 }
 
-// keys: this block's, [Size][D], from the first channel on. tokens: [Size]; cost of a run of each
-// channel: [D]; sinks: tokens of this block that stand alone, from its first on. starts: [Size][W];
-// means: [Size][D]. total: [Size + 1]; sums, before and begins: [(Size + 1) * 32].
-template <int D, int Size, bool Optimal>
+// keys: this block's, [Size][D], from the first channel on; tokens before `from` are as it. weights,
+// salience, and the cost of a run of each channel: [D]; sinks: tokens of this block that stand alone,
+// from its first on. starts: [Size][W]; means: [Size][D]. tokens and looked_at: [Size]; total:
+// [Size + 1]; sums, before and begins: [(Size + 1) * 32].
+template <typename T, int D, int Size, bool Optimal>
 inline void delta_runs(
-    const device float* keys,
-    const device float* tokens,
-    const device float* costs,
+    const device T* keys,
+    int from,
     int sinks,
+    const device float* weights,
+    const device float* salience,
+    const device float* costs,
     device uint* starts,
     device float* means,
+    threadgroup float* tokens,
+    threadgroup float* looked_at,
     threadgroup float* total,
     threadgroup float* sums,
     threadgroup float* before,
@@ -102,6 +172,8 @@ inline void delta_runs(
   constexpr int W = (D + 31) / 32;
   const bool has_channel = int(word * 32 + lane) < D;
   const int d = has_channel ? int(word * 32 + lane) : D - 1;
+  const ChannelKeys<T, D> own = {keys + d, from};
+  token_weights<T, D, Size>(keys, from, weights, salience, tokens, looked_at, lane);
   ulong cuts;
   if (Optimal) {
     if (lane == 0) {
@@ -113,9 +185,9 @@ inline void delta_runs(
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    cuts = optimal_cuts<D, Size>(keys + d, tokens, costs[d], total, sums, before, begins, lane);
+    cuts = optimal_cuts<T, D, Size>(own, tokens, costs[d], total, sums, before, begins, lane);
   } else {
-    cuts = greedy_cuts<D, Size>(keys + d, tokens, costs[d]);
+    cuts = greedy_cuts<T, D, Size>(own, tokens, costs[d]);
   }
   if (sinks > 0) {
     cuts |= sinks >= 63 ? ~0ul : (1ul << (sinks + 1)) - 1ul;
@@ -131,12 +203,12 @@ inline void delta_runs(
     return;
   }
   for (int t = 0; t < Size;) {
-    const float first = keys[t * D + d];
+    const float first = value_at(own, t);
     float sum = 0.0f;
     float weight = tokens[t];
     int end = t + 1;
     for (; end < Size && !((cuts >> end) & 1ul); ++end) {
-      sum += tokens[end] * (keys[end * D + d] - first);
+      sum += exact_product(tokens[end], value_at(own, end) - first);
       weight += tokens[end];
     }
     // Of one key, or of equal ones, the mean is exactly that.

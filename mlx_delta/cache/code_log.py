@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.codes import CodedBlocks, Coding, code_blocks
+from mlx_delta.ops.blocks import encode_codes
+from mlx_delta.ops.codes import CodedBlocks, Coding, felt_by_place
 
 from .buffers import Rows, grow, pad_to, take_out
 
@@ -32,6 +33,7 @@ class CodeLog:
         self.words = words
         self.grid = grid
         self.counts = counts
+        self._felt: mx.array | None = None  # on the device, once it was asked for
 
     @classmethod
     def make(cls, shape: tuple[int, int, int], config: DeltaConfig, dtype: mx.Dtype) -> CodeLog:
@@ -69,10 +71,7 @@ class CodeLog:
 
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Put the blocks of keys behind the ``done`` ones that each of these rows has."""
-        felt = None
-        if config.sensitivities is not None:
-            felt, _ = config.sensitivities_of_layer(self.grid.shape[1], self.head_dim)
-        words, grid = code_blocks(keys, self.coding, config.block_size, felt)
+        words, grid = encode_codes(keys, self.coding, config.block_size, self._felt_by(config))
         target = done + words.shape[1]
         room = -(-target // BLOCK_STEP) * BLOCK_STEP
         # Handles of their own: a step may still read the old ones.
@@ -83,6 +82,13 @@ class CodeLog:
         numbers = range(len(self.counts)) if isinstance(rows, slice) else np.array(rows).tolist()
         for row in numbers:
             self.counts[row] = target
+
+    def _felt_by(self, config: DeltaConfig) -> mx.array | None:
+        """How much the model minds errors of each channel, as the encoder takes it."""
+        if self._felt is None and config.sensitivities is not None:
+            felt, _ = config.sensitivities_of_layer(self.grid.shape[1], self.head_dim)
+            self._felt = felt_by_place(felt, self.coding)
+        return self._felt
 
     def drop(self, first: int, blocks: Sequence[int]) -> None:
         """Take so many blocks of each row out, behind the first ones; the rest moves up."""

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding, store_deltas
+from mlx_delta.ops.blocks import encode_deltas
+from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 
 from .buffers import Rows
 from .payload_log import LEAST_BLOCKS, PayloadLog
@@ -75,7 +76,7 @@ class DeltaLog(PayloadLog):
 
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Hold and store blocks of keys, behind the ``done`` ones that each of these rows has."""
-        new = store_deltas(keys, config, self.coding, done)
+        new = encode_deltas(keys, config, self.coding, done)
         parts = {name: getattr(new, name) for name in PARTS}
         self.append_words(rows, new.words, new.counts, parts, done)
 

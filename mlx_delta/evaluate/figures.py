@@ -7,15 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from mlx_delta.cache import HeldKeys
 from mlx_delta.measure.settings import cache_nbytes
 from mlx_delta.measure.sparsity import measure_sparsity, share_of_zeros
 
+FLOAT_BYTES = 2  # models are in float32 without a GPU; caches are counted as with one
 SPARSITIES = ("prefill_sparsity", "decode_sparsity", "overall_sparsity")
 
 
 def cache_figures(caches: Sequence[Any], prompt_tokens: int) -> dict[str, Any]:
-    """Sparsity, also per layer and kv head, zeros among held deltas, and bytes of caches."""
+    """Sparsity, also per layer and kv head, zeros among held deltas, and bytes of caches.
+
+    ``far_share``: what far tokens take, of what they would as 16-bit floats; of caches that have
+    any.
+    """
     sparsity = measure_sparsity(caches, prompt_tokens)
+    pairs = [cache.far_bytes(FLOAT_BYTES) for cache in caches if isinstance(cache, HeldKeys)]
+    dense = sum(whole for _, whole in pairs)
+    figures = {"far_share": round(sum(own for own, _ in pairs) / dense, 6)} if dense else {}
     return {
         "prefill_sparsity": round(sparsity.prefill, 6),
         "decode_sparsity": round(sparsity.decode, 6),
@@ -23,6 +32,7 @@ def cache_figures(caches: Sequence[Any], prompt_tokens: int) -> dict[str, Any]:
         "prefill_heads": np.round(sparsity.prefill_heads, 4).tolist(),
         "zero_deltas": round(share_of_zeros(caches), 6),
         "cache_bytes": cache_nbytes(caches),
+        **figures,
     }
 
 
@@ -31,8 +41,9 @@ def mean_figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         name: float(np.mean([record[name] for record in records])) for name in SPARSITIES
     }
-    if all("zero_deltas" in record for record in records):  # files of older versions lack it
-        figures["zero_deltas"] = float(np.mean([record["zero_deltas"] for record in records]))
+    for name in ("zero_deltas", "far_share"):
+        if all(name in record for record in records):  # files of older versions lack them
+            figures[name] = float(np.mean([record[name] for record in records]))
     heads = np.mean([record["prefill_heads"] for record in records], axis=0)
     figures["prefill_heads"] = np.round(heads, 4).tolist()
     figures["cache_bytes"] = round(float(np.mean([record["cache_bytes"] for record in records])))

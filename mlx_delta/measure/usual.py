@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, read_config, read_setting
+from mlx_delta.method.codes import VALUE_GROUP
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.storage import HEAD_DIMS
 from mlx_delta.sensitivities import Sensitivities
@@ -43,7 +44,7 @@ def usual_setting(model: str) -> tuple[Any, str]:
     except ValueError:  # blocks of which no codes are made
         return MODEL_SETTING, ""
     shape = stated_shape(config, coded)
-    if shape is not None and shape.head_dim not in HEAD_DIMS:
+    if shape is not None and (shape.head_dim not in HEAD_DIMS or shape.head_dim % VALUE_GROUP):
         return MODEL_SETTING, ""
     most = None if shape is None else read_tuning().times_dense(shape)
     full = "keys and values are kept in full"

@@ -26,7 +26,8 @@ A block of ``n`` keys [n, D] of one kv head is stored as
 The grid is the line through a channel's keys that errs least, ``fit_grid``: the few largest keys of
 a block may lie beyond it, by less than half the range. Tokens that stand out from their block,
 which are those that attention looks for, count more, ``token_weights``. A key is
-``low + step * code``, rounded to the storage type. Exact keys of the first tokens (sinks) stand
+``low + step * code``, rounded to the storage type. In which order sums are made is part of the
+format (:mod:`mlx_delta.method.sums`). Exact keys of the first tokens (sinks) stand
 beside the blocks, and are read instead of their codes.
 
 Without calibrated widths keys can be **turned** first: multiplied by the matrix of ``hadamard``
@@ -52,8 +53,10 @@ import numpy as np
 from mlx_delta.widths import FIELDS, Rows, rows_of
 
 from .storage import block_grid, decode_values, encode_values, round_to
+from .sums import over_lanes, over_tokens
 
 FITS = 2  # times that a grid is fitted to the codes it gives
+VALUE_GROUP = 32  # numbers of a value that may share a scale; 64 where that divides it
 MOST_WEIGHT = 8.0  # of a token, of the mean one's; and one over it the least
 
 
@@ -125,10 +128,10 @@ def fit_grid(
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(keys, grid, bits).astype(np.float32)
-            mean_code, mean_key = (shares * codes).sum(axis=0), (shares * keys).sum(axis=0)
+            mean_code, mean_key = over_tokens(shares * codes), over_tokens(shares * keys)
             apart = shares * (codes - mean_code)
-            squares = (apart * (codes - mean_code)).sum(axis=0)
-            products = (apart * (keys - mean_key)).sum(axis=0)
+            squares = over_tokens(apart * (codes - mean_code))
+            products = over_tokens(apart * (keys - mean_key))
             step = round_to(products / np.where(squares > 0, squares, 1), dtype)
             low = round_to(mean_key - step * mean_code, dtype)
         usable = (squares > 0) & (step > 0) & np.isfinite(step) & np.isfinite(low)
@@ -143,12 +146,13 @@ def token_weights(keys: np.ndarray, grid: np.ndarray, felt: np.ndarray | None = 
     its errors, ``felt`` [D]. Where that is not known, in steps of the grid.
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        apart = keys - keys.mean(axis=0)
+        apart = keys - over_tokens(keys) / np.float32(len(keys))
         each = np.square(apart / grid[1]) if felt is None else felt * np.square(apart)
-    squares = np.where(grid[1] > 0, each, 0).sum(axis=1)
-    mean = squares.mean()
-    weights = np.clip(squares / (mean if mean > 0 else 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
-    return (weights / weights.sum()).astype(np.float32)
+        squares = over_lanes(np.where(grid[1] > 0, each, 0).astype(np.float32))
+        mean = over_lanes(squares) / np.float32(len(keys))
+        relative = squares / (mean if mean > 0 else 1)
+    weights = np.clip(relative, 1 / MOST_WEIGHT, MOST_WEIGHT)
+    return (weights / over_lanes(weights)).astype(np.float32)
 
 
 def code_block(
@@ -198,11 +202,12 @@ def value_group(head_dim: int) -> int:
     Raises:
         ValueError: There is no group that divides ``head_dim``.
     """
-    for group in (64, 32):
+    for group in (64, VALUE_GROUP):
         if head_dim % group == 0:
             return group
     raise ValueError(
-        f"[DeltaKVCache] turned values need a head_dim that is a multiple of 32 but got {head_dim}."
+        f"[DeltaKVCache] turned values need a head_dim that is a multiple of 32 but got {head_dim}; "
+        "give value_bits=16."
     )
 
 
@@ -212,8 +217,21 @@ def value_words(head_dim: int, widths: Sequence[int]) -> list[int]:
 
 
 def turn(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Keys or values [.., D], turned and rounded to the 16-bit type, float32."""
-    return round_to(np.asarray(x, np.float32) @ hadamard(x.shape[-1]), dtype)
+    """Keys or values [.., D], turned and rounded to the 16-bit type, float32.
+
+    The product with the matrix, by sums and differences of neighbours, then of those two apart,
+    four apart and so on.
+    """
+    size = hadamard_size(x.shape[-1])
+    turned = np.asarray(x, np.float32)
+    step = 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        while step < size:
+            pairs = turned.reshape(*x.shape[:-1], -1, 2, step)
+            lower, upper = pairs[..., 0, :], pairs[..., 1, :]
+            turned = np.stack([lower + upper, lower - upper], axis=-2).reshape(x.shape)
+            step *= 2
+    return round_to(turned * np.float32(1 / np.sqrt(size)), dtype)
 
 
 def decode_value(

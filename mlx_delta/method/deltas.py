@@ -43,6 +43,7 @@ import numpy as np
 from .codes import token_weights as standing_out
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
 from .storage import block_grid, decode_values, encode_values, pack_words, round_to
+from .sums import over_tokens
 
 LANE = 8  # channels
 CHUNK = 16  # tokens whose masks, and whose codes, lie side by side
@@ -97,10 +98,10 @@ def fit_grid(
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(values, np.stack([low, whole_steps(short)]), bits)
             codes = codes.astype(np.float32)
-            mean_code, mean = (shares * codes).sum(axis=0), (shares * values).sum(axis=0)
+            mean_code, mean = over_tokens(shares * codes), over_tokens(shares * values)
             apart = shares * (codes - mean_code)
-            squares = (apart * (codes - mean_code)).sum(axis=0)
-            products = (apart * (values - mean)).sum(axis=0)
+            squares = over_tokens(apart * (codes - mean_code))
+            products = over_tokens(apart * (values - mean))
             fitted = short_steps(products / np.where(squares > 0, squares, 1))
             best = round_to(mean - whole_steps(fitted) * mean_code, dtype)
         usable = (squares > 0) & (fitted > 0) & np.isfinite(best)
@@ -143,11 +144,11 @@ def pack_block(
         dtype: The storage type.
     """
     order, of_lanes = lane_order(widths)
-    keys, weights, salience = (x[..., order] for x in (keys, weights, salience))
     keys = keys.copy()
     keys[:sinks] = keys[min(sinks, len(keys) - 1)]
     tokens = token_weights(keys, weights, salience)
     begins = (optimal_starts if optimal else greedy_starts)(keys, weights, tokens, level)
+    keys, begins = keys[:, order], begins[:, order]
     held = held_lanes(begins, of_lanes)
     own = np.repeat(held, LANE)
     begins = begins | ~own

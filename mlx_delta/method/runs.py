@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .sums import over_lanes, over_tokens
+
 LEAST_TOKEN, MOST_TOKEN = np.float32(1 / 8), np.float32(8)
 LEAST_WEIGHT = np.float32(1e-30)  # has a finite inverse square root
 
@@ -31,12 +33,11 @@ LEAST_WEIGHT = np.float32(1e-30)  # has a finite inverse square root
 def token_weights(keys: np.ndarray, weights: np.ndarray, salience: np.ndarray) -> np.ndarray:
     """How much each token of keys [n, D] counts, [n]; all alike if the keys do not vary."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        mean = keys.sum(axis=0, dtype=np.float32) / np.float32(len(keys))
-        deviation = keys - mean
-        share = (deviation * deviation * weights).sum(axis=1, dtype=np.float32)
-        looked_at = (deviation * salience).sum(axis=1, dtype=np.float32)
+        deviation = keys - over_tokens(keys) / np.float32(len(keys))
+        share = over_lanes(deviation * deviation * weights)
+        looked_at = over_lanes(deviation * salience)
         share = share * np.exp(looked_at - looked_at.max())  # only ratios matter
-        relative = share / (share.sum(dtype=np.float32) / np.float32(len(keys)))
+        relative = share / (over_lanes(share) / np.float32(len(keys)))
     if not np.isfinite(relative).all():
         return np.ones(len(keys), np.float32)
     return np.clip(relative, LEAST_TOKEN, MOST_TOKEN)
@@ -70,7 +71,7 @@ def optimal_starts(
     n, D = keys.shape
     finite = np.isfinite(keys).all(axis=0)
     values = np.where(finite, keys, np.float32(0))
-    values = values - values.sum(axis=0, dtype=np.float32) / np.float32(n)
+    values = values - over_tokens(values) / np.float32(n)
     cost = run_costs(weights, level)
     total = np.concatenate([[0], np.cumsum(tokens, dtype=np.float32)]).astype(np.float32)
     first = np.zeros((n + 1, D), np.float32)

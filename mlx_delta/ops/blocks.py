@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from . import hold_kernel
+from . import codes_encode, deltas_encode, hold_kernel
 from .backend import has_kernels
-from .codes import CodedBlocks, decode_blocks
-from .deltas import DeltaBlocks, read_deltas
+from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
+from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .hold import hold_blocks
 
 # Far keys that are not stored in full.
@@ -27,6 +27,24 @@ def hold(
     if has_kernels() and hold_kernel.can_hold(keys, config):
         return hold_kernel.hold(keys, config, first_block)
     return hold_blocks(keys, config, first_block, previous)
+
+
+def encode_codes(
+    keys: mx.array, coding: Coding, size: int, felt: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Code the keys of whole blocks; see :func:`mlx_delta.ops.codes.code_blocks`."""
+    if has_kernels() and codes_encode.can_encode(size, keys.shape[3]):
+        return codes_encode.encode(keys, coding, size, felt)
+    return code_blocks(keys, coding, size, felt)
+
+
+def encode_deltas(
+    keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
+) -> StoredDeltas:
+    """Hold and store the keys of whole blocks; see :func:`mlx_delta.ops.deltas.store_deltas`."""
+    if deltas_encode.can_encode(config, keys.shape[3]):
+        return deltas_encode.encode(keys, config, coding, first_block)
+    return store_deltas(keys, config, coding, first_block)
 
 
 def unpack(stored: FarBlocks, blocks: int) -> mx.array:

@@ -1,7 +1,7 @@
 """Coding blocks of keys in several widths, and reading them again, with MLX operations.
 
-They agree with :mod:`mlx_delta.method.codes`: bit for bit but for grids, whose sums may be added up
-in another order.
+They agree with :mod:`mlx_delta.method.codes` bit for bit; on a GPU but for grids, whose sums over
+tokens may be added up in another order there. :mod:`mlx_delta.ops.encode_kernels` is for these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import FITS, MOST_WEIGHT, order_of, slots_of
 from mlx_delta.widths import FIELDS, Rows, even_key_widths
 
-from .storage import LARGEST, block_grid, encode_values, to_storage, with_sinks
+from .storage import LARGEST, block_grid, encode_values, with_sinks
+from .sums import over_lanes
 from .turned import turn
 
 MOST_CODES = 2 * max(FIELDS)  # of a word
@@ -116,7 +117,7 @@ class CodedBlocks:
 
 
 def code_blocks(
-    keys: mx.array, coding: Coding, size: int, felt: np.ndarray | None = None
+    keys: mx.array, coding: Coding, size: int, felt: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Code the keys of whole blocks.
 
@@ -124,7 +125,7 @@ def code_blocks(
         keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
         coding: Of the layer.
         size: Tokens in a block.
-        felt: How much the model minds errors of each channel, [Hkv, D]; ``None``: not known.
+        felt: How much the model minds errors of each channel, of :func:`felt_by_place`.
 
     Returns:
         Words and grid, as of :class:`CodedBlocks`.
@@ -132,13 +133,11 @@ def code_blocks(
     B, H, length, D = keys.shape
     dtype = keys.dtype
     if coding.turned:
-        keys = to_storage(turn(keys.astype(mx.float32)).astype(dtype))
+        keys = _rounded(turn(keys.astype(mx.float32)), dtype)
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
-    blocks = mx.take_along_axis(blocks, mx.array(coding.order)[None, :, None, None], axis=-1)
-    places, weights = _places(coding), None
-    if felt is not None and not coding.turned:
-        own = np.take_along_axis(felt, np.array(coding.order), axis=1)
-        weights = mx.array(own.astype(np.float32))[:, None, None]
+    places = _places(coding)
+    blocks = mx.take_along_axis(blocks, places.order, axis=-1)
+    weights = None if felt is None else felt[:, None, None]
     grid = fit_grid(blocks, places.widths, dtype, weights)
     codes = encode_values(blocks, grid, places.widths[:, None, None]) << places.shifts
     # All heads' channels of a block, of which each word takes its own.
@@ -148,11 +147,23 @@ def code_blocks(
     return words.astype(mx.uint32), grid
 
 
+def felt_by_place(felt: np.ndarray | None, coding: Coding) -> mx.array | None:
+    """How much the model minds errors of each channel, float32 [Hkv, D] in the order.
+
+    ``None`` where that is not known, [Hkv, D] in ``felt``, or of turned keys.
+    """
+    if felt is None or coding.turned:
+        return None
+    own = np.take_along_axis(felt, np.array(coding.order), axis=1)
+    return mx.array(own.astype(np.float32))
+
+
 class _Places(NamedTuple):
     """Where the codes of a layer's channels are.
 
     Attributes:
         widths: int [Hkv, D], in the order.
+        order: int32 [1, Hkv, 1, 1, D], the channels in the order.
         shifts: uint32 [Hkv, 1, 1, D], in the order.
         members: int32 [rows * MOST_CODES], of each row of words its channels in the order, of those
             of all heads.
@@ -164,6 +175,7 @@ class _Places(NamedTuple):
     """
 
     widths: np.ndarray
+    order: mx.array
     shifts: mx.array
     members: mx.array
     exist: mx.array
@@ -186,6 +198,7 @@ def _places(coding: Coding) -> _Places:
     in_place = [np.take_along_axis(x, back, axis=1).reshape(-1, 1) for x in (row, shift, width)]
     return _Places(
         width,
+        mx.array(np.array(coding.order, np.int32)[None, :, None, None]),
         mx.array(shift[:, None, None].astype(np.uint32)),
         mx.array(members.ravel()),
         mx.array(exist.reshape(-1, 1)),
@@ -223,13 +236,13 @@ def fit_grid(
 
 def token_weights(blocks: mx.array, grid: mx.array, felt: mx.array | None) -> mx.array:
     """How much each key of a block counts, float32 [B, Hkv, blocks, block_size], for such keys."""
-    step = grid[:, :, :, 1:].astype(mx.float32)
-    apart = blocks - blocks.mean(axis=3, keepdims=True)
+    step, size = grid[:, :, :, 1:].astype(mx.float32), blocks.shape[3]
+    apart = blocks - blocks.sum(axis=3, keepdims=True) / size
     each = mx.square(apart / step) if felt is None else felt * mx.square(apart)
-    squares = mx.where(step > 0, each, 0).sum(axis=-1)
-    mean = squares.mean(axis=-1, keepdims=True)
+    squares = over_lanes(mx.where(step > 0, each, 0))[..., 0]
+    mean = over_lanes(squares) / size
     weights = mx.clip(squares / mx.where(mean > 0, mean, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
-    return weights / weights.sum(axis=-1, keepdims=True)
+    return weights / over_lanes(weights)
 
 
 def _rounded(values: mx.array, dtype: mx.Dtype) -> mx.array:

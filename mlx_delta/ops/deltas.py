@@ -1,7 +1,8 @@
 """Held keys with masks by channel: storing whole blocks, and reading them, with MLX operations.
 
-They agree with :mod:`mlx_delta.method.deltas`: bit for bit but for grids, whose sums may be added
-up in another order.
+They agree with :mod:`mlx_delta.method.deltas` bit for bit but for runs, whose tokens' weights may
+be another in the last bit; on a GPU but for grids too, whose sums over tokens may be added up in
+another order there. :mod:`mlx_delta.ops.encode_kernels` is for these.
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.runs import LEAST_TOKEN, LEAST_WEIGHT, MOST_TOKEN
+from mlx_delta.method.sums import over_lanes
 
-from .runs_kernel import cut_runs, has_runs_kernel
+from . import sums
+from .runs_kernel import can_cut, cut_runs, elements
 
 # Channels at a time in NumPy: more only take memory, 256 bytes each.
 LANES = 8192
@@ -39,6 +41,10 @@ def hold_runs(
         ``blocks``; and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
     B, H, n_blocks, size, D = blocks.shape
+    if n_blocks and can_cut(config):
+        words, held = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
+        found = elements(words, D)
+        return held, found, mx.logical_not(found).sum(axis=(3, 4)).astype(mx.int32)
     own = config.sensitivities_of_layer(H, D)
     first = first_block * size
     sinks = np.clip(config.sinks - first - size * np.arange(n_blocks), 0, size)
@@ -91,8 +97,6 @@ def cut_blocks(
     with np.errstate(all="ignore"):  # NaN and infinities have their own rule
         tokens = _token_weights(xp, keys, weights, salience)
         costs = np.float32(level) / xp.sqrt(xp.maximum(weights, LEAST_WEIGHT))
-        if xp is mx and level > 0 and has_runs_kernel(keys.shape[1]):
-            return cut_runs(keys, tokens, costs, sinks, optimal)
         tokens = tokens.T[..., None]  # [n, M, 1]
         if optimal and level > 0:
             starts = _optimal_starts(xp, steps, tokens, costs)
@@ -111,13 +115,18 @@ def _token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array)
     """[M, n], see :func:`mlx_delta.method.runs.token_weights`."""
     n = keys.shape[1]
     deviation = keys - keys.sum(axis=1, keepdims=True) / np.float32(n)
-    share = (deviation * deviation * weights[:, None]).sum(axis=2)
-    looked_at = (deviation * salience[:, None]).sum(axis=2)
+    share = _over_lanes(xp, deviation * deviation * weights[:, None])
+    looked_at = _over_lanes(xp, deviation * salience[:, None])
     share = share * xp.exp(looked_at - looked_at.max(axis=1, keepdims=True))
-    relative = share / (share.sum(axis=1, keepdims=True) / np.float32(n))
+    relative = share / (_over_lanes(xp, share)[:, None] / np.float32(n))
     usable = (xp.abs(relative) < xp.inf).all(axis=1, keepdims=True)
     clipped = xp.minimum(xp.maximum(relative, LEAST_TOKEN), MOST_TOKEN)
     return xp.where(usable, clipped, np.float32(1))
+
+
+def _over_lanes(xp: ModuleType, x: Array) -> Array:
+    """Sums over the last axis, in the order of :mod:`mlx_delta.method.sums`."""
+    return sums.over_lanes(x)[..., 0] if xp is mx else over_lanes(x)
 
 
 def _optimal_starts(xp: ModuleType, keys: Array, tokens: Array, costs: Array) -> Array:

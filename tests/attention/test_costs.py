@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -16,7 +17,13 @@ from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
-from mlx_delta.ops import codes_kernel, deltas_kernel, far_kernel, hold_kernel, runs_kernel
+from mlx_delta.ops import far_kernel
+from mlx_delta.ops.backend import METAL
+from mlx_delta.ops.codes import Coding
+from mlx_delta.ops.deltas import LaneCoding
+from mlx_delta.sensitivities import Sensitivities
+from tests.cuda.launches import forget
+from tests.gpus import seems_to_have
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -74,17 +81,33 @@ def kernels_that_count() -> Iterator[list[str]]:
 
         return launch
 
-    builders = [deltas_kernel.deltas_kernel, codes_kernel.codes_kernel, far_kernel.combine_kernel]
-    builders += [hold_kernel.hold_kernel, runs_kernel.runs_kernel, far_kernel.row_numbers]
-    for builder in builders:
-        builder.cache_clear()
+    forget()
+    far_kernel.row_numbers.cache_clear()
     with (
         mock.patch.object(mx.fast, "metal_kernel", make),
-        mock.patch.object(mx.metal, "is_available", lambda: True),
+        seems_to_have(METAL),
     ):
         yield launched
-    for builder in builders:
-        builder.cache_clear()
+    forget()
+    far_kernel.row_numbers.cache_clear()
+
+
+def far_format(key_format: str, **changes) -> DeltaConfig:
+    """Keys in such a format and rotated values, of two kv heads of 64."""
+    widths = (("4" * 64,) * 2,) * LAYERS
+    weights = [np.full((2, 64), 1 / 64, np.float32)] * LAYERS
+    return DeltaConfig(
+        **{"key_format": key_format, "key_bits": 4, "key_widths": widths},
+        **{"value_format": "rotated", "value_bits": 4},
+        sensitivities=Sensitivities(weights),
+        **changes,
+    )
+
+
+FORMATS = {
+    "codes": (far_format("codes"), ["codes_encode"]),
+    "deltas": (far_format("deltas", level=0.1), ["delta_runs", "deltas_encode"]),
+}
 
 
 def tokens(n: int, head_dim: int = 32) -> list[mx.array]:
@@ -128,6 +151,50 @@ def test_a_chunk_of_a_prompt_waits_for_nothing(chunk):
     with kernels_that_count(), counting() as counts:
         feed(caches, chunk)
     assert counts["waits"] == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_new_far_blocks_of_a_layer_take_a_launch_or_two_and_nothing_else(name, blocks):
+    """Operations of their twins: 172 and 5 uploads for codes, 374 and 15 uploads for held keys."""
+    setting, launches = FORMATS[name]
+    keys, setting = tokens(64 * blocks, 64)[1], setting.for_layer(0, LAYERS)
+    coding: Any = {"codes": Coding, "deltas": LaneCoding}[name].of(setting, 2, 64)
+    felt = mx.ones((2, 64))
+    mx.eval(keys, felt)
+
+    def encoded() -> Sequence[mx.array]:
+        if name == "codes":
+            return whole_blocks.encode_codes(keys, coding, 64, felt)
+        return whole_blocks.encode_deltas(keys, setting, coding, 3)
+
+    with kernels_that_count() as launched:
+        encoded()  # what is made once
+        launched.clear()
+        with counting() as counts:
+            found = encoded()
+    assert launched == launches and not counts
+    assert count_operations(*found) <= len(found), "what stands for the outputs here"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_that_finishes_a_far_block(name):
+    """Values of codes and the new block's place in the buffers are left to operations."""
+    setting, launches = FORMATS[name]
+    caches = [DeltaKVCache(setting.for_layer(i, LAYERS)) for i in range(LAYERS)]
+    text, token = tokens(319, 64), tokens(1, 64)
+    with kernels_that_count() as launched:
+        mx.eval(feed(caches, 319, text), [cache.state for cache in caches])
+        done = caches[0].encoded
+        launched.clear()
+        with counting() as counts:
+            feed(caches, 1, token)
+            feed(caches, 1, token)
+    assert caches[0].encoded == (done[0] + 1,)
+    assert [x for x in launched if x in launches] == LAYERS * launches
+    assert counts["waits"] <= (2 * LAYERS if name == "deltas" else 0), (
+        "the counts before, long known"
+    )
 
 
 def test_moving_a_prompts_words_together_uploads_numbers_of_blocks_not_of_words():

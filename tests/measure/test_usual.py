@@ -119,8 +119,8 @@ def test_what_a_model_says_of_itself_wins(on_a_gpu, capsys, tmp_path, delta):
 
 @pytest.mark.parametrize(
     ("entries", "delta"),
-    [({}, {"block_size": 20, "window": 20}), ({"head_dim": 40}, {})],
-    ids=["blocks", "dimension"],
+    [({}, {"block_size": 20, "window": 20}), ({"head_dim": 40}, {}), ({"head_dim": 48}, {})],
+    ids=["blocks", "keys", "values"],
 )
 def test_where_no_codes_are_made_nothing_is_chosen_or_said(
     on_a_gpu, tmp_path, capsys, entries, delta

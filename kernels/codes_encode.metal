@@ -1,0 +1,130 @@
+// codes_encode: keys of finished blocks as codes of several widths, on grids fitted to them.
+//
+// Grid: one threadgroup per block (y) of one kv head of one row (z), all of them in one launch. A
+// threadgroup has 32 * W threads, W = ceil(D / 32); thread i has the i-th channel of the order.
+//
+//   0. Keys of a model that is not calibrated are turned: a simdgroup has a token, a lane channels
+//      32 apart, and what comes of it goes to scratch of the threadgroup's own.
+//   1. Each thread finds its channel's range, and the grid over it.
+//   2. Simdgroups take tokens: how far each lies from the block's mean, and so how much it counts.
+//   3. Each thread fits its grid to its codes, twice, and puts the codes into threadgroup memory.
+//   4. Threads put words together, neighbours those of neighbouring tokens.
+//
+// Reads the keys about eight times (2 * Size * D bytes each), after the first time from cache. Once
+// per block. mlx_delta/method/codes.py specifies it.
+
+// Sums and differences of neighbours, then of those two apart, four apart and so on, of a token's
+// keys; divided by the root of their number.
+template <typename S, int D, int Size>
+inline void turn_keys(
+    const device S* keys, device S* turned, float factor, uint lane, uint simdgroup) {
+  constexpr int W = (D + 31) / 32;
+  constexpr int Piece = D & -D;  // channels that are turned together
+  for (int t = int(simdgroup); t < Size; t += W) {
+    float x[W];
+    for (int k = 0; k < W; ++k) {
+      const int d = 32 * k + int(lane);
+      x[k] = d < D ? float(keys[t * D + d]) : 0.0f;
+    }
+    for (int apart = 1; apart < Piece && apart < 32; apart *= 2) {
+      for (int k = 0; k < W; ++k) {
+        const float other = simd_shuffle_xor(x[k], ushort(apart));
+        x[k] = int(lane) & apart ? other - x[k] : x[k] + other;
+      }
+    }
+    for (int apart = 1; 32 * apart < Piece; apart *= 2) {
+      for (int k = 0; k < W; ++k) {
+        if ((k & apart) == 0 && k + apart < W) {
+          const float lower = x[k];
+          x[k] = lower + x[k + apart];
+          x[k + apart] = lower - x[k + apart];
+        }
+      }
+    }
+    for (int k = 0; k < W; ++k) {
+      const int d = 32 * k + int(lane);
+      if (d < D) {
+        turned[t * D + d] = to_stored<S>(x[k] * factor);
+      }
+    }
+  }
+}
+
+// keys: this block's, [Size][D]; turned: scratch of that shape. places: of this head, [D]; felt: by
+// the order, [D]. rows: of this head's rows of words, the first place of each, 32 for each of its
+// codes. words: [rows][Size]; grid: [2][D]. means and steps: [D]; squares and shares: [Size]; codes:
+// [Size * (D + 4)].
+template <typename S, int D, int Size, bool Felt, bool Turned>
+inline void codes_encode(
+    const device S* keys,
+    device S* turned,
+    float factor,
+    const device int* places,
+    const device float* felt,
+    const device int* rows,
+    int n_rows,
+    device uint* words,
+    device S* grid,
+    threadgroup float* means,
+    threadgroup float* steps,
+    threadgroup float* squares,
+    threadgroup float* shares,
+    threadgroup uchar* codes,
+    uint thread_index,
+    uint lane,
+    uint simdgroup) {
+  constexpr int W = (D + 31) / 32;
+  constexpr int Row = D + 4;  // of codes, so that a place's tokens are in different banks
+  const int i = int(thread_index);
+  const bool has_channel = i < D;
+  if (Turned) {
+    turn_keys<S, D, Size>(keys, turned, factor, lane, simdgroup);
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+  const device S* from = Turned ? turned : keys;
+  const int place = has_channel ? places[i] : 0;
+  const ChannelKeys<S, D> own = {from + place_channel(place), 0};
+  const float most = largest_code(place);
+  float low = 0.0f;
+  float step = 0.0f;
+  if (has_channel) {
+    range_grid<S>(range_of<Size>(own), most, low, step);
+    means[i] = channel_mean<S, D, Size>(own);
+    steps[i] = step;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  token_shares<S, D, Size, Felt>(
+      from, 0, places, felt, means, steps, squares, shares, lane, simdgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (has_channel) {
+    for (int fit = 0; fit < 2; ++fit) {
+      const FittedLine line = fit_line<Size>(own, shares, low, step, most);
+      const float slope = line.products / (line.squares > 0.0f ? line.squares : 1.0f);
+      const float fitted = float(to_stored<S>(slope));
+      const float best = float(to_stored<S>(line.value - exact_product(fitted, line.code)));
+      // Comparisons with NaN are false.
+      const bool usable = line.squares > 0.0f && fitted > 0.0f && abs(best) < INFINITY;
+      low = usable ? best : low;
+      step = usable ? fitted : step;
+    }
+    grid[i] = S(low);
+    grid[D + i] = S(step);
+    for (int t = 0; t < Size; ++t) {
+      codes[t * Row + i] = uchar(code_of(value_at(own, t), low, step, most));
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int w = i; w < n_rows * Size; w += 32 * W) {
+    const int t = w % Size;
+    const int row = rows[w / Size];  // whose codes leave no bit between them
+    const int first = row >> 5;
+    const int count = row & 31;
+    uint word = 0;
+    int shift = 0;
+    for (int field = 0; field < count; ++field) {
+      word |= uint(codes[t * Row + first + field]) << shift;
+      shift += place_width(places[first + field]);
+    }
+    words[w] = word;
+  }
+}
