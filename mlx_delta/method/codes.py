@@ -206,8 +206,8 @@ def value_group(head_dim: int) -> int:
         if head_dim % group == 0:
             return group
     raise ValueError(
-        f"[DeltaKVCache] turned values need a head_dim that is a multiple of 32 but got {head_dim}; "
-        "give value_bits=16."
+        f"[DeltaKVCache] turned values need a head_dim that is a multiple of {VALUE_GROUP} but got "
+        f"{head_dim}; give value_bits=16."
     )
 
 
