@@ -169,7 +169,7 @@ class PayloadLog:
         offsets = np.zeros_like(self._host_offsets)
         for row, gone in enumerate(blocks):
             ends = self.ends[row]
-            begin = ends[first - 1] if first else 0
+            begin = ends[first - 1] if first and gone else 0  # a short row may lack the first ones
             taken = (ends[first + gone - 1] if gone else begin) - begin
             kept = np.delete(self._host_offsets[row], slice(first, first + gone), axis=1)
             kept[:, first : len(ends) - gone] -= taken

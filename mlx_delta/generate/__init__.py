@@ -147,9 +147,9 @@ def batch_generate(
         given = "max_tokens" in kwargs
         length = len(ids) + length_of(cache or [])
         limits[i] = limit_answer(name, model, length, limits[i], given)
-    made = mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
-    settle(made.caches or [])
-    return made
+    response = mlx_lm_batch_generate(model, tokenizer, tokens, **{**kwargs, "max_tokens": limits})
+    settle(response.caches or [])
+    return response
 
 
 def _for_each(name: str, option: str, value: Any, prompts: list[list[int]]) -> list[Any]:
