@@ -1,12 +1,15 @@
-// Metal's words in CUDA C++: what the kernels of this folder need to compile with nvcc as they are.
+// Metal's words in CUDA C++: what the kernels of this folder need to compile for NVIDIA's GPUs.
 //
-// A warp is a simdgroup. Whoever puts a kernel together drops the address spaces, which nvcc infers,
-// writes `__shared__` for `threadgroup` as a storage class and METAL_INLINE for `inline`, and puts the
-// sources into namespace `metal`, so that they find these names before CUDA's own (as
-// tests/cuda/translate.py does). Vectors are of our own, since Metal's can be indexed.
+// A warp is a simdgroup. mlx_delta/ops/cuda_text.py drops the address spaces, which the compiler
+// infers, writes `__shared__` for `threadgroup` as a storage class and METAL_INLINE for `inline`, and
+// puts the functions into namespace `metal`, so that they find these names before CUDA's own; the
+// kernel's body, which MLX puts into a namespace of its own, begins with METAL_NAMES. Vectors are of
+// our own, since Metal's can be indexed.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifndef __CUDACC_RTC__  // which MLX compiles with at run time: it has no such file, and needs none
 #include <stdint.h>
+#endif
 
 #define METAL_INLINE __device__ __forceinline__
 #define UNROLL_ALL _Pragma("unroll")
@@ -21,12 +24,16 @@
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
+#ifndef NAN
+#define NAN __int_as_float(0x7fffffff)
+#endif
 
 namespace metal {
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
+typedef unsigned long ulong;
 typedef __half half;
 typedef __half float16_t;
 typedef __nv_bfloat16 bfloat;
@@ -92,11 +99,7 @@ METAL_VECTOR_OPERATOR(*)
 
 constexpr uint all_lanes = 0xffffffffu;
 
-METAL_INLINE uint lane() {
-  uint id;
-  asm("mov.u32 %0, %%laneid;" : "=r"(id));
-  return id;
-}
+METAL_INLINE uint lane() { return threadIdx.x % 32; }  // threadgroups are a row of threads
 
 template <typename To, typename From>
 METAL_INLINE To as_type(From from) {
@@ -129,15 +132,21 @@ METAL_INLINE float ceil(float x) { return ceilf(x); }
 METAL_INLINE float floor(float x) { return floorf(x); }
 METAL_INLINE bool isnan(float x) { return x != x; }
 METAL_INLINE uint popcount(uint x) { return __popc(x); }
-METAL_INLINE float exp(float x) { return __expf(x); }
+METAL_INLINE float log2(float x) { return log2f(x); }
+METAL_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
+METAL_INLINE float exp(float x) { return expf(x); }
 #define EXACT_PRODUCT
 METAL_INLINE float exact_product(float a, float b) { return __fmul_rn(a, b); }  // never fused
 
 namespace fast {
 METAL_INLINE float exp2(float x) {
+#ifdef __CUDACC__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else  // the bench of the tests
+  return exp2f(x);
+#endif
 }
 METAL_INLINE float log2(float x) { return __log2f(x); }
 }  // namespace fast
@@ -247,3 +256,12 @@ METAL_INLINE uint funnel_right(uint low, uint high, uint shift) {
 }
 
 }  // namespace metal
+
+// Names that CUDA or C++ has too: what a kernel's body means is Metal's.
+#define METAL_NAMES                                                                          \
+  using metal::uchar; using metal::ushort; using metal::uint; using metal::ulong;            \
+  using metal::half; using metal::bfloat; using metal::vec; using metal::float2; using metal::float4;           \
+  using metal::half2; using metal::int2; using metal::uint2; using metal::uint3;             \
+  using metal::max; using metal::min; using metal::abs; using metal::rsqrt;                  \
+  using metal::sqrt; using metal::rint; using metal::round; using metal::ceil;               \
+  using metal::floor; using metal::exp; using metal::log2; using metal::fma;

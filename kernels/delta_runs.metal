@@ -59,7 +59,7 @@ inline void token_weights(
   highest = simd_max(highest);
   float sum = 0.0f;
   for (int t = int(lane); t < Size; t += 32) {
-    tokens[t] *= exp(looked_at[t] - highest);  // only ratios matter
+    tokens[t] = exact_product(tokens[t], exp(looked_at[t] - highest));  // only ratios matter
     sum += tokens[t];
   }
   const float mean = sum_of_lanes(sum) / float(Size);

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_delta.cache.step import Step
 from mlx_delta.ops import codes_kernel, deltas_kernel, tiles_kernel
-from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.backend import has_kernels, has_matrices
 from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.system.tuning import SPLITS, UNPACK, Shape, decode_path
@@ -55,7 +55,7 @@ def _measured(queries: mx.array, step: Step) -> str | None:
 
 def tiles_by_kernel(queries: mx.array, step: Step, scale: float) -> bool:
     """Whether the kernels choose and compute the tiles of queries [B, Hq, L, D]."""
-    if not has_kernels():
+    if not has_matrices():
         return False
     if step.stored_values.differs:
         _warn("tiles without the kernels: far values are not stored as near ones are")

@@ -24,8 +24,9 @@ from mlx_delta.measure.text import BUNDLED_TEXT, context_length, prompt_ids, rea
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.blas import blas_status
-from mlx_delta.system.chips import Chip, chip_name, find_chips, this_chip
+from mlx_delta.system.chips import Chip, find_chips, this_chip
 from mlx_delta.system.cli import HelpFormatter, Parser, run_command
+from mlx_delta.system.devices import machine_name
 from mlx_delta.system.tuning import Tuning, write_tuning
 
 from .decode import DecodeBenchmark, decode_notes, decode_tables, decode_values
@@ -201,7 +202,7 @@ def header(args: argparse.Namespace, delta: DeltaConfig) -> dict[str, Any]:
     return {
         "model": model_entry(args.model),
         "delta": delta.to_dict(),
-        "machine": {**machine_entry(), "chip": chip_name()},
+        "machine": {**machine_entry(), "chip": machine_name()},
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "settings": args.settings,
         "text": str(args.text),
@@ -255,7 +256,7 @@ def measure(
         data["bandwidth_gb_per_s"] = chip.gb_per_s if chip else None
         data["results"] = timing_values(benchmark.rows, chip)
         if data["results"]:
-            print(f"{args.model} on {chip_name()}\n")
+            print(f"{args.model} on {machine_name()}\n")
             tables = timing_tables(benchmark.rows, chip)
             tiles = any(row.density is not None for row in benchmark.rows)
             show(args, tables, [*timing_notes(unpacks, tiles), *benchmark.notes])
@@ -290,7 +291,7 @@ def measure_decode(
         complete = True
     finally:
         if timed.rows:
-            print(f"{args.model} on {chip_name()}\n")
+            print(f"{args.model} on {machine_name()}\n")
             show(args, decode_tables(timed.rows), decode_notes(settings[0].name))
             results = decode_values(timed.rows)
             write(args.output, data | {"kind": "decode", "complete": complete, "results": results})

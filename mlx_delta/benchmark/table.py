@@ -103,7 +103,7 @@ def timing_notes(unpacks: bool, tiles: bool = False) -> list[str]:
         )
     if unpacks:
         notes.append(
-            "Without Metal stored keys and values are kept written out while tokens are decoded, "
+            "Without a GPU stored keys and values are kept written out while tokens are decoded, "
             "up to 32 MiB of a layer (written out MB, besides the caches); with it their attention "
             "is 2 launches per layer."
         )

@@ -144,13 +144,24 @@ def seconds_of(
     layers: int = LAYERS,
     rounds: int = ROUNDS,
 ) -> float:
-    """Seconds of one attention by a path: the median of rounds, after one that warms up."""
+    """Seconds of one attention by a path: the median of rounds."""
+    return statistics.median(times_of(tried, path, clock, layers, rounds))
+
+
+def times_of(
+    tried: Tried,
+    path: str,
+    clock: Callable[[], float] = time.perf_counter,
+    layers: int = LAYERS,
+    rounds: int = ROUNDS,
+) -> list[float]:
+    """Seconds of one attention by a path in each round, after one that warms up."""
     times = []
     for _ in range(rounds + 1):
         begun = clock()
         mx.eval([tried.attend(path) for _ in range(layers)])
         times.append((clock() - begun) / layers)
-    return statistics.median(times[1:])
+    return times[1:]
 
 
 def tune(

@@ -12,6 +12,7 @@ from mlx_delta.kernels import kernel_source
 from mlx_delta.method.codes import FITS, MOST_WEIGHT, hadamard_size, slots_of
 from mlx_delta.widths import FIELDS
 
+from .building import make_kernel
 from .codes import Coding
 from .launching import (
     LEAST_ELEMENTS,
@@ -51,7 +52,7 @@ BODY = """
 @cache
 def codes_encode_kernel() -> Any:
     """codes_encode."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="codes_encode",
         input_names=["keys", "places", "felt", "rows", "first_rows", "factor"],
         output_names=["words", "grid", "turned"],

@@ -12,6 +12,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
 from mlx_delta.method.deltas import CHUNK, FITS, LANE
 
+from .building import make_kernel
 from .deltas import LaneCoding, StoredDeltas
 from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded, table
 from .runs_kernel import can_cut, cut_runs
@@ -48,7 +49,7 @@ BODY = """
 @cache
 def deltas_encode_kernel() -> Any:
     """deltas_encode."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="deltas_encode",
         input_names=["keys", "starts", "means", "places", "place"],
         output_names=["words", "counts", "zeros", "low", "steps"],

@@ -12,6 +12,8 @@ import mlx.core as mx
 from mlx_delta.kernels import kernel_source
 from mlx_delta.method.codes import hadamard_size
 
+from .backend import CUDA, backend
+from .building import make_kernel
 from .far_values import TOKENS, CodedValues
 from .launching import LEAST_ELEMENTS, SIMD, constant, filler, gpu_simdgroups
 
@@ -68,7 +70,7 @@ def far_kernel(name: str, header: str, inputs: Sequence[str], parts: dict[str, s
     for word, text in parts.items():
         body = body.replace(word, text.strip())
     files = ("codes.h", "codes_scores.h", header, "codes_values.h", "codes_decode.metal")
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name=name,
         input_names=[
             *inputs,
@@ -85,7 +87,7 @@ def far_kernel(name: str, header: str, inputs: Sequence[str], parts: dict[str, s
 @cache
 def combine_kernel() -> Any:
     """codes_combine, the second launch."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="codes_combine",
         input_names=["partial", "sums", "coded"],
         output_names=["out"],
@@ -178,7 +180,7 @@ def launch(
             *far.template,
             *(("ValueWidths", value_widths), ("Group", group), ("D", D)),
             *(("Queries", parts.queries), ("Simdgroups", parts.simdgroups)),
-            *(("Bytes", False), ("HasSinks", has_sinks), ("HasMask", mask is not None)),
+            *(("Bytes", backend() == CUDA), ("HasSinks", has_sinks), ("HasMask", mask is not None)),
         ],
         grid=(SIMD * parts.simdgroups, B * kv_heads * parts.number, splits),
         threadgroup=(SIMD * parts.simdgroups, 1, 1),

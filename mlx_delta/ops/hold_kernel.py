@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
 
+from .building import make_kernel
 from .hold import block_thresholds
 from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded
 from .storage import HEAD_DIMS, LARGEST
@@ -33,7 +34,7 @@ BODY = """
 @cache
 def hold_kernel() -> Any:
     """delta_hold."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_hold",
         input_names=["keys", "thresholds", "place"],
         output_names=["held", "zeros"],

@@ -17,15 +17,19 @@ import numpy as np
 
 from mlx_delta.system.chips import gpu_cores
 
+from .backend import CUDA, METAL, backend
+
 LEAST_ELEMENTS = 8  # smaller inputs reach a kernel as `constant` instead of `device` memory
 SIMD = 32  # lanes of a simdgroup
-# Simdgroups that a core of an Apple GPU can have at a time, of a kernel that uses many registers.
-SIMDGROUPS_OF_A_CORE = 16
-# Cores of a GPU whose number is not known, by the last letter of its architecture: of a phone, a
-# plain chip, a Pro or Max, an Ultra. Too many only make shorter splits.
+# Simdgroups that a core of an Apple GPU, or a multiprocessor of an NVIDIA one, can have at a time,
+# of a kernel that uses many registers.
+SIMDGROUPS_OF_A_CORE = {METAL: 16, CUDA: 12}
+# Cores of a GPU whose number is not known. Apple's: by the last letter of its architecture, of a
+# phone, a plain chip, a Pro or Max, an Ultra. Too many only make shorter splits.
 CORES = {"p": 6, "g": 10, "s": 40, "c": 40, "d": 80}
+MULTIPROCESSORS = 100
 # For kernels that compare values with a threshold: MLX's default today, and asked for by name, so
-# that what they decide is the specification's whatever the default becomes.
+# that what they decide is the specification's whatever the default becomes. (CUDA: building.py.)
 SAFE_MATH = {"math_mode": "safe"}
 
 
@@ -50,11 +54,13 @@ def gpu_simdgroups() -> int:
 
 @cache
 def _own_simdgroups() -> int:
-    cores = gpu_cores()
+    cores, of = gpu_cores(), backend() or METAL
+    if cores is None and of == CUDA:
+        cores = MULTIPROCESSORS
     if cores is None:
         architecture = str(mx.device_info().get("architecture", ""))
         cores = CORES.get(architecture[-1:], CORES["g"])
-    return cores * SIMDGROUPS_OF_A_CORE
+    return cores * SIMDGROUPS_OF_A_CORE[of]
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from mlx_delta.kernels import kernel_source
 from mlx_delta.method.runs import run_costs
 
 from .backend import has_kernels
+from .building import make_kernel
 from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, padded, table
 
 BODY = """
@@ -39,7 +40,7 @@ BODY = """
 @cache
 def runs_kernel() -> Any:
     """delta_runs."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="delta_runs",
         input_names=["keys", "felt", "place"],
         output_names=["starts", "means"],

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_delta.kernels import kernel_source
 
+from .building import make_kernel
 from .launching import SIMD, check_shapes
 
 SIMDGROUPS = 8  # of a threadgroup
@@ -27,7 +28,7 @@ BODY = """
 @cache
 def matvec_kernel() -> Any:
     """ternary_matvec."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="ternary_matvec",
         input_names=["x", "weight", "scales"],
         output_names=["out"],

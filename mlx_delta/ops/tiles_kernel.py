@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_delta.kernels import kernel_source
 from mlx_delta.method.tiles import PACKED_ROWS, POOLED_QUERIES
 
+from .building import make_kernel
 from .exact_attention import Far
 from .launching import LEAST_ELEMENTS, SIMD, check_shapes, constant, filler
 from .tiles import TileCount
@@ -94,7 +95,7 @@ ATTENTION_BODY = """
 @cache
 def tile_pack_kernel() -> Any:
     """tile_pack."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="tile_pack",
         input_names=["keys"],
         output_names=["packed", "bias", "spread"],
@@ -106,7 +107,7 @@ def tile_pack_kernel() -> Any:
 @cache
 def tile_score_kernel() -> Any:
     """tile_score."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="tile_score",
         input_names="queries near packed bias spread factor mass place".split(),
         output_names=["logs", "shares", "lists", "counts"],
@@ -118,7 +119,7 @@ def tile_score_kernel() -> Any:
 @cache
 def tile_attention_kernel() -> Any:
     """tile_attention."""
-    return mx.fast.metal_kernel(
+    return make_kernel(
         name="tile_attention",
         input_names=["queries", "near", "far", "values", "lists", "counts", "factor", "place"],
         output_names=["out"],

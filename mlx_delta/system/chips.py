@@ -16,6 +16,7 @@ Sources:
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
 import platform
@@ -27,6 +28,7 @@ from functools import cache
 
 # What decoding reaches of a chip's bandwidth in practice, as shares of it.
 REACHED = (0.70, 0.85)
+_MULTIPROCESSORS = 16  # the attribute's number in CUDA's driver
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,28 @@ def chip_name() -> str:
 
 @cache
 def gpu_cores() -> int | None:
-    """Cores of this machine's GPU, as macOS counts them; ``None`` where it does not tell."""
+    """Cores of this machine's GPU, as macOS counts them; elsewhere NVIDIA's multiprocessors.
+
+    ``None`` where neither macOS nor NVIDIA's driver tells.
+    """
     if platform.system() != "Darwin":
-        return None
+        return _multiprocessors()
     match = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rc", "AGXAccelerator"))
     return int(match[1]) if match else None
+
+
+def _multiprocessors() -> int | None:
+    """Of the first GPU that NVIDIA's driver has; MLX does not say."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(count), _MULTIPROCESSORS, device):
+        return None
+    return count.value or None
 
 
 def _output(*command: str) -> str:

@@ -54,8 +54,8 @@ def free_memory(reserved: int = RESERVED) -> tuple[int, str]:
     """Bytes that this process may still take, and what limits them; negative if none.
 
     The least of: what RLIMIT_AS leaves (``ulimit -v``), what a container's limit leaves, what
-    :func:`set_limit` does, and what the system has available, or, where it does not say, the
-    machine's memory less what MLX has taken.
+    :func:`set_limit` does, what an NVIDIA GPU has left, and what the system has available, or,
+    where it does not say, the machine's memory less what MLX has taken.
 
     Args:
         reserved: Address space that will be taken anyway; none once work has begun.
@@ -67,6 +67,9 @@ def free_memory(reserved: int = RESERVED) -> tuple[int, str]:
     container = _container_memory()
     if container is not None:
         bounds.append((container, "the container's memory limit"))
+    gpu = _gpu_memory()
+    if gpu is not None:
+        bounds.append((gpu, "the GPU's memory"))
     if _limit is not None:
         bounds.append((_limit[0] - taken_memory(), _limit[1]))
     return min(bounds)
@@ -103,6 +106,13 @@ def _machine_memory() -> int:
         return size - _of_mlx("get_active_memory")
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         return sys.maxsize
+
+
+def _gpu_memory() -> int | None:
+    """What a GPU with a memory of its own has left, MLX's spare memory counted as free."""
+    mx = sys.modules.get("mlx.core")
+    free = None if mx is None else mx.device_info().get("free_memory")
+    return None if free is None else int(free) + _of_mlx("get_cache_memory")
 
 
 def _address_space() -> int | None:

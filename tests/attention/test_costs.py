@@ -18,10 +18,12 @@ from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
 from mlx_delta.ops import far_kernel
+from mlx_delta.ops.backend import METAL
 from mlx_delta.ops.codes import Coding
 from mlx_delta.ops.deltas import LaneCoding
 from mlx_delta.sensitivities import Sensitivities
 from tests.cuda.launches import forget
+from tests.gpus import seems_to_have
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -83,7 +85,7 @@ def kernels_that_count() -> Iterator[list[str]]:
     far_kernel.row_numbers.cache_clear()
     with (
         mock.patch.object(mx.fast, "metal_kernel", make),
-        mock.patch.object(mx.metal, "is_available", lambda: True),
+        seems_to_have(METAL),
     ):
         yield launched
     forget()

@@ -181,6 +181,7 @@ def test_attention_takes_the_path_of_the_table(monkeypatch, path, reads, simdgro
     cache = each[SHAPE]
     cache.fill(300)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(launching, "_own_simdgroups", lambda: 160)
     asked = []
 

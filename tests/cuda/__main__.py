@@ -1,7 +1,9 @@
-"""Prints what decode kernels take for a token and kv head: ``python -m tests.cuda``.
+"""Compiles every kernel as CUDA, and counts what decode kernels take: ``python -m tests.cuda``.
 
-Instructions, of code compiled with nvcc for a Hopper GPU, and counted from it; nothing runs. Far
-blocks of 64 tokens, D = 128, four queries to a kv head, float16, values of codes, no mask.
+First how each kernel compiles for a Hopper GPU, with nvcc and, where it is installed, with NVRTC,
+which MLX itself compiles with. Then instructions for a token and kv head, counted from the code;
+nothing runs. Far blocks of 64 tokens, D = 128, four queries to a kv head, float16, values of codes,
+no mask.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from mlx_delta.ops.far_values import CodedValues
 from ..kernels.code_case import Kinds, coded
 from ..kernels.delta_case import lanes
 from .count import Trips, Walk, count
-from .launches import captured
+from .generated import Generated
+from .launches import captured, every_kernel
 from .nvcc import compile_cuda
-from .translate import cuda_source
+from .nvrtc import compile_as_mlx_does, find_nvrtc
 
 D, QUERIES, TOKENS = 128, 4, 64
 OVER_BLOCKS = "base < end; base += Ahead"
@@ -63,7 +66,7 @@ def codes_decode(kinds: Kinds, width: int, by_bytes: bool) -> tuple[str, Walk]:
         trips.append(Trips(f"add_kind<{kind},", "FFMA", total))
     trips.append(Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN))
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    return cuda_source(found["codes_decode"], "kernel"), Walk(TOKENS, OVER_BLOCKS, trips, cold)
+    return found["codes_decode"].text, Walk(TOKENS, OVER_BLOCKS, trips, cold)
 
 
 # Bits of lanes, and of values.
@@ -97,7 +100,7 @@ def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:
         Trips(f"add_if_coded<{width},", "FFMA", TOKENS * PER_TOKEN),
     ]
     cold = ("exact_scores<", "add_exact<", "raise(state", "hide<")
-    source = cuda_source(found["deltas_decode"], "kernel")
+    source = found["deltas_decode"].text
     return source, Walk(TOKENS * ahead, OVER_BLOCKS, trips, cold)
 
 
@@ -110,8 +113,21 @@ def row(name: str, source: str, walk: Walk) -> str:
     return f"| {name} | {numbers} | {compiled.registers} |"
 
 
+def compiled(generated: Generated) -> str:
+    """How a kernel compiles: registers of a thread, and bytes of them that are kept in memory."""
+    found = compile_cuda(generated.text)
+    if find_nvrtc() is None:
+        return f"| {found.registers} | {found.spilled} | not here |"
+    compile_as_mlx_does(generated)
+    return f"| {found.registers} | {found.spilled} | compiles |"
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    print("| kernel | registers | spilled | NVRTC |\n" + "|---" * 4 + "|")
+    for name, generated in every_kernel().items():
+        print(f"| `{name}` {compiled(generated)}", flush=True)
+    print()
     print(
         "| kernel | instructions | multiply-adds | other float | threadgroup memory "
         "| device memory | shuffles | special | integer and rest | registers |\n"

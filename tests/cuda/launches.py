@@ -1,64 +1,66 @@
-"""The source that MLX generates for each kernel, from its launcher, without running anything."""
+"""What MLX makes for CUDA of each kernel, from its launcher, without running anything."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 
 from mlx_delta.ops import codes_encode, codes_kernel, deltas_encode, deltas_kernel, hold_kernel
+from mlx_delta.ops.backend import CUDA
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from mlx_delta.ops.far_values import CodedValues
-from mlx_delta.ops.ternary_matvec import ternary_matvec
+from mlx_delta.ops.ternary_matvec import matvec_kernel, ternary_matvec
 
+from ..gpus import seems_to_have
 from ..kernels import tile_case as tiles
 from ..kernels.code_case import coded
 from ..kernels.common import BUILDERS, config
 from ..kernels.delta_case import lanes
-from ..metal_cpu import signature
-from ..metal_cpu.signature import GeneratedKernel
+from .generated import CudaArguments, Generated, Launch, fake_cuda_kernel
 
 
 @contextlib.contextmanager
-def captured(**template: Any) -> Iterator[dict[str, GeneratedKernel]]:
-    """Launchers leave here, under a kernel's name, the last source of it; outputs are zeros.
+def captured(**template: Any) -> Iterator[dict[str, Generated]]:
+    """Launchers leave here, under a kernel's name, the last text of it; outputs are zeros.
 
     Args:
         **template: Template arguments that are to be others than a launcher's.
     """
-    found: dict[str, GeneratedKernel] = {}
-    build = mx.fast.metal_kernel
+    found: dict[str, Generated] = {}
 
-    def built(**arguments: Any) -> Callable[..., list[mx.array]]:
-        kernel = build(**arguments)
+    def launch(kernel: CudaArguments, text: Generated, call: dict[str, Any]) -> list[mx.array]:
+        if template:
+            given = [(name, template.get(name, value)) for name, value in call["template"]]
+            text = kernel.generate(call["inputs"], call["output_dtypes"], given)
+        found[kernel.name] = text
+        pairs = zip(call["output_shapes"], call["output_dtypes"], strict=True)
+        return [mx.zeros(shape, dtype) for shape, dtype in pairs]
 
-        def launch(**call: Any) -> list[mx.array]:
-            given = call.get("template") or []
-            call["template"] = [(name, template.get(name, value)) for name, value in given]
-            text = signature.capture(kernel, **call)
-            found[arguments["name"]] = signature.parse(text)
-            pairs = zip(call["output_shapes"], call["output_dtypes"], strict=True)
-            return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+    with on_cuda(launch):
+        yield found
 
-        return launch
 
+@contextlib.contextmanager
+def on_cuda(launch: Launch) -> Iterator[None]:
+    """MLX looks as it does on CUDA, and launches come here."""
     forget()
     try:
         with (
-            mock.patch.object(mx.fast, "metal_kernel", built),
-            mock.patch.object(mx.metal, "is_available", lambda: True),
+            seems_to_have(CUDA),
+            mock.patch.object(mx.fast, "cuda_kernel", fake_cuda_kernel(launch)),
         ):
-            yield found
+            yield
     finally:
         forget()
 
 
-def every_kernel() -> dict[str, GeneratedKernel]:
-    """A source of each kernel of this project."""
+def every_kernel() -> dict[str, Generated]:
+    """A text of each kernel of this project."""
     half = mx.float16
     keys = mx.zeros((1, 2, 128, 64), half)
     coding = Coding.of(coded(({3: 1, 4: 1, 5: 5}, {4: 8}), (4, 2)), 2, 64)
@@ -99,3 +101,4 @@ def forget() -> None:
     """Let launchers build their kernels anew."""
     for name, module in BUILDERS.items():
         getattr(module, name).cache_clear()
+    matvec_kernel.cache_clear()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURE = "sm_90a"  # H100, H200
+STAND_INS = Path(__file__).parent / "include"  # for MLX's own header
 NVCC_HINT = "nvcc is not on PATH (it comes with NVIDIA's CUDA toolkit)"
 DISASSEMBLER_HINT = (
     "nvdisasm is not on PATH; it comes with the CUDA toolkit and with the package "
@@ -56,21 +57,9 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
     Raises:
         RuntimeError: It does not compile, or there is no compiler.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError(f"[compile_cuda] {NVCC_HINT}.")
     with tempfile.TemporaryDirectory() as folder:
-        file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-        file.write_text(source, encoding="utf-8")
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", "-cubin"]
-        # 177: constants of shared headers that this kernel does not use.
-        command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "--resource-usage"]
-        result = subprocess.run(
-            [*command, "-o", str(cubin), str(file)], capture_output=True, text=True
-        )
-        said = result.stdout + result.stderr
-        if result.returncode:
-            raise RuntimeError(f"[compile_cuda] nvcc refused the kernel:\n{said[:6000]}")
+        cubin = Path(folder) / "kernel.cubin"
+        said = _compile(source, cubin, ["-O3", "-lineinfo", "-cubin", "--resource-usage"])
         registers = re.search(r"Used (\d+) registers", said)
         spilled = re.search(r"(\d+) bytes spill stores", said)
         return Compiled(
@@ -78,6 +67,35 @@ def compile_cuda(source: str, read_back: bool = False) -> Compiled:
             int(spilled[1]) if spilled else 0,
             _disassemble(cubin) if read_back else "",
         )
+
+
+def ptx_of(source: str) -> str:
+    """The code that NVIDIA's compiler makes of a kernel before it chooses instructions.
+
+    Raises:
+        RuntimeError: It does not compile, or there is no compiler.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        _compile(source, ptx, ["-ptx"])
+        return ptx.read_text(encoding="utf-8")
+
+
+def _compile(source: str, to: Path, flags: list[str]) -> str:
+    """Have nvcc write a file; returns what it said."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(f"[nvcc] {NVCC_HINT}.")
+    file = to.parent / "kernel.cu"
+    file.write_text(source, encoding="utf-8")
+    # 177: constants of shared headers that this kernel does not use.
+    command = [nvcc, "-std=c++17", f"-arch={ARCHITECTURE}", f"-I{STAND_INS}", *flags]
+    command += ["-diag-suppress", "177", "--expt-relaxed-constexpr", "-o", str(to), str(file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        said = result.stdout + result.stderr
+        raise RuntimeError(f"[nvcc] the kernel was refused:\n{said[:6000]}")
+    return result.stdout + result.stderr
 
 
 def _disassemble(cubin: Path) -> str:

@@ -22,6 +22,7 @@ from mlx_delta.ops import (
     runs_kernel,
     tiles_kernel,
 )
+from mlx_delta.ops.backend import has_kernels
 
 from ..metal_cpu import KernelSource, MetalBench
 
@@ -62,8 +63,8 @@ _PASSED: set[tuple[str, str, str]] = set()
 
 @contextlib.contextmanager
 def on_bench(bench: MetalBench, **options: Any) -> Iterator[None]:
-    """The launchers' kernels run on the bench; on a Mac, on the GPU (in fast mode only)."""
-    if bench.on_gpu:
+    """The launchers' kernels run on the bench; with a GPU, on that (in fast mode only)."""
+    if on_gpu(bench):
         if options.get("mode") == "checked":
             pytest.skip("the GPU does not tell; this runs on Linux")
         yield
@@ -74,6 +75,11 @@ def on_bench(bench: MetalBench, **options: Any) -> Iterator[None]:
             yield
     finally:
         _forget_kernels()
+
+
+def on_gpu(bench: MetalBench) -> bool:
+    """Whether launchers' kernels run on a GPU, Apple's or NVIDIA's."""
+    return bench.on_gpu or has_kernels()
 
 
 def lenient(bench: MetalBench) -> MetalBench:
@@ -97,7 +103,7 @@ def with_kernel(
     """A test of one kernel, which runs in checked mode in the place of the launcher's own."""
 
     def run(kernel: KernelSource) -> None:
-        if bench.on_gpu:
+        if on_gpu(bench):
             pytest.skip("the GPU does not check")
         passed = (builder, kernel.header, kernel.source)
         if passed in _PASSED:

@@ -12,6 +12,7 @@ import pytest
 from mlx_delta.ops import codes_kernel, far_kernel
 from mlx_delta.ops.far_values import CodedValues
 
+from ..gpus import seems_to_have
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
 from .code_case import CodedCase, assert_close, check, coded
@@ -223,7 +224,7 @@ def small_case() -> None:
         mock.patch.object(codes_kernel, "decode", tight),
     ):
         output = case.step(cache, mask)
-    with mock.patch.object(mx.metal, "is_available", lambda: False):
+    with seems_to_have(None):
         wanted = case.step(case.cache(), mask)
     np.testing.assert_allclose(output, wanted, atol=2e-2)
 

@@ -13,6 +13,7 @@ import pytest
 from mlx_delta.ops import deltas_kernel, far_kernel
 from mlx_delta.ops.deltas import read_structure
 
+from ..gpus import seems_to_have
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
 from .common import CHECKED, FAST, UNWRITTEN, name_of, on_bench, source_of, with_kernel
@@ -165,7 +166,7 @@ def small_case() -> None:
         mock.patch.object(deltas_kernel, "decode", tight),
     ):
         output = case.step(cache)
-    with mock.patch.object(mx.metal, "is_available", lambda: False):
+    with seems_to_have(None):
         wanted = case.step(case.cache())
     np.testing.assert_allclose(output, wanted, atol=2e-2)
 

@@ -10,8 +10,10 @@ import pytest
 from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention import choice
 from mlx_delta.attention.hybrid import delta_attention
+from mlx_delta.ops.backend import METAL
 from mlx_delta.ops.ternary_matvec import ternary_matvec
 
+from ..gpus import seems_to_have
 from .common import walk
 
 SETTING = DeltaConfig(key_bits=4, value_bits=4)
@@ -74,7 +76,7 @@ def test_ternary(x, weight, scales):
 )
 def test_attention_refuses_them_whoever_computes(queries, mask, message, kernel):
     cache, new = fed()
-    with mock.patch.object(mx.metal, "is_available", lambda: kernel):
+    with seems_to_have(METAL if kernel else None):
         with pytest.raises(ValueError, match=rf"^\[delta_attention\] {message}"):
             delta_attention(mx.zeros(queries), new, new, cache, 1.0, mask)
     assert cache.offset == LENGTH - 1, "nothing was appended"
@@ -99,7 +101,7 @@ def test_decoding_without_the_kernel_where_there_is_one_is_said_once(mask, reaso
     choice._warn.cache_clear()
     step = cache.update(new, new)
     queries = mx.zeros((1, HEADS, 1, D))
-    with mock.patch.object(mx.metal, "is_available", lambda: True):
+    with seems_to_have(METAL):
         with pytest.warns(UserWarning, match=f"decoding without the kernel, .*{reason}") as said:
             assert choice.decode_blocks(queries, step, mask) is None
             assert choice.decode_blocks(queries, step, mask) is None

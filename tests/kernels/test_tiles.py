@@ -13,8 +13,10 @@ from mlx_delta import DeltaConfig, DeltaKVCache
 from mlx_delta.attention import choice
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.ops import tiles_kernel
+from mlx_delta.ops.backend import METAL
 from mlx_delta.ops.tiles import TileCount, tile_attention
 
+from ..gpus import seems_to_have
 from ..metal_cpu import MetalBench
 from .common import as_float, every_run, on_bench, source_of
 from .tile_case import (
@@ -185,7 +187,7 @@ def test_what_the_kernels_do_not_take_is_said_once():
     step = mock.Mock()
     step.stored_values.head_dim, step.stored_values.differs = 64, False
     choice._warn.cache_clear()
-    with mock.patch.object(mx.metal, "is_available", lambda: True):
+    with seems_to_have(METAL):
         assert choice.tiles_by_kernel(mx.zeros((1, 2, 64, 64)), step, 1.0)
         with pytest.warns(UserWarning, match="tiles without the kernels: keys have dimension 36"):
             assert not choice.tiles_by_kernel(mx.zeros((1, 2, 64, 36)), step, 1.0)

@@ -13,10 +13,11 @@ from unittest import mock
 import mlx.core as mx
 
 from . import signature, strict, toolchain
-from .arrays import to_array, to_bytes
+from .arrays import to_bytes
 from .errors import KernelFault, KernelRejected
-from .launch import Memory, Placement, Traffic, launch, poison
+from .launch import Memory, Placement, poison
 from .rewrite import rewrite
+from .running import Outputs, execute
 from .signature import GeneratedKernel, SignatureError
 
 Mode = Literal["fast", "checked"]
@@ -47,22 +48,6 @@ _SCALAR_ATTRIBUTES = {
 
 # Kept here, as `patched` and KernelSource.of replace MLX's for a while.
 _build: Callable[..., Callable[..., Any]] = cast(Any, mx.fast.metal_kernel)
-
-
-class Outputs(list[mx.array]):
-    """A kernel's outputs, as the kernel itself would return them, and what the bench saw.
-
-    Attributes:
-        traffic: By buffer, the bytes loaded and stored. Counted in checked mode only.
-        threadgroup_bytes: Threadgroup memory in use.
-    """
-
-    def __init__(
-        self, arrays: Sequence[mx.array], traffic: dict[str, Traffic], threadgroup_bytes: int
-    ) -> None:
-        super().__init__(arrays)
-        self.traffic = traffic
-        self.threadgroup_bytes = threadgroup_bytes
 
 
 @dataclass(frozen=True)
@@ -97,7 +82,10 @@ class KernelSource:
         Args:
             builder: The function; if it is cached, its `__wrapped__`.
         """
-        with mock.patch.object(mx.fast, "metal_kernel", cls):
+        with (
+            mock.patch.object(mx.fast, "metal_kernel", cls),
+            mock.patch.object(mx.metal, "is_available", lambda: True),  # where CUDA is, too
+        ):
             source = builder()
         if not isinstance(source, cls):
             raise TypeError(f"[KernelSource.of] {builder} returned {source!r}, not a kernel")
@@ -188,34 +176,20 @@ class MetalBench:
 
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         memories = _place(generated, arrays, output_shapes, output_dtypes, init_value, placement)
-        result = launch(
-            toolchain.build_runtime(self.compiler),
+        return execute(
+            self.compiler,
             library,
+            generated.source,
             memories,
+            output_shapes,
+            output_dtypes,
             grid=grid,
             threadgroup=threadgroup,
-            seed=seed,
             checked=mode == "checked",
+            seed=seed,
             divergent_simd=divergent_simd,
+            allow_unwritten=allow_unwritten,
             timeout_s=timeout_s,
-        )
-        ignored = {"output not written"} if allow_unwritten else set()
-        problems = [d.describe(generated.source) for d in result.diagnoses if d.kind not in ignored]
-        problems += [
-            f"out-of-bounds access: byte {m.overrun} of '{m.name}' was written"
-            for m in memories
-            if m.overrun is not None
-        ]
-        if problems:
-            raise KernelFault(problems)
-        outputs = [m for m in memories if m.is_output]
-        return Outputs(
-            [
-                to_array(m.data, tuple(shape), dtype)
-                for m, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
-            ],
-            {m.name: m.traffic for m in memories} if mode == "checked" else {},
-            result.threadgroup_bytes,
         )
 
     def check(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 
+from mlx_delta.ops.metal_text import RewriteError, split_top_level, without_comments
+
 from .errors import KernelRejected
-from .rewrite import RewriteError, rewrite, split_top_level, without_comments
+from .rewrite import rewrite
 from .signature import GeneratedKernel
 from .toolchain import (
     MLX_INCLUDE,

@@ -11,10 +11,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_delta.ops.metal_text import RewriteError, tokens
+
 from . import toolchain
 from .bench import KernelSource, MetalBench
 from .errors import FAULTS, KernelRejected
-from .rewrite import RewriteError, rewrite, tokens
+from .rewrite import rewrite
 
 CALL: dict[str, Any] = {
     "inputs": [],

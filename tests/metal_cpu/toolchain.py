@@ -233,9 +233,11 @@ def kernel_flags(compiler: Compiler, checked: bool) -> list[str]:
     return flags + [part for flag in to_front_end for part in ("-Xclang", flag)]
 
 
-def build_kernel(compiler: Compiler, source: str, checked: bool) -> Path:
-    """Compiles a kernel's C++ translation unit into a shared library."""
+def build_kernel(
+    compiler: Compiler, source: str, checked: bool, headers: Sequence[str] = HEADERS
+) -> Path:
+    """Compiles a kernel's C++ translation unit, which includes some headers first."""
     unit = cached([source], ".cpp")
     if not unit.exists():
         write_atomically(unit, source)
-    return build_library(compiler, [unit], kernel_flags(compiler, checked), HEADERS)
+    return build_library(compiler, [unit], kernel_flags(compiler, checked), headers)
