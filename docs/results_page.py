@@ -38,8 +38,14 @@ MODELS = {
     "demo-bitnet": ("demo-bitnet", "The bundled BitNet b1.58 of 6.7 M parameters."),
 }
 
-# Bits of a number over 16: codes, and for 64 of them (32 with KIVI) a scale and a bias.
-PEERS = {"kv8": 8.5 / 16, "kv4": 4.5 / 16, "kv4-rotated": 4.5 / 16, "kivi4": 4.5 / 16, "kivi2": 2.5 / 16}
+# Bits of a number over 16: its code, and for each 64 of them a scale and a bias.
+PEERS = {
+    "kv8": 8.5 / 16,
+    "kv4": 4.5 / 16,
+    "kv4-rotated": 4.5 / 16,
+    "kivi4": 4.5 / 16,
+    "kivi2": 2.5 / 16,
+}
 
 NAMES = {
     "dense": "dense",
@@ -138,43 +144,39 @@ def far_share(run: dict[str, Any]) -> str:
 
 def stores_section(found: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """What is lost at how many bytes, of every store and model: one table."""
-    tables = {
-        name: {run["setting"]: run for run in data["runs"] if run["task"] == "kld" and run["summary"]}
-        for name, data in found
-    }
-    tables = {name: runs for name, runs in tables.items() if any(map(is_store, runs))}
+    order = list(MODELS)
+    tables, titles = [], []
+    for _, data in sorted(found, key=lambda item: order.index(item[1]["model"]["name"])):
+        runs = [run for run in data["runs"] if run["task"] == "kld" and run["summary"]]
+        own = {run["setting"]: run for run in runs if is_store(run["setting"])}
+        if own:
+            tables.append(own)
+            titles.append(f"{MODELS[data['model']['name']][0]}, {runs[0]['options']['length']:,}")
     shares: dict[str, list[float]] = {}
-    for runs in tables.values():
-        for setting, run in runs.items():
+    for own in tables:
+        for setting, run in own.items():
             share = PEERS.get(setting, run["summary"].get("far_share"))
-            if is_store(setting) and share is not None:
+            if share is not None:
                 shares.setdefault(setting, []).append(share)
     # Where several models have a setting, the bytes of the first: masks differ by a little.
     rows = sorted(shares, key=lambda setting: -shares[setting][0])
     lines = [
-        f"| setting | far bytes | {' | '.join(titled(name, data) for name, data in found if name in tables)} |",
+        f"| setting | far bytes | {' | '.join(titles)} |",
         "| --- | ---: |" + " ---: |" * len(tables),
     ]
     for setting in rows:
-        own = {"summary": {"far_share": shares[setting][0]}, "setting": setting}
         cells = [
-            f"{runs[setting]['summary']['score']:.5f}" if setting in runs else "–"
-            for runs in tables.values()
+            f"{own[setting]['summary']['score']:.5f}" if setting in own else "–" for own in tables
         ]
         name = NAMES.get(setting, setting)
-        lines.append(f"| {name} (`{setting}`) | {far_share(own)} | {' | '.join(cells)} |")
+        share = f"{shares[setting][0]:.3f}"
+        lines.append(f"| {name} (`{setting}`) | {share} | {' | '.join(cells)} |")
     return lines
 
 
 def is_store(setting: str) -> bool:
     """Whether a setting stores far tokens in fewer bytes."""
     return setting in PEERS or "key_bits" in setting or "kv=" in setting
-
-
-def titled(name: str, data: dict[str, Any]) -> str:
-    """A results file of losses, in words."""
-    (length,) = {run["options"]["length"] for run in data["runs"] if run["task"] == "kld"}
-    return f"{MODELS[data['model']['name']][0]}, {length:,}"
 
 
 def named(run: dict[str, Any]) -> str:
