@@ -26,8 +26,11 @@ import results_page  # noqa: E402  (beside this file)
 
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
-LANES = "delta:key_format=deltas,value_format=rotated,sparsity=0.75,key_bits=3.5,value_bits=3"
-DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated", "delta:kv=balanced", "delta:kv=small")
+DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated")
+STORES = (
+    "delta:kv=balanced", "delta:kv=small", "delta:sparsity=0.75,key_bits=3.5,value_bits=3",
+    "delta:sparsity=0.75,key_bits=3,value_bits=2.5", "delta:sparsity=0.8,key_bits=3,value_bits=2.5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Run:
 RUNS = (
     Run(
         "smollm2-kld-2048", "smollm2", ("kld",),
-        ("dense", *DELTA, LANES, *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "4"),
     ),
     Run(
@@ -77,12 +80,15 @@ RUNS = (
     ),
     Run(
         "smollm2-needles", "smollm2", ("needles",),
-        ("dense", "delta", "delta:prefill=tiles,level=0", "uncalibrated", *PAPER, "kv4"),
+        (
+            *("dense", "delta", "delta:kv=balanced", "delta:prefill=tiles,level=0"),
+            *("uncalibrated", *PAPER, "kv4"),
+        ),
         ("--needles", "word", "--samples", "5"),
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),
-        ("dense", *DELTA, *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "4096", "--windows", "2"),
     ),
     Run(
@@ -91,7 +97,7 @@ RUNS = (
         ("--windows", "10", "--text", "DATA/prose.txt.xz"),
     ),
     Run(
-        "demo-recall", "demo", ("recall",), ("dense", *DELTA[:3], *PAPER),
+        "demo-recall", "demo", ("recall",), ("dense", *DELTA, *PAPER),
         ("--length", "16384", "--distances", "2000", "8000", "16000", "--answers", "2"),
     ),
     Run(
@@ -100,16 +106,16 @@ RUNS = (
     ),
     Run(
         "demo-kld", "demo", ("kld",),
-        ("dense", *DELTA, *PAPER, "window-only", *OTHERS), ("--windows", "4"),
+        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS), ("--windows", "4"),
     ),
     Run(
         "demo-bitnet", "demo-bitnet", ("recall", "kld"),
-        ("dense", *DELTA[:3], *PAPER, "window-only"),
+        ("dense", *DELTA, *PAPER, "window-only"),
         ("--windows", "4", "--answers", "5"),
     ),
     Run(
         "gemma3-270m", "gemma3-270m", ("kld",),
-        ("dense", *DELTA[:3], *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "2"),
     ),
     Run(

@@ -38,6 +38,15 @@ MODELS = {
     "demo-bitnet": ("demo-bitnet", "The bundled BitNet b1.58 of 6.7 M parameters."),
 }
 
+# Bits of a number over 16: its code, and for each 64 of them a scale and a bias.
+PEERS = {
+    "kv8": 8.5 / 16,
+    "kv4": 4.5 / 16,
+    "kv4-rotated": 4.5 / 16,
+    "kivi4": 4.5 / 16,
+    "kivi2": 2.5 / 16,
+}
+
 NAMES = {
     "dense": "dense",
     "delta": "delta, the model's own level",
@@ -45,11 +54,10 @@ NAMES = {
     "uncalibrated": "delta, as on a model that was not calibrated",
     "delta:kv=balanced": "codes of 4 bits on average",
     "delta:prefill=tiles,level=0": "prefill by tiles, full keys",
-    # Of make_results.LANES.
-    "delta:key_format=deltas,value_format=rotated,sparsity=0.75,key_bits=3.5,value_bits=3": (
-        "held keys by lanes, codes of 3.5 and 3 bits"
-    ),
     "delta:kv=small": "codes of 3 bits on average",
+    "delta:sparsity=0.75,key_bits=3.5,value_bits=3": "held keys by lanes, 3.5 and 3 bits",
+    "delta:sparsity=0.75,key_bits=3,value_bits=2.5": "held keys by lanes, 3 and 2.5 bits",
+    "delta:sparsity=0.8,key_bits=3,value_bits=2.5": "the same, 0.8 of the deltas zero",
     "paper": "the paper's preset (θ 0.6)",
     "paper:threshold=1.05": "the paper's preset at θ 1.05",
     "window-only": "far keys dropped",
@@ -107,8 +115,8 @@ def loss_rows(runs: Sequence[dict[str, Any]]) -> list[str]:
     """A table of KL divergence, what is skipped, and bytes."""
     dense = next((r["summary"] for r in runs if r["kind"] == "dense"), None)
     lines = [
-        "| setting | KL divergence | top-1 | zeros | prefill | both | cache |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| setting | KL divergence | top-1 | zeros | prefill | both | cache | far |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     order = {name: i for i, name in enumerate(NAMES)}
     for run in sorted(runs, key=lambda run: order.get(run["setting"], len(order))):
@@ -123,8 +131,52 @@ def loss_rows(runs: Sequence[dict[str, Any]]) -> list[str]:
             skipped = ["–" if v is None else f"{v:.3f}" for v in (zeros, *values)]
         share = "–" if dense is None else f"{s['cache_bytes'] / dense['cache_bytes']:.3f}"
         top1 = f"{s['metrics']['top1']:.4f}"
-        lines.append(f"| {named(run)} | {kl} | {top1} | {' | '.join(skipped)} | {share} |")
+        cells = [named(run), kl, top1, *skipped, share, far_share(run)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def far_share(run: dict[str, Any]) -> str:
+    """What far tokens take of 16-bit floats; others' caches store all tokens alike."""
+    found = PEERS.get(run["setting"], run["summary"].get("far_share"))
+    return "–" if found is None else f"{found:.3f}"
+
+
+def stores_section(found: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What is lost at how many bytes, of every store and model: one table."""
+    order = list(MODELS)
+    tables, titles = [], []
+    for _, data in sorted(found, key=lambda item: order.index(item[1]["model"]["name"])):
+        runs = [run for run in data["runs"] if run["task"] == "kld" and run["summary"]]
+        own = {run["setting"]: run for run in runs if is_store(run["setting"])}
+        if own:
+            tables.append(own)
+            titles.append(f"{MODELS[data['model']['name']][0]}, {runs[0]['options']['length']:,}")
+    shares: dict[str, list[float]] = {}
+    for own in tables:
+        for setting, run in own.items():
+            share = PEERS.get(setting, run["summary"].get("far_share"))
+            if share is not None:
+                shares.setdefault(setting, []).append(share)
+    # Where several models have a setting, the bytes of the first: masks differ by a little.
+    rows = sorted(shares, key=lambda setting: -shares[setting][0])
+    lines = [
+        f"| setting | far bytes | {' | '.join(titles)} |",
+        "| --- | ---: |" + " ---: |" * len(tables),
+    ]
+    for setting in rows:
+        cells = [
+            f"{own[setting]['summary']['score']:.5f}" if setting in own else "–" for own in tables
+        ]
+        name = NAMES.get(setting, setting)
+        share = f"{shares[setting][0]:.3f}"
+        lines.append(f"| {name} (`{setting}`) | {share} | {' | '.join(cells)} |")
+    return lines
+
+
+def is_store(setting: str) -> bool:
+    """Whether a setting stores far tokens in fewer bytes."""
+    return setting in PEERS or "key_bits" in setting or "kv=" in setting
 
 
 def named(run: dict[str, Any]) -> str:
@@ -219,6 +271,7 @@ def page(folder: Path, commands: dict[str, str]) -> str:
             if name in commands:
                 parts.append(f"    {commands[name]}\n")
     words = (folder / "results" / "page.md").read_text(encoding="utf-8")
+    words = words.replace("{stores}", "\n".join(stores_section(found)))
     return words.replace("{machine}", machine).replace("{results}", "\n".join(parts))
 
 
@@ -227,7 +280,7 @@ def readme_table(folder: Path) -> str:
     data = read_results(folder / "results" / "smollm2-kld-2048.json")
     shown = set(NAMES) - {"window-only", "kivi2", "uncalibrated", "delta:sparsity=0.75"}
     runs = [run for run in data["runs"] if run["summary"] and run["setting"] in shown]
-    return "\n".join(loss_rows(runs))
+    return "\n".join(row.rpartition(" | ")[0] + " |" for row in loss_rows(runs))  # without far
 
 
 def with_table(readme: str, table: str) -> str:
