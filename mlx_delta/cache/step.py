@@ -48,13 +48,16 @@ class Part:
         column = mx.arange(self.step.length)
         gone = mx.array(self.dropped)[:, None]
         index = mx.where(column < self.dropped_from, column, column + gone)
-        index = mx.minimum(index, mask.shape[-1] - 1)  # of rows that are shorter than others
+        # Of rows that are shorter than others, once theirs are dropped: nothing is there.
+        beyond, index = index >= mask.shape[-1], mx.minimum(index, mask.shape[-1] - 1)
         if len(set(self.dropped)) == 1:
             return mask[..., index[0]]
         mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         mask = mx.broadcast_to(mask, (len(self.dropped), *mask.shape[1:]))
         index = mx.broadcast_to(index[:, None, None], (*mask.shape[:3], index.shape[1]))
-        return mx.take_along_axis(mask, index, axis=-1)
+        found = mx.take_along_axis(mask, index, axis=-1)
+        unseen = mx.array(False if mask.dtype == mx.bool_ else -mx.inf, mask.dtype)
+        return mx.where(beyond[:, None, None], unseen, found)
 
 
 @dataclass(frozen=True)

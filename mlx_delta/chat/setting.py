@@ -64,6 +64,8 @@ def change(conversation: Conversation, text: str) -> None:
                 raise ValueError(f"delta is on or off but got {value!r}.")
             switch = value
         elif name == "kv":
+            if kind:
+                raise ValueError("kv is given twice; drop one.")
             kind = kv_fields(value)
         elif name == "seed":
             seed = _number(name, value, int)

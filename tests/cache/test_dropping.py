@@ -105,6 +105,23 @@ def test_a_batch_drops_each_rows_own(config):
             assert mx.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("lengths", [(50, 110), (110, 1)], ids=str)
+@each_setting
+def test_a_row_that_dropped_sees_nothing_behind_its_end(config, lengths):
+    """Of two texts the longer one keeps fewer tokens for a while; or has blocks of its own."""
+    singles = [DeltaKVCache(config) for _ in lengths]
+    for cache, n in zip(singles, lengths, strict=True):
+        feed(cache, 0, n)
+    batch = BatchDeltaKVCache.merge([copy.deepcopy(cache) for cache in singles])
+    for t in range(30):
+        rows = [tuple(x[:, :, n + t : n + t + 1] for x in TEXT) for n in lengths]
+        both = tuple(mx.concatenate(pair) for pair in zip(*rows, strict=True))
+        together = delta_attention(*both, batch, 0.25, batch.make_mask(1))
+        for i, (cache, row) in enumerate(zip(singles, rows, strict=True)):
+            alone = delta_attention(*row, cache, 0.25)
+            np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-5)
+
+
 def test_padding_drops_nothing():
     """A row of a batch whose text ends early, and goes on."""
     config = SETTINGS["held"]

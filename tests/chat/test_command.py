@@ -90,6 +90,7 @@ def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
             "/setting kv=smal",
             "unknown kind 'smal' (did you mean small?); known are small, balanced",
         ),
+        ("/setting kv=small,kv=exact", "kv is given twice; drop one"),
         ("/setting kv=small,key_bits=4", "kv and key_bits=4 both give key_bits; drop one"),
         ("/setting delta=off,kv=small", "delta=off and kv contradict each other; drop one"),
         ("/setting delta=maybe", "delta is on or off but got 'maybe'"),
