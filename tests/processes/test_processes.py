@@ -101,14 +101,12 @@ def check(case: dict, n: int) -> None:
     assert max(case["kept"]) < alone["kept"][0]
 
 
-def test_four_processes_give_the_tokens_of_one(tmp_path):
+def test_four_processes_give_the_tokens_of_one(tmp_path, request):
     path, qwen = write_llama(tmp_path / "four", **FOUR), write_qwen(tmp_path / "qwen")
-    cases = cases_of(
-        4,
-        f"{path} heads {SMALL_BLOCKS},{STORED}",
-        f"{qwen} layers {SMALL_BLOCKS},{STORED}",
-        "demo layers -",
-    )
+    layers = [f"{qwen} layers {SMALL_BLOCKS},{STORED}", "demo layers -"]
+    if not request.config.getoption("--all"):
+        layers = layers[:1]  # the demo takes ten seconds
+    cases = cases_of(4, f"{path} heads {SMALL_BLOCKS},{STORED}", *layers)
     for case in cases:
         check(case, 4)
 

@@ -129,10 +129,11 @@ def test_needles_that_dense_attention_finds_are_found(model, tokenizer, delta):
             says(number, model, tokenizer, setting, copy.deepcopy(caches), ids)
             for ids, number in questions
         ]
+        # What dense attention does not find says nothing of the delta.
+        questions = [q for q, right in zip(questions, found[setting.name], strict=True) if right]
     print(found)
     assert sum(found["dense"]) >= 2
-    kept = [ours for dense, ours in zip(found["dense"], found["delta"], strict=True) if dense]
-    assert all(kept)
+    assert all(found["delta"])
 
 
 def says(

@@ -87,7 +87,7 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
 }
 #define memcpy __builtin_memcpy
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __expf(float x) { return __builtin_expf(x); }
+inline float expf(float x) { return __builtin_expf(x); }
 inline float __log2f(float x) { return __builtin_log2f(x); }
 inline float log2f(float x) { return __builtin_log2f(x); }
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
