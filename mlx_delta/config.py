@@ -20,7 +20,7 @@ from .config_checks import (
     shown,
 )
 from .notation import read_fields, write_fields
-from .old_settings import modern_fields
+from .old_settings import modern_fields, say
 from .sensitivities import Sensitivities
 from .widths import (
     KeyWidths,
@@ -163,11 +163,18 @@ class DeltaConfig:
             read = Sensitivities.from_dict(given_weights)
             object.__setattr__(self, "sensitivities", read)
         # What the names of formats say where only bits are given.
-        if self.key_format == "held" and self.key_bits is not None and self.cuts_runs:
-            object.__setattr__(self, "key_format", "deltas")
+        holds = True
+        if self.key_format == "held" and self.key_bits is not None:
+            object.__setattr__(self, "key_format", "deltas" if self.cuts_runs else "codes")
+            holds = self.cuts_runs
         if self.value_format == "plain" and self.value_bits not in (None, 16):
             object.__setattr__(self, "value_format", "rotated")
         check_setting(self)
+        if not holds:
+            say(
+                f"[DeltaConfig] key_bits={self.key_bits} with a threshold: keys are codes "
+                "(key_format='codes'), and the threshold holds none."
+            )
 
     @classmethod
     def paper(cls, threshold: Thresholds = 0.6) -> DeltaConfig:

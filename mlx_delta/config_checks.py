@@ -170,11 +170,6 @@ def _check_storage(config: DeltaConfig) -> None:
         )
     if config.key_format != "held":
         _check_mean("key_bits", config.key_bits, config.key_format)
-    elif config.key_bits is not None:
-        raise ValueError(
-            f"[DeltaConfig] key_bits={shown(config.key_bits)} needs key_format='codes' with "
-            f"threshold_mode={config.threshold_mode!r}: keys held by a threshold are kept in full."
-        )
     if config.value_format != "plain":
         _check_mean("value_bits", config.value_bits, config.value_format)
         if config.key_bits is None:

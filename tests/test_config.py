@@ -246,7 +246,6 @@ def test_a_wrongly_written_setting_is_refused_by_name(text, message):
     ("fields", "message"),
     [
         ({"key_bits": 16}, "key_bits must be between 2 and 7, .* but got 16"),
-        ({"key_bits": 4, "threshold": 1.0}, "key_bits=4 needs key_format='codes' with threshold_m"),
         ({"key_bits": 4, "keyframes": False, "run_value": "first"}, "needs keyframes=True"),
         ({"value_bits": 4}, "value_bits=4 needs key_bits but got None: .* or value_bits=16"),
     ],
@@ -254,6 +253,13 @@ def test_a_wrongly_written_setting_is_refused_by_name(text, message):
 def test_bits_that_no_format_has_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DeltaConfig(**fields)
+
+
+@pytest.mark.filterwarnings("ignore:.*with a threshold. keys are codes:UserWarning")
+def test_bits_beside_a_threshold_are_codes():
+    """As programs of earlier versions write it, whose keys were packed then."""
+    found = DeltaConfig(threshold=1.1, key_bits=4, value_bits=4)
+    assert (found.key_format, found.value_format) == ("codes", "rotated")
 
 
 def test_bits_alone_say_the_formats():

@@ -107,7 +107,7 @@ def old_state() -> list:
         (lambda s: header(s, lost=[0]), "it counts 45 tokens"),
         (lambda s: header(s, config=4), "its setting is no object"),
         (lambda s: setting(s, key_bits=16), "grid do not fit"),
-        (lambda s: setting(s, key_bits=5), "key_bits"),
+        (lambda s: setting(s, key_bits=5), "11 parts"),
         (lambda s: setting(s, value_bits=8), "not 8-bit codes"),
         (lambda s: setting(s, value_bits=16), "11 parts"),
         (lambda s: setting(s, window=16), "near keys do not fit"),

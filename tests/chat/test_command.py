@@ -85,7 +85,7 @@ def test_a_setting_that_needs_more_than_the_cache_keeps_is_refused(chat):
         ("/setting temp=-1", "temp must be from 0 to 1000000 but got -1"),
         ("/setting max_tokens=0", "max_tokens must be positive (or -1) but got 0"),
         ("/setting tmp=1", "unknown setting 'tmp' (did you mean temp"),
-        ("/setting key_bits=5", "key_bits=5 needs key_format='codes'"),
+        ("/setting key_bits=9", "key_bits must be between 2 and 8"),
         (
             "/setting kv=smal",
             "unknown kind 'smal' (did you mean small?); known are small, balanced",

@@ -66,7 +66,7 @@ def test_a_share_of_zeros_or_a_loss_stands_for_the_level_of_the_curve():
         ("delta:threshold", "threshold lacks a value, as in threshold=1"),
         ("delta:threshold=-1", r"in 'delta:threshold=-1': \[DeltaConfig\] threshold must be >= 0"),
         ("delta:threshold=high", "threshold must be a number but got 'high'"),
-        ("delta:key_bits=5", "key_bits=5 needs key_format='codes' with threshold_mode='relative'"),
+        ("delta:key_bits=9", "key_bits must be between 2 and 8"),
         ("paper:key_bits=4", "key_bits=4 needs keyframes=True"),
     ],
 )
