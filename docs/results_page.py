@@ -111,13 +111,12 @@ def files(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(path.stem, read_results(path)) for path in found]
 
 
-def loss_rows(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of KL divergence, what is skipped, and bytes."""
+def loss_rows(runs: Sequence[dict[str, Any]], far: bool = True) -> list[str]:
+    """A table of KL divergence, what is skipped, and bytes; those of far tokens if asked for."""
     dense = next((r["summary"] for r in runs if r["kind"] == "dense"), None)
-    lines = [
-        "| setting | KL divergence | top-1 | zeros | prefill | both | cache | far |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ["setting", "KL divergence", "top-1", "zeros", "prefill", "both", "cache"]
+    columns += ["far"] * far
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     order = {name: i for i, name in enumerate(NAMES)}
     for run in sorted(runs, key=lambda run: order.get(run["setting"], len(order))):
         s = run["summary"]
@@ -131,15 +130,17 @@ def loss_rows(runs: Sequence[dict[str, Any]]) -> list[str]:
             skipped = ["–" if v is None else f"{v:.3f}" for v in (zeros, *values)]
         share = "–" if dense is None else f"{s['cache_bytes'] / dense['cache_bytes']:.3f}"
         top1 = f"{s['metrics']['top1']:.4f}"
-        cells = [named(run), kl, top1, *skipped, share, far_share(run)]
+        cells = [named(run), kl, top1, *skipped, share]
+        if far:
+            found = far_share(run)
+            cells.append("–" if found is None else f"{found:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def far_share(run: dict[str, Any]) -> str:
+def far_share(run: dict[str, Any]) -> float | None:
     """What far tokens take of 16-bit floats; others' caches store all tokens alike."""
-    found = PEERS.get(run["setting"], run["summary"].get("far_share"))
-    return "–" if found is None else f"{found:.3f}"
+    return PEERS.get(run["setting"], run["summary"].get("far_share"))
 
 
 def stores_section(found: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -155,7 +156,7 @@ def stores_section(found: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     shares: dict[str, list[float]] = {}
     for own in tables:
         for setting, run in own.items():
-            share = PEERS.get(setting, run["summary"].get("far_share"))
+            share = far_share(run)
             if share is not None:
                 shares.setdefault(setting, []).append(share)
     # Where several models have a setting, the bytes of the first: masks differ by a little.
@@ -280,7 +281,7 @@ def readme_table(folder: Path) -> str:
     data = read_results(folder / "results" / "smollm2-kld-2048.json")
     shown = set(NAMES) - {"window-only", "kivi2", "uncalibrated", "delta:sparsity=0.75"}
     runs = [run for run in data["runs"] if run["summary"] and run["setting"] in shown]
-    return "\n".join(row.rpartition(" | ")[0] + " |" for row in loss_rows(runs))  # without far
+    return "\n".join(loss_rows(runs, far=False))
 
 
 def with_table(readme: str, table: str) -> str:

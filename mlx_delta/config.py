@@ -163,14 +163,13 @@ class DeltaConfig:
             read = Sensitivities.from_dict(given_weights)
             object.__setattr__(self, "sensitivities", read)
         # What the names of formats say where only bits are given.
-        holds = True
-        if self.key_format == "held" and self.key_bits is not None:
+        only_bits = self.key_format == "held" and self.key_bits is not None
+        if only_bits:
             object.__setattr__(self, "key_format", "deltas" if self.cuts_runs else "codes")
-            holds = self.cuts_runs
         if self.value_format == "plain" and self.value_bits not in (None, 16):
             object.__setattr__(self, "value_format", "rotated")
         check_setting(self)
-        if not holds:
+        if only_bits and not self.cuts_runs:
             say(
                 f"[DeltaConfig] key_bits={self.key_bits} with a threshold: keys are codes "
                 "(key_format='codes'), and the threshold holds none."

@@ -124,14 +124,14 @@ class CacheFigures(_BaseCache):
             values = self._values.read_bytes(tokens, coded, float_bytes)
         return self._stored.read_bytes(tokens, far, float_bytes) + values
 
-    def far_bytes(self, float_bytes: int | None = None) -> tuple[int, int]:
+    def far_bytes(self, float_bytes: int) -> tuple[int, int]:
         """Bytes of the first row's far tokens, everything that is stored for them counted.
 
         Args:
-            float_bytes: As for :meth:`read_bytes`.
+            float_bytes: Count floats at this size at most, whatever they are stored in.
 
         Returns:
-            These, and what they would take as floats of this size, or of the model's.
+            These, and what they would take as such floats; 0 and 0 where no token is far.
         """
         far = self._encoded[0] - self._dropped[0] if self._model is not None else 0
         if self._values is None or not far:
@@ -140,7 +140,7 @@ class CacheFigures(_BaseCache):
         own = self._stored.read_bytes(tokens, far, float_bytes)
         own += self._values.read_bytes(tokens, tokens, float_bytes)
         heads, head_dim, value_dim = self._shape
-        size = self._item_size if float_bytes is None else min(float_bytes, self._item_size)
+        size = min(float_bytes, self._item_size)
         return own, tokens * heads * (head_dim + value_dim) * size
 
     @property

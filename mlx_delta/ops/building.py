@@ -61,13 +61,7 @@ class CudaKernel:
 
     More than one, because inputs that are numbers are read through pointers, and which are is known
     when it is called; and because a grid with many threadgroups in y or z becomes one long row.
-
-    Args:
-        name: Of the kernel.
-        input_names: In the order in which a call gives its inputs.
-        output_names: Likewise.
-        source: The body, in Metal.
-        header: The functions it calls, in Metal.
+    Its arguments are those of :func:`make_kernel`.
     """
 
     def __init__(
