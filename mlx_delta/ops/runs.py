@@ -115,7 +115,7 @@ def _token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array)
     """[M, n], see :func:`mlx_delta.method.runs.token_weights`."""
     n = keys.shape[1]
     deviation = keys - keys.sum(axis=1, keepdims=True) / np.float32(n)
-    share = _over_lanes(xp, deviation * deviation * weights[:, None])
+    share = xp.sqrt(_over_lanes(xp, deviation * deviation * weights[:, None]))
     looked_at = _over_lanes(xp, deviation * salience[:, None])
     share = share * xp.exp(looked_at - looked_at.max(axis=1, keepdims=True))
     relative = share / (_over_lanes(xp, share)[:, None] / np.float32(n))
