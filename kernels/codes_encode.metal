@@ -50,9 +50,76 @@ inline void turn_keys(
   }
 }
 
-// keys: this block's, [Size][D]; turned: scratch of that shape. places: of this head, [D]; felt: by
-// the order, [D]. rows: of this head's rows of words, the first place of each, 32 for each of its
-// codes. words: [rows][Size]; grid: [2][D]. means and steps: [D]; squares and shares: [Size]; codes:
+// How much each token of a block of keys counts, shares [Size]. Whoever calls it has filled means and
+// steps [D], by places of the order, and waited; and waits before reading the shares. Felt: by what
+// the model minds, otherwise by steps of the grid. keys: [Size][D]; places: [D]; felt: [2][D], weights
+// and salience by the order; tokens: [Size].
+template <typename S, int D, int Size, bool Felt>
+inline void token_shares(
+    const device S* keys,
+    const device int* places,
+    const device float* felt,
+    const threadgroup float* means,
+    const threadgroup float* steps,
+    threadgroup float* tokens,
+    threadgroup float* shares,
+    uint lane,
+    uint simdgroup) {
+  constexpr int W = (D + 31) / 32;
+  constexpr float most = 8.0f;  // of the mean one's; and one over it the least
+  for (int t = int(simdgroup); t < Size; t += W) {
+    float sum = 0.0f;
+    float look = 0.0f;
+    for (int i = int(lane); i < D; i += 32) {
+      const ChannelKeys<S, D> own = {keys + place_channel(places[i]), 0};
+      const float apart = value_at(own, t) - means[i];
+      if (Felt) {
+        sum += exact_product(exact_product(apart, apart), felt[i]);
+        look += exact_product(apart, felt[D + i]);
+      } else {
+        const float in_steps = apart / steps[i];
+        sum += steps[i] > 0.0f ? exact_product(in_steps, in_steps) : 0.0f;
+      }
+    }
+    sum = sum_of_lanes(sum);
+    look = sum_of_lanes(look);
+    if (lane == 0) {
+      tokens[t] = Felt ? sqrt(sum) : sum;
+      shares[t] = look;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup != 0) {
+    return;
+  }
+  float sum = 0.0f;
+  if (Felt) {
+    clip_weights<Size>(tokens, shares, lane);
+  } else {
+    for (int t = int(lane); t < Size; t += 32) {
+      sum += tokens[t];
+    }
+    const float mean = sum_of_lanes(sum) / float(Size);
+    const float unit = mean > 0.0f ? mean : 1.0f;
+    for (int t = int(lane); t < Size; t += 32) {
+      const float relative = tokens[t] / unit;
+      // Comparisons that let NaN pass, unlike `clamp`.
+      tokens[t] = relative < 1.0f / most ? 1.0f / most : relative > most ? most : relative;
+    }
+  }
+  sum = 0.0f;
+  for (int t = int(lane); t < Size; t += 32) {
+    sum += tokens[t];
+  }
+  sum = sum_of_lanes(sum);
+  for (int t = int(lane); t < Size; t += 32) {
+    shares[t] = tokens[t] / sum;
+  }
+}
+
+// keys: this block's, [Size][D]; turned: scratch of that shape. places: of this head, [D]; felt:
+// weights and salience by the order, [2][D]. rows: of this head's rows of words, the first place of each, 32 for each of its
+// codes. words: [rows][Size]; grid: [2][D]. means and steps: [D]; tokens and shares: [Size]; codes:
 // [Size * (D + 4)].
 template <typename S, int D, int Size, bool Felt, bool Turned>
 inline void codes_encode(
@@ -67,7 +134,7 @@ inline void codes_encode(
     device S* grid,
     threadgroup float* means,
     threadgroup float* steps,
-    threadgroup float* squares,
+    threadgroup float* tokens,
     threadgroup float* shares,
     threadgroup uchar* codes,
     uint thread_index,
@@ -94,7 +161,7 @@ inline void codes_encode(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   token_shares<S, D, Size, Felt>(
-      from, 0, places, felt, means, steps, squares, shares, lane, simdgroup);
+      from, places, felt, means, steps, tokens, shares, lane, simdgroup);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (has_channel) {
     for (int fit = 0; fit < 2; ++fit) {

@@ -52,25 +52,7 @@ inline void token_weights(
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float highest = -INFINITY;
-  for (int t = int(lane); t < Size; t += 32) {
-    highest = max(highest, looked_at[t]);
-  }
-  highest = simd_max(highest);
-  float sum = 0.0f;
-  for (int t = int(lane); t < Size; t += 32) {
-    tokens[t] = exact_product(tokens[t], exp(looked_at[t] - highest));  // only ratios matter
-    sum += tokens[t];
-  }
-  const float mean = sum_of_lanes(sum) / float(Size);
-  bool usable = true;
-  for (int t = int(lane); t < Size; t += 32) {
-    usable = usable && abs(tokens[t] / mean) < INFINITY;
-  }
-  usable = !simd_any(!usable);
-  for (int t = int(lane); t < Size; t += 32) {
-    tokens[t] = usable ? clamp(tokens[t] / mean, 1.0f / 8.0f, 8.0f) : 1.0f;
-  }
+  clip_weights<Size>(tokens, looked_at, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
@@ -149,8 +131,8 @@ inline ulong greedy_cuts(
 
 // keys: this block's, [Size][D], from the first channel on; tokens before `from` are as it. weights,
 // salience, and the cost of a run of each channel: [D]; sinks: tokens of this block that stand alone,
-// from its first on. starts: [Size][W]; means: [Size][D]. tokens and looked_at: [Size]; total:
-// [Size + 1]; sums, before and begins: [(Size + 1) * 32].
+// from its first on. starts: [Size][W]; means: [Size][D]; counts: how much each token does, [Size].
+// tokens and looked_at: [Size]; total: [Size + 1]; sums, before and begins: [(Size + 1) * 32].
 template <typename T, int D, int Size, bool Optimal>
 inline void delta_runs(
     const device T* keys,
@@ -161,6 +143,7 @@ inline void delta_runs(
     const device float* costs,
     device uint* starts,
     device float* means,
+    device float* counts,
     threadgroup float* tokens,
     threadgroup float* looked_at,
     threadgroup float* total,
@@ -174,6 +157,9 @@ inline void delta_runs(
   const int d = has_channel ? int(word * 32 + lane) : D - 1;
   const ChannelKeys<T, D> own = {keys + d, from};
   token_weights<T, D, Size>(keys, from, weights, salience, tokens, looked_at, lane);
+  for (int t = int(lane); word == 0 && t < Size; t += 32) {
+    counts[t] = tokens[t];
+  }
   ulong cuts;
   if (Optimal) {
     if (lane == 0) {

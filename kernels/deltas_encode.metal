@@ -80,7 +80,7 @@ inline uint stream_word(
 }
 
 // keys: this block's, [Size][D], all but those before `from`, which are as that one. starts:
-// [Size][W] and means: [Size][D], of delta_runs. places: of this head, [D]. words: [Room]; counts
+// [Size][W], means: [Size][D] and tokens, how much each counts: [Size], of delta_runs. places: of this head, [D]. words: [Room]; counts
 // and zeros: this block's numbers; lows and steps: [D]. own_means and own_steps: [D]; squares and
 // shares: [Size]; marks: [Size * W]; first_codes and first_bits: [Size / 16 * D / 8, rounded up,
 // + 1]; held_lanes: [D / 8]; runs: [W]; codes: [Size * D].
@@ -90,15 +90,13 @@ inline void deltas_encode(
     int from,
     const device uint* starts,
     const device float* means,
+    const device float* tokens,
     const device int* places,
     device uint* words,
     device int* counts,
     device int* zeros,
     device S* lows,
     device uchar* steps,
-    threadgroup float* own_means,
-    threadgroup float* own_steps,
-    threadgroup float* squares,
     threadgroup float* shares,
     threadgroup uint* marks,
     threadgroup int* first_codes,
@@ -159,13 +157,17 @@ inline void deltas_encode(
     float exact;
     range_grid<S>(range_of<Size>(own), most, low, exact);
     step = short_step(exact);
-    own_means[i] = channel_mean<S, D, Size>(own_keys);
-    own_steps[i] = exact;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  token_shares<S, D, Size, false>(
-      keys, from, places, (const device float*)means, own_means, own_steps, squares, shares, lane,
-      simdgroup);
+  if (simdgroup == 0) {
+    float sum = 0.0f;
+    for (int t = int(lane); t < Size; t += 32) {
+      sum += tokens[t];
+    }
+    sum = sum_of_lanes(sum);
+    for (int t = int(lane); t < Size; t += 32) {
+      shares[t] = tokens[t] / sum;
+    }
+  }
 
   // 3.
   uint head = 0u;

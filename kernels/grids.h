@@ -89,60 +89,30 @@ inline float channel_mean(ChannelKeys<S, D> own) {
   return sum / float(Size);
 }
 
-// How much each token of a block of keys counts, shares [Size], by how far it lies from the others.
-// Whoever calls it has filled means and steps [D], by places of the order, and waited; and waits
-// before reading the shares. Felt: a channel counts by `felt` [D], otherwise in steps of its grid.
-// keys: [Size][D], all but the first ones before `from`; places: [D]; squares: [Size].
-template <typename S, int D, int Size, bool Felt>
-inline void token_shares(
-    const device S* keys,
-    int from,
-    const device int* places,
-    const device float* felt,
-    const threadgroup float* means,
-    const threadgroup float* steps,
-    threadgroup float* squares,
-    threadgroup float* shares,
-    uint lane,
-    uint simdgroup) {
-  constexpr int W = (D + 31) / 32;
-  constexpr float most = 8.0f;  // of the mean one's; and one over it the least
-  for (int t = int(simdgroup); t < Size; t += W) {
-    float sum = 0.0f;
-    for (int i = int(lane); i < D; i += 32) {
-      const float step = steps[i];
-      const ChannelKeys<S, D> own = {keys + place_channel(places[i]), from};
-      float apart = value_at(own, t) - means[i];
-      apart = Felt ? apart : apart / step;
-      const float square = exact_product(apart, apart);
-      sum += step > 0.0f ? (Felt ? exact_product(felt[i], square) : square) : 0.0f;
-    }
-    sum = sum_of_lanes(sum);
-    if (lane == 0) {
-      squares[t] = sum;
-    }
+// Makes weights of how far the tokens of a block lie from their mean, tokens [Size], and of how much
+// they lie where queries look, looked_at [Size]. For one simdgroup, of which each lane has filled, or
+// seen filled, all numbers of both; whoever reads other lanes' weights waits before.
+template <int Size>
+inline void clip_weights(
+    threadgroup float* tokens, const threadgroup float* looked_at, uint lane) {
+  float highest = -INFINITY;
+  for (int t = int(lane); t < Size; t += 32) {
+    highest = max(highest, looked_at[t]);
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup == 0) {
-    float sum = 0.0f;
-    for (int t = int(lane); t < Size; t += 32) {
-      sum += squares[t];
-    }
-    const float mean = sum_of_lanes(sum) / float(Size);
-    const float unit = mean > 0.0f ? mean : 1.0f;
-    sum = 0.0f;
-    for (int t = int(lane); t < Size; t += 32) {
-      const float relative = squares[t] / unit;
-      // Comparisons that let NaN pass, unlike `clamp`.
-      const float weight =
-          relative < 1.0f / most ? 1.0f / most : relative > most ? most : relative;
-      shares[t] = weight;
-      sum += weight;
-    }
-    sum = sum_of_lanes(sum);
-    for (int t = int(lane); t < Size; t += 32) {
-      shares[t] /= sum;
-    }
+  highest = simd_max(highest);
+  float sum = 0.0f;
+  for (int t = int(lane); t < Size; t += 32) {
+    tokens[t] = exact_product(tokens[t], exp(looked_at[t] - highest));  // only ratios matter
+    sum += tokens[t];
+  }
+  const float mean = sum_of_lanes(sum) / float(Size);
+  bool usable = true;
+  for (int t = int(lane); t < Size; t += 32) {
+    usable = usable && abs(tokens[t] / mean) < INFINITY;
+  }
+  usable = !simd_any(!usable);
+  for (int t = int(lane); t < Size; t += 32) {
+    tokens[t] = usable ? clamp(tokens[t] / mean, 1.0f / 8.0f, 8.0f) : 1.0f;
   }
 }
 

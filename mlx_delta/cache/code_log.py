@@ -84,9 +84,9 @@ class CodeLog:
             self.counts[row] = target
 
     def _felt_by(self, config: DeltaConfig) -> mx.array | None:
-        """How much the model minds errors of each channel, as the encoder takes it."""
+        """What the model minds, as the encoder takes it."""
         if self._felt is None and config.sensitivities is not None:
-            felt, _ = config.sensitivities_of_layer(self.grid.shape[1], self.head_dim)
+            felt = config.sensitivities_of_layer(self.grid.shape[1], self.head_dim)
             self._felt = felt_by_place(felt, self.coding)
         return self._felt
 

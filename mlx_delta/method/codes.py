@@ -25,7 +25,8 @@ A block of ``n`` keys [n, D] of one kv head is stored as
 
 The grid is the line through a channel's keys that errs least, ``fit_grid``: the few largest keys of
 a block may lie beyond it, by less than half the range. Tokens that stand out from their block,
-which are those that attention looks for, count more, ``token_weights``. A key is
+which are those that attention looks for, count more, ``token_shares``: as where keys are held
+(:mod:`mlx_delta.method.runs`) if the model is calibrated. A key is
 ``low + step * code``, rounded to the storage type. In which order sums are made is part of the
 format (:mod:`mlx_delta.method.sums`). Exact keys of the first tokens (sinks) stand
 beside the blocks, and are read instead of their codes.
@@ -52,6 +53,7 @@ import numpy as np
 
 from mlx_delta.widths import FIELDS, Rows, rows_of
 
+from .runs import token_weights
 from .storage import block_grid, decode_values, encode_values, round_to
 from .sums import over_lanes, over_tokens
 
@@ -124,7 +126,7 @@ def fit_grid(
     then the line through keys over codes with the least squared error, tokens weighted.
     """
     grid = block_grid(keys, bits, dtype)
-    shares = token_weights(keys, grid, felt)[:, None]
+    shares = token_shares(keys, grid, felt)[:, None]
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
             codes = encode_values(keys, grid, bits).astype(np.float32)
@@ -139,16 +141,18 @@ def fit_grid(
     return grid
 
 
-def token_weights(keys: np.ndarray, grid: np.ndarray, felt: np.ndarray | None = None) -> np.ndarray:
+def token_shares(keys: np.ndarray, grid: np.ndarray, felt: np.ndarray | None = None) -> np.ndarray:
     """How much each of a block's keys [n, D] counts, float32 [n] that sum up to 1.
 
-    By the square of its distance from their mean, each channel's times how much the model minds
-    its errors, ``felt`` [D]. Where that is not known, in steps of the grid.
+    As where keys are held, by channels' weights and salience, ``felt`` [2, D]. Where these are not
+    known, by the square of the distance from their mean in steps of the grid.
     """
+    if felt is not None:
+        weights = token_weights(keys, *felt)
+        return (weights / over_lanes(weights)).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         apart = keys - over_tokens(keys) / np.float32(len(keys))
-        each = np.square(apart / grid[1]) if felt is None else felt * np.square(apart)
-        squares = over_lanes(np.where(grid[1] > 0, each, 0).astype(np.float32))
+        squares = over_lanes(np.where(grid[1] > 0, np.square(apart / grid[1]), 0))
         mean = over_lanes(squares) / np.float32(len(keys))
         relative = squares / (mean if mean > 0 else 1)
     weights = np.clip(relative, 1 / MOST_WEIGHT, MOST_WEIGHT)
@@ -160,7 +164,7 @@ def code_block(
 ) -> CodedBlock:
     """Store keys [n, D], float32 values of the 16-bit type ``dtype``, in this order [D]."""
     keys, slots = keys[:, order], slots_of(rows)
-    grid = fit_grid(keys, slots.width, dtype, None if felt is None else felt[order])
+    grid = fit_grid(keys, slots.width, dtype, None if felt is None else felt[:, order])
     codes = encode_values(keys, grid, slots.width)
     words = np.zeros((sum(rows), len(keys)), np.uint32)
     for code, row, shift in zip(codes.T, slots.row, slots.shift, strict=True):

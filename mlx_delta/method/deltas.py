@@ -19,8 +19,7 @@ which only the eight bits from the highest bit of its exponent to the third of i
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
 The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
-Tokens that stand out from their block count more, as for codes (:mod:`mlx_delta.method.codes`).
-Runs are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less as runs than as the
+Tokens count as they do for runs, which are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less as runs than as the
 codes of all its keys is stored as those, so no block is larger than plain codes of these widths
 are. Exact keys of the first tokens (sinks) stand beside the blocks, and are read instead of their
 codes; for a block they count as the key after them.
@@ -40,10 +39,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codes import token_weights as standing_out
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
 from .storage import block_grid, decode_values, encode_values, pack_words, round_to
-from .sums import over_tokens
+from .sums import over_lanes, over_tokens
 
 LANE = 8  # channels
 CHUNK = 16  # tokens whose masks, and whose codes, lie side by side
@@ -83,16 +81,18 @@ def whole_steps(short: np.ndarray) -> np.ndarray:
 
 
 def fit_grid(
-    values: np.ndarray, keys: np.ndarray, bits: np.ndarray, dtype: str
+    values: np.ndarray, tokens: np.ndarray, bits: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``low``, float32 [D], and steps, uint8 [D], for what keys [n, D] are held as, and widths [D].
+    """``low``, float32 [D], and steps, uint8 [D], for what keys are held as, [n, D], and widths [D].
+
+    ``tokens``: how much each counts, [n], of :func:`mlx_delta.method.runs.token_weights`.
 
     From the grid over the channel's range on, ``FITS`` times: the codes that the grid gives, the
     line through values over codes with the least squared error, its slope made short, and the best
     line of that slope.
     """
     low, step = block_grid(values, bits, dtype)
-    shares = standing_out(keys, np.stack([low, step]))[:, None]
+    shares = (tokens / over_lanes(tokens))[:, None]
     low, short = round_to(low, dtype), short_steps(step)
     for _ in range(FITS):
         with np.errstate(over="ignore", invalid="ignore"):
@@ -154,7 +154,7 @@ def pack_block(
     begins = begins | ~own
     values = np.where(own, weighted_means(keys, begins, tokens), keys)
     bits = np.repeat(of_lanes, LANE)
-    low, steps = fit_grid(values, keys, bits, dtype)
+    low, steps = fit_grid(values, tokens, bits, dtype)
     codes = encode_values(values, np.stack([low, whole_steps(steps)]), bits)
     return DeltaBlock(_write(codes, begins, held, of_lanes), low, steps)
 

@@ -18,6 +18,7 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.codes import FITS, MOST_WEIGHT, order_of, slots_of
 from mlx_delta.widths import FIELDS, Rows, even_key_widths
 
+from .runs import token_weights
 from .storage import LARGEST, block_grid, encode_values, with_sinks
 from .sums import over_lanes
 from .turned import turn
@@ -125,7 +126,7 @@ def code_blocks(
         keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
         coding: Of the layer.
         size: Tokens in a block.
-        felt: How much the model minds errors of each channel, of :func:`felt_by_place`.
+        felt: What the model minds, of :func:`felt_by_place`.
 
     Returns:
         Words and grid, as of :class:`CodedBlocks`.
@@ -137,8 +138,7 @@ def code_blocks(
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     places = _places(coding)
     blocks = mx.take_along_axis(blocks, places.order, axis=-1)
-    weights = None if felt is None else felt[:, None, None]
-    grid = fit_grid(blocks, places.widths, dtype, weights)
+    grid = fit_grid(blocks, places.widths, dtype, felt)
     codes = encode_values(blocks, grid, places.widths[:, None, None]) << places.shifts
     # All heads' channels of a block, of which each word takes its own.
     codes = codes.transpose(0, 2, 1, 4, 3).reshape(B, -1, H * D, size)
@@ -147,14 +147,16 @@ def code_blocks(
     return words.astype(mx.uint32), grid
 
 
-def felt_by_place(felt: np.ndarray | None, coding: Coding) -> mx.array | None:
-    """How much the model minds errors of each channel, float32 [Hkv, D] in the order.
+def felt_by_place(
+    felt: tuple[np.ndarray, np.ndarray] | None, coding: Coding
+) -> mx.array | None:
+    """Weights and salience of each channel, float32 [Hkv, 2, D] in the order.
 
-    ``None`` where that is not known, [Hkv, D] in ``felt``, or of turned keys.
+    ``None`` where they are not known, each [Hkv, D] in ``felt``, or of turned keys.
     """
     if felt is None or coding.turned:
         return None
-    own = np.take_along_axis(felt, np.array(coding.order), axis=1)
+    own = np.take_along_axis(np.stack(felt, axis=1), np.array(coding.order)[:, None], axis=2)
     return mx.array(own.astype(np.float32))
 
 
@@ -214,11 +216,11 @@ def fit_grid(
 ) -> mx.array:
     """The grid of each channel, [B, Hkv, blocks, 2, D], for float32 keys [.., block_size, D].
 
-    ``widths``: int [Hkv, D]; ``felt``: [Hkv, 1, 1, D], or not known.
+    ``widths``: int [Hkv, D]; ``felt``: [Hkv, 2, D], or not known.
     """
     grid = block_grid(blocks, widths[:, None], dtype)
     widths = widths[:, None, None]
-    shares = token_weights(blocks, grid, felt)[..., None]
+    shares = _token_shares(blocks, grid, felt)[..., None]
     mean_key = (shares * blocks).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = encode_values(blocks, grid, widths).astype(mx.float32)
@@ -234,12 +236,14 @@ def fit_grid(
     return grid
 
 
-def token_weights(blocks: mx.array, grid: mx.array, felt: mx.array | None) -> mx.array:
+def _token_shares(blocks: mx.array, grid: mx.array, felt: mx.array | None) -> mx.array:
     """How much each key of a block counts, float32 [B, Hkv, blocks, block_size], for such keys."""
+    if felt is not None:
+        weights = token_weights(mx, blocks, felt[:, None, 0], felt[:, None, 1])
+        return weights / over_lanes(weights)
     step, size = grid[:, :, :, 1:].astype(mx.float32), blocks.shape[3]
     apart = blocks - blocks.sum(axis=3, keepdims=True) / size
-    each = mx.square(apart / step) if felt is None else felt * mx.square(apart)
-    squares = over_lanes(mx.where(step > 0, each, 0))[..., 0]
+    squares = over_lanes(mx.where(step > 0, mx.square(apart / step), 0))[..., 0]
     mean = over_lanes(squares) / size
     weights = mx.clip(squares / mx.where(mean > 0, mean, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
     return weights / over_lanes(weights)

@@ -31,7 +31,7 @@ assert (FITS, MOST_WEIGHT) == (2, 8.0), "as kernels/codes_encode.metal has them"
 BODY = """
     threadgroup float means[D];
     threadgroup float steps[D];
-    threadgroup float squares[Size];
+    threadgroup float tokens[Size];
     threadgroup float shares[Size];
     threadgroup uchar codes[Size * (D + 4)];
     int block = threadgroup_position_in_grid.y;
@@ -43,8 +43,8 @@ BODY = """
     long row = (long(head / Heads) * n_blocks + block) * first_rows[Heads] + first;
     codes_encode<S, D, Size, Felt, Turned>(
         keys + from * Size * D, turned + (Turned ? from * Size * D : 0), factor,
-        places + own * D, felt + (Felt ? own * D : 0), rows + first, first_rows[own + 1] - first,
-        words + row * Size, grid + from * 2 * D, means, steps, squares, shares, codes,
+        places + own * D, felt + (Felt ? own * 2 * D : 0), rows + first, first_rows[own + 1] - first,
+        words + row * Size, grid + from * 2 * D, means, steps, tokens, shares, codes,
         thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
 """
 
@@ -88,7 +88,7 @@ def encode(
         )
     if len(coding.order) != H or any(len(order) != D for order in coding.order):
         raise ValueError(f"[codes_encode] the coding is not of {H} kv heads of {D} channels.")
-    check_shapes("codes_encode", {"felt": (felt, None if felt is None else (H, D))})
+    check_shapes("codes_encode", {"felt": (felt, None if felt is None else (H, 2, D))})
     places, rows, first_rows = _tables(coding)
     words, grid, _ = codes_encode_kernel()(
         inputs=[

@@ -19,9 +19,9 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, lane_order
 from mlx_delta.widths import even_lane_widths
 
-from .codes import token_weights
-from .runs import hold_runs
+from .runs import hold_runs, token_weights
 from .storage import LARGEST, block_grid, encode_values, with_sinks
+from .sums import over_lanes
 
 WORD = 32  # bits
 
@@ -154,6 +154,8 @@ def store_deltas(
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
     blocks = _without_sinks(blocks, config.sinks - first_block * size)
     runs = hold_runs(blocks, dataclasses.replace(config, sinks=0), first_block)
+    weights, salience = (mx.array(x)[:, None] for x in config.sensitivities_of_layer(H, D))
+    tokens = token_weights(mx, blocks, weights, salience)
     index = mx.array(coding.order)[None, :, None, None]
     blocks, means, begins = (mx.take_along_axis(x, index, axis=-1) for x in (blocks, *runs[:2]))
     widths = np.array(coding.widths)
@@ -161,7 +163,7 @@ def store_deltas(
     own = mx.repeat(held, LANE, axis=3)[:, :, :, None]
     values, begins = mx.where(own, means, blocks), begins | mx.logical_not(own)
     bits = np.repeat(widths, LANE, axis=1)
-    low, steps = _fit_grid(values, blocks, bits, keys.dtype)
+    low, steps = _fit_grid(values, tokens, bits, keys.dtype)
     codes = _encode(values, low, steps, bits)
     words, counts = _write(codes, begins, held, widths, coding.worst_words(size))
     zeros = mx.logical_not(begins).sum(axis=(3, 4)).astype(mx.int32)
@@ -190,13 +192,16 @@ def _held_lanes(begins: mx.array, widths: np.ndarray) -> mx.array:
 
 
 def _fit_grid(
-    values: mx.array, blocks: mx.array, bits: np.ndarray, dtype: mx.Dtype
+    values: mx.array, tokens: mx.array, bits: np.ndarray, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """``low`` and steps, [B, Hkv, blocks, D], for what float32 keys [.., D] are held as."""
+    """``low`` and steps, [B, Hkv, blocks, D], for what float32 keys [.., size, D] are held as.
+
+    ``tokens``: how much each counts, [.., size].
+    """
     across = bits[:, None]
     grid = block_grid(values, across, dtype)
     low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
-    shares = token_weights(blocks, grid, None)[..., None]
+    shares = (tokens / over_lanes(tokens))[..., None]
     mean = (shares * values).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = _encode(values, low, short, bits).astype(mx.float32)

@@ -23,9 +23,6 @@ assert (CHUNK, FITS, LANE) == (16, 4, 8), "as kernels/deltas_encode.metal has th
 BODY = """
     constexpr int W = (D + 31) / 32;
     constexpr int Streams = (Size + 15) / 16 * (D / 8);
-    threadgroup float own_means[D];
-    threadgroup float own_steps[D];
-    threadgroup float squares[Size];
     threadgroup float shares[Size];
     threadgroup uint marks[Size * W];
     threadgroup int first_codes[Streams];
@@ -39,8 +36,8 @@ BODY = """
     int exact = max(min(place[1] - (place[0] + block) * Size, Size - 1), 0);
     deltas_encode<S, D, Size, Room>(
         keys + from * Size * D, exact, starts + from * Size * W, means + from * Size * D,
-        places + head % Heads * D, words + from * Room, counts + from, zeros + from, low + from * D,
-        steps + from * D, own_means, own_steps, squares, shares, marks, first_codes, first_bits,
+        tokens + from * Size, places + head % Heads * D, words + from * Room, counts + from, zeros + from, low + from * D,
+        steps + from * D, shares, marks, first_codes, first_bits,
         held_lanes, runs, codes, thread_index_in_threadgroup, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
 """
@@ -51,7 +48,7 @@ def deltas_encode_kernel() -> Any:
     """deltas_encode."""
     return make_kernel(
         name="deltas_encode",
-        input_names=["keys", "starts", "means", "places", "place"],
+        input_names=["keys", "starts", "means", "tokens", "places", "place"],
         output_names=["words", "counts", "zeros", "low", "steps"],
         source=BODY,
         header=kernel_source("rounding.h")
@@ -70,14 +67,15 @@ def encode(
     keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
 ) -> StoredDeltas:
     """The kernels for :func:`mlx_delta.ops.deltas.store_deltas`: two launches for all blocks."""
-    starts, means = cut_runs(keys, config, first_block, alike=True)
-    return write(keys, starts, means, config, coding, first_block)
+    runs = cut_runs(keys, config, first_block, alike=True)
+    return write(keys, *runs, config, coding, first_block)
 
 
 def write(
     keys: mx.array,
     starts: mx.array,
     means: mx.array,
+    tokens: mx.array,
     config: DeltaConfig,
     coding: LaneCoding,
     first_block: int,
@@ -88,6 +86,7 @@ def write(
         keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
         starts: Which elements start a run, uint32 [B, Hkv, blocks, size, ceil(D / 32)].
         means: Of the runs, float32 [B, Hkv, blocks, size, D].
+        tokens: How much each counts, float32 [B, Hkv, blocks, size].
         config: The setting of this layer.
         coding: Of the layer.
         first_block: Which block of the text the first one is.
@@ -106,14 +105,19 @@ def write(
     W, shape, room = -(-D // SIMD), (B, H, blocks), coding.worst_words(size)
     check_shapes(
         "deltas_encode",
-        {"starts": (starts, (*shape, size, W)), "means": (means, (*shape, size, D))},
-        {"starts": mx.uint32, "means": mx.float32},
+        {
+            "starts": (starts, (*shape, size, W)),
+            "means": (means, (*shape, size, D)),
+            "tokens": (tokens, (*shape, size)),
+        },
+        {"starts": mx.uint32, "means": mx.float32, "tokens": mx.float32},
     )
     words, counts, zeros, low, steps = deltas_encode_kernel()(
         inputs=[
             padded(keys),
             padded(starts),
             padded(means),
+            padded(tokens),
             _places(coding),
             constant((first_block, config.sinks), mx.int32),
         ],

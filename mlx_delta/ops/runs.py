@@ -42,7 +42,7 @@ def hold_runs(
     """
     B, H, n_blocks, size, D = blocks.shape
     if n_blocks and can_cut(config):
-        words, held = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
+        words, held, _ = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
         found = elements(words, D)
         return held, found, mx.logical_not(found).sum(axis=(3, 4)).astype(mx.int32)
     own = config.sensitivities_of_layer(H, D)
@@ -95,7 +95,7 @@ def cut_blocks(
     if xp is np:
         steps = np.ascontiguousarray(steps)
     with np.errstate(all="ignore"):  # NaN and infinities have their own rule
-        tokens = _token_weights(xp, keys, weights, salience)
+        tokens = token_weights(xp, keys, weights, salience)
         costs = np.float32(level) / xp.sqrt(xp.maximum(weights, LEAST_WEIGHT))
         tokens = tokens.T[..., None]  # [n, M, 1]
         if optimal and level > 0:
@@ -111,15 +111,25 @@ def cut_blocks(
     return means.swapaxes(0, 1), starts.swapaxes(0, 1)
 
 
-def _token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array) -> Array:
-    """[M, n], see :func:`mlx_delta.method.runs.token_weights`."""
-    n = keys.shape[1]
-    deviation = keys - keys.sum(axis=1, keepdims=True) / np.float32(n)
-    share = xp.sqrt(_over_lanes(xp, deviation * deviation * weights[:, None]))
-    looked_at = _over_lanes(xp, deviation * salience[:, None])
-    share = share * xp.exp(looked_at - looked_at.max(axis=1, keepdims=True))
-    relative = share / (_over_lanes(xp, share)[:, None] / np.float32(n))
-    usable = (xp.abs(relative) < xp.inf).all(axis=1, keepdims=True)
+def token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array) -> Array:
+    """How much tokens count, see :func:`mlx_delta.method.runs.token_weights`.
+
+    Args:
+        xp: Whose arrays they are.
+        keys: [.., n, D].
+        weights: [.., D], for all of these blocks.
+        salience: As the weights.
+
+    Returns:
+        [.., n].
+    """
+    n = keys.shape[-2]
+    deviation = keys - keys.sum(axis=-2, keepdims=True) / np.float32(n)
+    share = xp.sqrt(_over_lanes(xp, deviation * deviation * weights[..., None, :]))
+    looked_at = _over_lanes(xp, deviation * salience[..., None, :])
+    share = share * xp.exp(looked_at - looked_at.max(axis=-1, keepdims=True))
+    relative = share / (_over_lanes(xp, share)[..., None] / np.float32(n))
+    usable = (xp.abs(relative) < xp.inf).all(axis=-1, keepdims=True)
     clipped = xp.minimum(xp.maximum(relative, LEAST_TOKEN), MOST_TOKEN)
     return xp.where(usable, clipped, np.float32(1))
 

@@ -32,7 +32,7 @@ BODY = """
     delta_runs<T, D, Size, Optimal>(
         keys + at * Size * D, Alike ? min(sinks, Size - 1) : 0, Alike ? 0 : sinks,
         own, own + Heads * D, own + 2 * Heads * D, starts + at * Size * W, means + at * Size * D,
-        tokens, looked_at, total, sums, before, begins, threadgroup_position_in_grid.x,
+        counts + at * Size, tokens, looked_at, total, sums, before, begins, threadgroup_position_in_grid.x,
         thread_index_in_simdgroup);
 """
 
@@ -43,7 +43,7 @@ def runs_kernel() -> Any:
     return make_kernel(
         name="delta_runs",
         input_names=["keys", "felt", "place"],
-        output_names=["starts", "means"],
+        output_names=["starts", "means", "counts"],
         source=BODY,
         header=kernel_source("rounding.h")
         + kernel_source("grids.h")
@@ -59,8 +59,8 @@ def can_cut(config: DeltaConfig) -> bool:
 
 def cut_runs(
     keys: mx.array, config: DeltaConfig, first_block: int, alike: bool = False
-) -> tuple[mx.array, mx.array]:
-    """Where runs start, and their means: of whole blocks, in one launch.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Where runs start, their means and how much tokens count: of whole blocks, in one launch.
 
     Args:
         keys: [B, Hkv, blocks * size, D], of any floating type.
@@ -71,7 +71,8 @@ def cut_runs(
 
     Returns:
         Which elements start a run, a bit for each channel, uint32 [B, Hkv, blocks, size,
-        ceil(D / 32)]; and the means, float32 [B, Hkv, blocks, size, D].
+        ceil(D / 32)]; the means, float32 [B, Hkv, blocks, size, D]; and how much each token counts,
+        float32 [B, Hkv, blocks, size].
     """
     check_shapes("delta_runs", {"keys": (keys, (None,) * 4)})
     B, H, length, D = keys.shape
@@ -82,7 +83,7 @@ def cut_runs(
             f"[delta_runs] takes keys of whole blocks of {size} tokens and a level above 0 but got "
             f"{tuple(keys.shape)} and {config.run_level}."
         )
-    starts, means = runs_kernel()(
+    starts, means, counts = runs_kernel()(
         inputs=[
             padded(keys),
             _felt(config, H, D),
@@ -94,10 +95,10 @@ def cut_runs(
         ],
         grid=(SIMD * words, blocks, B * H),
         threadgroup=(SIMD, 1, 1),
-        output_shapes=[(B, H, blocks, size, words), (B, H, blocks, size, D)],
-        output_dtypes=[mx.uint32, mx.float32],
+        output_shapes=[(B, H, blocks, size, words), (B, H, blocks, size, D), (B, H, blocks, size)],
+        output_dtypes=[mx.uint32, mx.float32, mx.float32],
     )
-    return starts, means
+    return starts, means, counts
 
 
 def elements(starts: mx.array, head_dim: int) -> mx.array:
