@@ -84,7 +84,7 @@ inline void token_shares(
     sum = sum_of_lanes(sum);
     look = sum_of_lanes(look);
     if (lane == 0) {
-      tokens[t] = Felt ? sqrt(sum) : sum;
+      tokens[t] = sum;
       shares[t] = look;
     }
   }

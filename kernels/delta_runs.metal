@@ -44,7 +44,7 @@ inline void token_weights(
         look += exact_product(apart, salience[d]);
       }
     }
-    share = sqrt(sum_of_lanes(share));
+    share = sum_of_lanes(share);
     look = sum_of_lanes(look);
     if (lane == 0) {
       tokens[t] = share;

@@ -80,10 +80,10 @@ inline uint stream_word(
 }
 
 // keys: this block's, [Size][D], all but those before `from`, which are as that one. starts:
-// [Size][W], means: [Size][D] and tokens, how much each counts: [Size], of delta_runs. places: of this head, [D]. words: [Room]; counts
-// and zeros: this block's numbers; lows and steps: [D]. own_means and own_steps: [D]; squares and
-// shares: [Size]; marks: [Size * W]; first_codes and first_bits: [Size / 16 * D / 8, rounded up,
-// + 1]; held_lanes: [D / 8]; runs: [W]; codes: [Size * D].
+// [Size][W], means: [Size][D], and tokens, how much each counts: [Size], of delta_runs. places: of
+// this head, [D]. words: [Room]; counts and zeros: this block's numbers; lows and steps: [D]. shares:
+// [Size]; marks: [Size * W]; first_codes and first_bits: [Size / 16 * D / 8, rounded up, + 1];
+// held_lanes: [D / 8]; runs: [W]; codes: [Size * D].
 template <typename S, int D, int Size, int Room>
 inline void deltas_encode(
     const device S* keys,

@@ -89,7 +89,7 @@ inline float channel_mean(ChannelKeys<S, D> own) {
   return sum / float(Size);
 }
 
-// Makes weights of how far the tokens of a block lie from their mean, tokens [Size], and of how much
+// Makes weights of how far the tokens of a block stand out of it, tokens [Size], and of how much
 // they lie where queries look, looked_at [Size]. For one simdgroup, of which each lane has filled, or
 // seen filled, all numbers of both; whoever reads other lanes' weights waits before.
 template <int Size>

@@ -1,16 +1,13 @@
 """Which keys a model looks at: for each kv head a direction along which errors are felt more.
 
-Squared gradients say how much each far key of a window mattered. How much that is on average, of
-keys like it in a block, is predicted from the key and from how far it stands out: a regression with
-a logarithmic link, whose coefficients of the key are the salience. It is the mean that is fitted
-and not the mean logarithm: what a lost key costs is what it costs on average, and the few tokens
-that matter most are most of that.
+Squared gradients say how much each far key of a window mattered. Their logarithm, within a block,
+is predicted from the key itself and from how far it stands out, by ridge regression; the
+coefficients of the key are the salience.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,25 +15,12 @@ from mlx_delta.config import DeltaConfig
 
 from .weights import Watched
 
-RIDGE = 0.5  # in units of the number of keys and their variance
-STEPS = 16  # each halves what is left to go
-_LOWEST, _HIGHEST = -6.0, 4.0  # of a prediction's logarithm
+# Of the regression's coefficients: what is predicted of a logarithm is uncertain, and a weight
+# that is wrong costs more than one that is too even.
+TRUST = 0.5
+RIDGE = 0.1  # in units of the number of keys and their variance
 
 _TINY = 1e-8
-
-
-class _Rows(NamedTuple):
-    """A head's far keys.
-
-    Attributes:
-        keys: Deviations from their block's mean, [N, D].
-        apart: Half the logarithm of how far they stand out, [N]: of the distance.
-        felt: What was felt of each, in units of its block's mean, [N].
-    """
-
-    keys: np.ndarray
-    apart: np.ndarray
-    felt: np.ndarray
 
 
 def measure_salience(
@@ -61,40 +45,34 @@ def measure_salience(
                 _rows(np.array(window.keys[i][head]), of_window[i][head], weight, config)
                 for window, of_window in zip(watched, squares, strict=True)
             ]
-            heads.append(_fit(_Rows(*map(np.concatenate, zip(*parts, strict=True)))))
+            heads.append(_fit(parts))
         found.append(np.stack(heads))
     return found
 
 
 def _rows(
     keys: np.ndarray, squares: np.ndarray, weight: np.ndarray, config: DeltaConfig
-) -> _Rows:
-    """Of a head's keys [L, D] those that some query sees as far, but for sinks, which are exact."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """What predicts, [N, 1 + D], and what is predicted, [N], of a head's far keys [L, D]."""
     size = config.block_size
-    blocks = (len(keys) - 1) // size - config.window_blocks
+    blocks = (len(keys) - 1) // size - config.window_blocks  # that some query sees as far
     keys, squares = (x[: blocks * size].reshape(blocks, size, -1) for x in (keys, squares))
-    deviation = (keys - keys.mean(axis=1, keepdims=True)).astype(np.float64)
-    apart = 0.5 * np.log((deviation * deviation * weight).sum(axis=2) + _TINY)
-    felt = (squares / weight).mean(axis=2, dtype=np.float64)
-    felt = felt / np.maximum(felt.mean(axis=1, keepdims=True), _TINY)
-    rows = deviation, apart - apart.mean(axis=1, keepdims=True), felt
-    used = np.arange(blocks * size) >= config.sinks
-    return _Rows(*(x.reshape(blocks * size, *x.shape[2:])[used] for x in rows))
+    deviation = keys - keys.mean(axis=1, keepdims=True)
+    apart = np.log((deviation * deviation * weight).sum(axis=2, keepdims=True) + _TINY)
+    felt = np.log((squares / weight).mean(axis=2) + _TINY)
+    predicting = np.concatenate([apart - apart.mean(axis=1, keepdims=True), deviation], axis=2)
+    felt = felt - felt.mean(axis=1, keepdims=True)
+    if config.sinks:  # exact, and unlike all others
+        predicting[0, : config.sinks] = felt[0, : config.sinks] = 0
+    return predicting.reshape(-1, predicting.shape[2]), felt.ravel()
 
 
-def _fit(rows: _Rows) -> np.ndarray:
-    """Coefficients of the key's channels, float32 [D].
-
-    Scoring for a gamma distribution, whose spread grows with its mean: each step is a least-squares
-    fit with equal weights, and goes half of the way.
-    """
-    keys = np.concatenate([rows.keys, np.ones((len(rows.keys), 1))], axis=1)
-    ridge = np.full(keys.shape[1], RIDGE * len(keys) * rows.keys.var() + _TINY)
-    ridge[-1] = _TINY  # of the constant
-    normal = keys.T @ keys + np.diag(ridge)
-    found = np.linalg.solve(normal, keys.T @ (np.log(rows.felt + _TINY) - rows.apart))
-    for _ in range(STEPS):
-        logs = np.clip(keys @ found + rows.apart, _LOWEST, _HIGHEST)
-        aim = logs - rows.apart + np.expm1(np.log(rows.felt + _TINY) - logs)
-        found = (found + np.linalg.solve(normal, keys.T @ aim)) / 2
-    return found[:-1].astype(np.float32)
+def _fit(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Coefficients of the key's channels, float32 [D]."""
+    predicting = np.concatenate([x for x, _ in parts]).astype(np.float64)
+    felt = np.concatenate([y for _, y in parts]).astype(np.float64)
+    D = predicting.shape[1] - 1
+    ridge = np.full(1 + D, RIDGE * len(felt) * predicting[:, 1:].var() + _TINY)
+    ridge[0] = _TINY
+    solved = np.linalg.solve(predicting.T @ predicting + np.diag(ridge), predicting.T @ felt)
+    return (TRUST * solved[1:]).astype(np.float32)

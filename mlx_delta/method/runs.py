@@ -7,11 +7,10 @@ u [D], along which keys are looked at more. Everything faster must agree with it
 A run's elements are all held as their weighted mean. Tokens weigh
 
     m_t = clip(p_t / mean(p), 1/8, 8),
-    p_t = exp(sum_d u_d k_td) sqrt(sum_d w_d (k_td - mean_d)^2):
+    p_t = exp(sum_d u_d k_td) sum_d w_d (k_td - mean_d)^2:
 
 those that stand out from their block carry what attention recalls, and of these, those that lie
-where queries look. (The distance, not its square, which is more than it tells: with the same zeros
-as the square it loses a third less, on prose and where facts are asked for.) A channel's runs cost
+where queries look. A channel's runs cost
 
     sum_t m_t (k_td - mean of the run)^2 + (level / sqrt(w_d)) * runs.
 
@@ -35,7 +34,7 @@ def token_weights(keys: np.ndarray, weights: np.ndarray, salience: np.ndarray) -
     """How much each token of keys [n, D] counts, [n]; all alike if the keys do not vary."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         deviation = keys - over_tokens(keys) / np.float32(len(keys))
-        share = np.sqrt(over_lanes(deviation * deviation * weights))
+        share = over_lanes(deviation * deviation * weights)
         looked_at = over_lanes(deviation * salience)
         share = share * np.exp(looked_at - looked_at.max())  # only ratios matter
         relative = share / (over_lanes(share) / np.float32(len(keys)))

@@ -125,7 +125,7 @@ def token_weights(xp: ModuleType, keys: Array, weights: Array, salience: Array) 
     """
     n = keys.shape[-2]
     deviation = keys - keys.sum(axis=-2, keepdims=True) / np.float32(n)
-    share = xp.sqrt(_over_lanes(xp, deviation * deviation * weights[..., None, :]))
+    share = _over_lanes(xp, deviation * deviation * weights[..., None, :])
     looked_at = _over_lanes(xp, deviation * salience[..., None, :])
     share = share * xp.exp(looked_at - looked_at.max(axis=-1, keepdims=True))
     relative = share / (_over_lanes(xp, share)[..., None] / np.float32(n))
