@@ -1,7 +1,9 @@
 """Turning keys and values by a Hadamard matrix, and values as codes, with MLX operations.
 
-See :mod:`mlx_delta.method.codes`. Here a token's heads lie one after the other, [B, 1, L, words],
-so that heads of different widths share a buffer.
+See :mod:`mlx_delta.method.codes` and :mod:`mlx_delta.method.values`, with which this agrees bit for
+bit; on a GPU but for turning and for scales, whose sums over numbers MLX makes in another order
+there. Here a token's heads lie one after the other, [B, 1, L, words], so that heads of different
+widths share a buffer.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_delta.method.codes import hadamard_size, value_group, value_words
+from mlx_delta.method.codes import hadamard_size
+from mlx_delta.method.values import LARGEST_SCALE, NO_SCALE, SCALES, value_group, value_words
 
-from .storage import storage_type, to_storage
+from .storage import LARGEST, storage_type
+from .sums import over_lanes
 
-# Words, scales and biases of values.
-Codes = tuple[mx.array, mx.array, mx.array]
+# Words, uint32, and scales, uint8, of values.
+Codes = tuple[mx.array, mx.array]
+_RUN = 8  # codes that fill whole bytes, whatever their width
 
 
 def turn(x: mx.array) -> mx.array:
@@ -26,32 +31,75 @@ def turn(x: mx.array) -> mx.array:
 
 
 def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
-    """Codes of values [B, Hkv, L, Dv], each of [B, 1, L, ..]; scales are of the 16-bit type."""
-    group = value_group(values.shape[3])
-    turned = to_storage(turn(values.astype(mx.float32)).astype(_wide(values.dtype)))
-    parts = []
-    for width, heads in _runs(widths):
-        found = mx.quantize(turned[:, heads], group, width)
-        parts.append([side_by_side(x) for x in found])
-    words, scales, biases = (mx.concatenate(list(x), axis=3) for x in zip(*parts, strict=True))
-    return words, scales, biases
+    """Codes of values [B, Hkv, L, Dv], each of [B, 1, L, ..]."""
+    B, H, L, D = values.shape
+    largest = LARGEST[storage_type(values.dtype)]
+    turned = mx.clip(turn(values.astype(mx.float32)), -largest, largest)
+    turned = turned.astype(storage_type(values.dtype)).astype(mx.float32)
+    numbers = turned.reshape(B, H, L, -1, value_group(D))
+    halves = mx.array([2.0 ** (width - 1) for width in widths]).reshape(H, 1, 1, 1)
+    finite = mx.abs(numbers).max(axis=4, keepdims=True) < mx.inf  # false for NaN too
+    numbers = mx.where(finite, numbers, 0)
+    scales = _best_scales(numbers, halves)
+    codes = _steps(numbers, scale_of(scales), halves) + halves
+    codes = codes.astype(mx.uint8).reshape(B, H, L, D)
+    words = [side_by_side(_packed(codes[:, heads], width)) for width, heads in _runs(widths)]
+    scales = mx.where(finite, scales, mx.array(NO_SCALE, mx.uint8))[..., 0]
+    return mx.concatenate(words, axis=3), side_by_side(scales)
+
+
+def scale_of(byte: mx.array) -> mx.array:
+    """What scales' bytes stand for, float32."""
+    return (byte.astype(mx.uint16) << 7).view(mx.float16).astype(mx.float32)
+
+
+def _best_scales(numbers: mx.array, halves: mx.array) -> mx.array:
+    """Bytes [.., 1] of the scales at which finite numbers [.., n] err least."""
+    # A number and its negative err alike; what is not negative is cut faster than rounded down.
+    numbers = mx.abs(numbers)
+    nearest = (numbers.max(axis=-1, keepdims=True) / halves).astype(mx.float16).view(mx.uint16)
+    byte = mx.minimum((nearest + 64) >> 7, LARGEST_SCALE).astype(mx.uint8)
+    best, least, largest = byte, mx.array(mx.inf), halves - 1
+    for _ in range(SCALES):
+        scale = scale_of(byte)
+        steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), largest)
+        errors = numbers - scale * (steps.astype(mx.uint8).astype(mx.float32) + 0.5)
+        squares = over_lanes(mx.square(errors))
+        best = mx.where(squares < least, byte, best)
+        least = mx.minimum(squares, least)
+        byte = mx.maximum(byte, 1) - 1
+    return best
+
+
+def _steps(numbers: mx.array, scale: mx.array, halves: mx.array) -> mx.array:
+    """Codes without what is added to have none below 0, float32: -halves to halves - 1."""
+    steps = mx.floor(numbers / mx.where(scale > 0, scale, mx.inf))
+    return mx.clip(steps, -halves, halves - 1)
+
+
+def _packed(codes: mx.array, width: int) -> mx.array:
+    """Words [.., n * width / 32] of codes [.., n], without gaps, lowest bits first."""
+    shape, count = codes.shape[:-1], codes.shape[-1] // _RUN
+    shifts = mx.arange(0, width * _RUN, width, dtype=mx.uint64)
+    runs = (codes.reshape(*shape, count, _RUN).astype(mx.uint64) << shifts).sum(axis=-1)
+    parts = runs[..., None].view(mx.uint8)[..., :width]
+    return mx.contiguous(parts).reshape(*shape, count * width).view(mx.uint32)
 
 
 def decode_values(codes: Codes, widths: Sequence[int], head_dim: int, dtype: mx.Dtype) -> mx.array:
     """Values [B, Hkv, L, Dv] of a type that codes stand for, turned back."""
-    words, scales, biases = codes
+    words, scales = codes
     B, _, L, _ = words.shape
     group = value_group(head_dim)
     # float32: half arithmetic is several times slower without a GPU.
-    scales, biases = (
-        x.reshape(B, L, len(widths), -1).swapaxes(1, 2).astype(mx.float32) for x in (scales, biases)
-    )
+    units = scale_of(scales.reshape(B, L, len(widths), -1).swapaxes(1, 2))
     ends = [0, *itertools.accumulate(value_words(head_dim, widths))]
     heads = []
     for width, run in _runs(widths):
         own = words[:, 0, :, ends[run.start] : ends[run.stop]]
         own = own.reshape(B, L, run.stop - run.start, -1).swapaxes(1, 2)
-        heads.append(mx.dequantize(own, scales[:, run], biases[:, run], group, width))
+        unit = units[:, run]
+        heads.append(mx.dequantize(own, unit, unit * ((1 - 2**width) / 2), group, width))
     values = heads[0] if len(heads) == 1 else mx.concatenate(heads, axis=1)
     return turn(values).astype(dtype)
 
@@ -60,11 +108,6 @@ def side_by_side(x: mx.array) -> mx.array:
     """[B, H, L, n] as [B, 1, L, H * n]."""
     B, H, L, n = x.shape
     return x.swapaxes(1, 2).reshape(B, 1, L, H * n)
-
-
-def _wide(dtype: mx.Dtype) -> mx.Dtype:
-    """A type that :func:`to_storage` rounds to the storage type of another."""
-    return dtype if dtype == mx.float32 else storage_type(dtype)
 
 
 def _runs(widths: Sequence[int]) -> list[tuple[int, slice]]:

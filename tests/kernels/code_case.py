@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
+from mlx_delta.method.values import encode_groups, numbers_of, scale_of, value_group
 from mlx_delta.ops import codes_kernel
 from mlx_delta.ops.storage import to_storage
 from mlx_delta.widths import FIELDS
@@ -106,15 +107,11 @@ class CodedCase(Case):
             return stored, stored
         near = as_float(to_storage(self.values[row, head, :length]))
         assert self.setting.value_widths is not None and self.setting.value_widths[0]
-        width, group = self.setting.value_widths[0][head], ref.value_group(self.head_dim)
-        turned = mx.array(ref.turn(near, STORED[self.dtype]))
-        parts = mx.quantize(to_storage(turned.astype(self.dtype)), group, width)
-        words, scales, biases = (as_float(x) if x.dtype != mx.uint32 else x for x in parts)
-        far = [
-            ref.decode_value(np.array(words[t]), scales[t], biases[t], (width,), self.head_dim)[0]
-            for t in range(length)
-        ]
-        coded = np.array(far) @ ref.hadamard(self.head_dim)
+        width = self.setting.value_widths[0][head]
+        turned = ref.turn(near, STORED[self.dtype])
+        codes, scales = encode_groups(turned.reshape(-1, value_group(self.head_dim)), width)
+        far = numbers_of(codes, scale_of(scales), width).reshape(near.shape)
+        coded = far @ ref.hadamard(self.head_dim)
         coded[: self.setting.sinks] = near[: self.setting.sinks]
         return near, coded
 
