@@ -14,9 +14,10 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.values import value_group, value_words
+from mlx_delta.ops.blocks import encode_values
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.storage import LARGEST, storage_type, to_storage
-from mlx_delta.ops.turned import Codes, decode_values, encode_values
+from mlx_delta.ops.turned import Codes, decode_values
 from mlx_delta.widths import share_value_bits
 
 from .buffers import equal_rows, grow, pad_to, take_out, write_first
@@ -56,7 +57,7 @@ class TurnedValues:
         self.near = near
         self.sinks = sinks
         self.counts = counts
-        self.widths = _widths(config, near.keys.shape[1])
+        self.widths = head_widths(config, near.keys.shape[1])
 
     @classmethod
     def make(cls, config: DeltaConfig, values: mx.array) -> TurnedValues:
@@ -64,7 +65,7 @@ class TurnedValues:
         B, H, _, D = values.shape
         dtype = storage_type(values.dtype)
         groups = H * D // value_group(D)
-        words = sum(value_words(D, _widths(config, H)))
+        words = sum(value_words(D, head_widths(config, H)))
         codes = (
             mx.zeros((B, 1, 0, words), mx.uint32),
             mx.zeros((B, 1, 0, groups), mx.uint8),
@@ -82,7 +83,7 @@ class TurnedValues:
         """
         storage_type(values.dtype)
         value_group(values.shape[3])
-        _widths(config, values.shape[1])
+        head_widths(config, values.shape[1])
 
     @staticmethod
     def count_arrays(config: DeltaConfig) -> int:
@@ -334,7 +335,7 @@ class TurnedView:
         return self
 
 
-def _widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
+def head_widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
     """The width of each kv head's codes, of a setting of one layer."""
     assert config.value_bits is not None
     if config.value_widths is None or config.value_widths[0] is None:

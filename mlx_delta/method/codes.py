@@ -188,7 +188,12 @@ def hadamard(head_dim: int) -> np.ndarray:
 
 
 def turn(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Keys or values [.., D], turned and rounded to the 16-bit type, float32.
+    """Keys or values [.., D], turned and rounded to the 16-bit type, float32."""
+    return round_to(turn_exactly(x), dtype)
+
+
+def turn_exactly(x: np.ndarray) -> np.ndarray:
+    """Keys or values [.., D], turned, in float32.
 
     The product with the matrix, by sums and differences of neighbours, then of those two apart,
     four apart and so on.
@@ -202,4 +207,4 @@ def turn(x: np.ndarray, dtype: str) -> np.ndarray:
             lower, upper = pairs[..., 0, :], pairs[..., 1, :]
             turned = np.stack([lower + upper, lower - upper], axis=-2).reshape(x.shape)
             step *= 2
-    return round_to(turned * np.float32(1 / np.sqrt(size)), dtype)
+        return turned * np.float32(1 / np.sqrt(size))

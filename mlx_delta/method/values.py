@@ -13,9 +13,9 @@ What is stored of a token:
 
 - **words**, uint32: codes without gaps, lowest bits first, ``width * Dv / 32`` words of each head,
   one head after the other. ``mx.dequantize`` reads them.
-- **scales**, one byte for each group, ``Dv / group`` of each head: the upper byte of a half without
-  its sign, 5 bits of exponent and 3 of mantissa. 0 stands for 0, and 247 for 61,440, which is the
-  most that is used. A group with a NaN or an infinity has the byte 255, which is a NaN.
+- **scales**, uint8, one byte for each group, ``Dv / group`` of each head: short steps, as
+  :mod:`mlx_delta.method.storage` has them. Of a value that has a NaN or an infinity when it
+  is turned, before it is rounded, all are the byte 255, which is a NaN.
 
 The scale is one of five: the byte nearest to ``2 * m / 2**b``, with m the group's largest number,
 at which no code is clipped, and the four below, at which the largest numbers are and all others err
@@ -31,13 +31,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .codes import turn_exactly
+from .storage import round_to, short_steps, whole_steps
 from .sums import over_lanes
 
 VALUE_GROUP = 32  # numbers of a value that may share a scale; 64 where that divides it
 SCALE_BITS = 8
 SCALES = 5  # that are tried
-LARGEST_SCALE = 247
-NO_SCALE = 255  # of a group with something that is not finite
+NO_SCALE = 255  # of a value with something that is not finite
 
 
 def value_group(head_dim: int) -> int:
@@ -60,18 +61,6 @@ def value_words(head_dim: int, widths: Sequence[int]) -> list[int]:
     return [head_dim * width // 32 for width in widths]
 
 
-def scale_of(byte: np.ndarray) -> np.ndarray:
-    """What scales' bytes stand for, float32."""
-    return (byte.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
-
-
-def nearest_byte(scale: np.ndarray) -> np.ndarray:
-    """The bytes of the scales nearest to these, float32 >= 0; uint8."""
-    with np.errstate(over="ignore"):
-        half = scale.astype(np.float16).view(np.uint16)
-    return np.minimum((half + np.uint16(64)) >> 7, LARGEST_SCALE).astype(np.uint8)
-
-
 def codes_of(numbers: np.ndarray, scale: np.ndarray, width: int) -> np.ndarray:
     """Codes [groups, n], uint8, of float32 numbers of that shape with scales [groups]."""
     half = 1 << (width - 1)
@@ -86,35 +75,43 @@ def numbers_of(codes: np.ndarray, scale: np.ndarray, width: int) -> np.ndarray:
 
 
 def encode_groups(numbers: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes, uint8 [groups, n], and scales' bytes [groups], of turned numbers [groups, n].
-
-    They are float32 values of the storage type.
-    """
-    finite = np.isfinite(numbers).all(axis=1)
-    own = np.where(finite[:, None], numbers, 0).astype(np.float32)
-    top = nearest_byte(np.abs(own).max(axis=1) * np.float32(2.0 ** (1 - width)))
+    """Codes, uint8 [groups, n], and scales [groups], of finite turned numbers [groups, n]."""
+    top = short_steps(np.abs(numbers).max(axis=1) * np.float32(2.0 ** (1 - width)))
     best = top
-    least = np.full(len(own), np.inf, np.float32)
+    least = np.full(len(numbers), np.inf, np.float32)
     for lower in range(SCALES):
         byte = np.maximum(top.astype(np.int32) - lower, 0).astype(np.uint8)
-        scale = scale_of(byte)
+        scale = whole_steps(byte)
         with np.errstate(over="ignore"):
-            errors = own - numbers_of(codes_of(own, scale, width), scale, width)
+            errors = numbers - numbers_of(codes_of(numbers, scale, width), scale, width)
             squares = over_lanes(np.square(errors))
         best, least = np.where(squares < least, byte, best), np.minimum(squares, least)
-    codes = codes_of(own, scale_of(best), width)
-    return codes, np.where(finite, best, NO_SCALE).astype(np.uint8)
+    return codes_of(numbers, whole_steps(best), width), best
 
 
-def encode_value(turned: np.ndarray, widths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Words and scales' bytes of a token's value, turned and rounded, [Hkv, Dv]."""
-    group = value_group(turned.shape[1])
+def encode_head(values: np.ndarray, width: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, uint8 [n, Dv], and scales [n, groups], of one head's values [n, Dv].
+
+    They are as they come, float32 values of the 16-bit type ``dtype``.
+    """
+    turned = turn_exactly(values)
+    finite = np.isfinite(turned).all(axis=1, keepdims=True)
+    turned = round_to(np.where(finite, turned, 0), dtype)
+    codes, scales = encode_groups(turned.reshape(-1, value_group(values.shape[1])), width)
+    scales = np.where(finite, scales.reshape(len(values), -1), NO_SCALE)
+    return codes.reshape(values.shape), scales.astype(np.uint8)
+
+
+def encode_value(
+    value: np.ndarray, widths: Sequence[int], dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Words and scales of a token's value [Hkv, Dv], as it comes."""
     words, scales = [], []
-    for own, width in zip(turned, widths, strict=True):
-        codes, bytes_ = encode_groups(own.reshape(-1, group), width)
+    for own, width in zip(value, widths, strict=True):
+        codes, steps = encode_head(own[None], width, dtype)
         bits = np.unpackbits(codes.reshape(-1, 1), axis=1, count=width, bitorder="little")
         words.append(np.packbits(bits.ravel(), bitorder="little").view("<u4"))
-        scales.append(bytes_)
+        scales.append(steps.ravel())
     return np.concatenate(words), np.concatenate(scales)
 
 
@@ -136,6 +133,6 @@ def decode_value(
     for head, width in enumerate(widths):
         own = bits[begin : begin + head_dim * width].reshape(head_dim, width)
         codes = (own @ (1 << np.arange(width))).reshape(groups.shape[1], -1)
-        values[head] = numbers_of(codes, scale_of(groups[head]), width).reshape(-1)
+        values[head] = numbers_of(codes, whole_steps(groups[head]), width).reshape(-1)
         begin += head_dim * width
     return values

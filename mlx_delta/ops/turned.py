@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_delta.method.codes import hadamard_size
-from mlx_delta.method.values import LARGEST_SCALE, NO_SCALE, SCALES, value_group, value_words
+from mlx_delta.method.values import NO_SCALE, SCALES, value_group, value_words
 
-from .storage import LARGEST, storage_type
+from .storage import LARGEST, short_steps, storage_type, whole_steps
 from .sums import over_lanes
 
 # Words, uint32, and scales, uint8, of values.
@@ -32,36 +32,33 @@ def turn(x: mx.array) -> mx.array:
 
 def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
     """Codes of values [B, Hkv, L, Dv], each of [B, 1, L, ..]."""
-    B, H, L, D = values.shape
-    largest = LARGEST[storage_type(values.dtype)]
-    turned = mx.clip(turn(values.astype(mx.float32)), -largest, largest)
-    turned = turned.astype(storage_type(values.dtype)).astype(mx.float32)
+    return encode_turned(turn(values.astype(mx.float32)), storage_type(values.dtype), widths)
+
+
+def encode_turned(turned: mx.array, dtype: mx.Dtype, widths: Sequence[int]) -> Codes:
+    """The same of values that are turned, float32; ``dtype``: the storage type."""
+    B, H, L, D = turned.shape
+    finite = mx.abs(turned).max(axis=3, keepdims=True) < mx.inf  # false for NaN too
+    turned = mx.clip(mx.where(finite, turned, 0), -LARGEST[dtype], LARGEST[dtype])
+    turned = turned.astype(dtype).astype(mx.float32)
     numbers = turned.reshape(B, H, L, -1, value_group(D))
     halves = mx.array([2.0 ** (width - 1) for width in widths]).reshape(H, 1, 1, 1)
-    finite = mx.abs(numbers).max(axis=4, keepdims=True) < mx.inf  # false for NaN too
-    numbers = mx.where(finite, numbers, 0)
     scales = _best_scales(numbers, halves)
-    codes = _steps(numbers, scale_of(scales), halves) + halves
+    codes = _steps(numbers, whole_steps(scales), halves) + halves
     codes = codes.astype(mx.uint8).reshape(B, H, L, D)
     words = [side_by_side(_packed(codes[:, heads], width)) for width, heads in _runs(widths)]
-    scales = mx.where(finite, scales, mx.array(NO_SCALE, mx.uint8))[..., 0]
+    scales = mx.where(finite, scales[..., 0], mx.array(NO_SCALE, mx.uint8))
     return mx.concatenate(words, axis=3), side_by_side(scales)
-
-
-def scale_of(byte: mx.array) -> mx.array:
-    """What scales' bytes stand for, float32."""
-    return (byte.astype(mx.uint16) << 7).view(mx.float16).astype(mx.float32)
 
 
 def _best_scales(numbers: mx.array, halves: mx.array) -> mx.array:
     """Bytes [.., 1] of the scales at which finite numbers [.., n] err least."""
     # A number and its negative err alike; what is not negative is cut faster than rounded down.
     numbers = mx.abs(numbers)
-    nearest = (numbers.max(axis=-1, keepdims=True) / halves).astype(mx.float16).view(mx.uint16)
-    byte = mx.minimum((nearest + 64) >> 7, LARGEST_SCALE).astype(mx.uint8)
+    byte = short_steps(numbers.max(axis=-1, keepdims=True) / halves)
     best, least, largest = byte, mx.array(mx.inf), halves - 1
     for _ in range(SCALES):
-        scale = scale_of(byte)
+        scale = whole_steps(byte)
         steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), largest)
         errors = numbers - scale * (steps.astype(mx.uint8).astype(mx.float32) + 0.5)
         squares = over_lanes(mx.square(errors))
@@ -92,7 +89,7 @@ def decode_values(codes: Codes, widths: Sequence[int], head_dim: int, dtype: mx.
     B, _, L, _ = words.shape
     group = value_group(head_dim)
     # float32: half arithmetic is several times slower without a GPU.
-    units = scale_of(scales.reshape(B, L, len(widths), -1).swapaxes(1, 2))
+    units = whole_steps(scales.reshape(B, L, len(widths), -1).swapaxes(1, 2))
     ends = [0, *itertools.accumulate(value_words(head_dim, widths))]
     heads = []
     for width, run in _runs(widths):

@@ -54,10 +54,11 @@ def far_keys(config: DeltaConfig) -> np.ndarray:
 def far_values(config: DeltaConfig) -> np.ndarray:
     """The specification's values of all tokens, [Hkv, n, Dv]."""
     widths = (4, 4) if config.value_widths is None else config.value_widths[0]
-    turned = ref.turn(TEXT[2][0], "float16")
     found = []
-    for own, width in zip(turned, widths, strict=True):
-        rows = [decode_value(*encode_value(x[None], [width]), [width], 32)[0] for x in own]
+    for own, width in zip(TEXT[2][0], widths, strict=True):
+        rows = [
+            decode_value(*encode_value(x[None], [width], "float16"), [width], 32)[0] for x in own
+        ]
         found.append(np.stack(rows) @ ref.hadamard(32))
     values = np.stack(found)
     values[:, : config.sinks] = TEXT[2][0, :, : config.sinks]

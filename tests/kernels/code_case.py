@@ -13,7 +13,8 @@ import numpy as np
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
-from mlx_delta.method.values import encode_groups, numbers_of, scale_of, value_group
+from mlx_delta.method.storage import whole_steps
+from mlx_delta.method.values import encode_head, numbers_of
 from mlx_delta.ops import codes_kernel
 from mlx_delta.ops.storage import to_storage
 from mlx_delta.widths import FIELDS
@@ -108,9 +109,9 @@ class CodedCase(Case):
         near = as_float(to_storage(self.values[row, head, :length]))
         assert self.setting.value_widths is not None and self.setting.value_widths[0]
         width = self.setting.value_widths[0][head]
-        turned = ref.turn(near, STORED[self.dtype])
-        codes, scales = encode_groups(turned.reshape(-1, value_group(self.head_dim)), width)
-        far = numbers_of(codes, scale_of(scales), width).reshape(near.shape)
+        codes, scales = encode_head(near, width, STORED[self.dtype])
+        groups = codes.reshape(scales.size, -1)
+        far = numbers_of(groups, whole_steps(scales.ravel()), width).reshape(near.shape)
         coded = far @ ref.hadamard(self.head_dim)
         coded[: self.setting.sinks] = near[: self.setting.sinks]
         return near, coded
