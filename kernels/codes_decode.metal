@@ -198,15 +198,14 @@ inline void codes_decode(
   sink_values += long(head) * sizes.sinks * D;
   const int own = lane % Own;
   const int sub = min(lane / Own, Step - 1);
+  const int first = 4 * (lane % 16) + 2 * (lane / 16);  // of this lane's two tokens of a step
   const int width = Coded ? heads[2 * kv_head] : 16;
   if (Coded) {
     const long token = long(row) * sizes.tokens;
     value_words += token * sizes.value_words + heads[2 * kv_head + 1];
-    scales += (token * sizes.kv_heads + kv_head) * Groups;
+    scales += ((token + first) * sizes.kv_heads + kv_head) * Groups;
   }
   const int apart = sizes.kv_heads * Groups;  // of scales
-  const int part = lane / 16;
-  const int first = 4 * (lane % 16) + 2 * part;  // of this lane's two tokens of a step
 
   CodedState<Queries, Groups> state;
   clear(state);

@@ -59,8 +59,8 @@ inline void raise(
 }
 
 // Leaves the weights of two tokens a lane, first and first + 1, in threadgroup memory, [64]; of
-// values of codes times their scales, [Groups][64]. scales: the block's first token's, a token's
-// `apart` from the next one's.
+// values of codes times their scales, [Groups][64]. scales: of the first of these two tokens, a
+// token's `apart` from the next one's.
 template <int Queries, int Groups, bool Coded>
 inline void weigh(
     thread CodedState<Queries, Groups>& state,
@@ -74,7 +74,7 @@ inline void weigh(
   if (Coded && coded) {
     UNROLL_ALL
     for (int i = 0; i < 2; ++i) {
-      scale[i] = *(const device Run<uchar, Groups>*)(scales + (first + i) * apart);
+      scale[i] = *(const device Run<uchar, Groups>*)(scales + i * apart);
     }
   }
   bool above = false;

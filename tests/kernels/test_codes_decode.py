@@ -160,7 +160,7 @@ MUTATIONS = [
     Mutation("low twice", "part == 0 ? low[j] : 0.0f", "low[j]"),
     Mutation("rows not in pairs", "slots += (word_rows + 1) / 2 * 4", "slots += word_rows * 2"),
     Mutation("one head's rows", "+ far_keys.counts[CODED_KINDS]", ""),
-    Mutation("one head's counts", "counts += kv_head * CODED_COUNTS;", ""),
+    Mutation("one head's counts", "+ head % grid_shape[1] * CODED_COUNTS", ""),
     Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
     Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
     Mutation("words past the last row", "at = min(at + 2 * CODED_TOKENS, last);", "at += 128;"),
