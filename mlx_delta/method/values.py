@@ -18,9 +18,9 @@ What is stored of a token:
   is turned, before it is rounded, all are the byte 255, which is a NaN.
 
 The scale is one of five: the byte nearest to ``2 * m / 2**b``, with m the group's largest number,
-at which no code is clipped, and the four below, at which the largest numbers are and all others err
-less. That with the least sum of squared errors is taken, of equal ones the largest. The sum's order
-is part of the format (:mod:`mlx_delta.method.sums`).
+whose grid reaches about as far as m, and the four below, at which the largest numbers are cut off
+and all others err less. That with the least sum of squared errors is taken, of equal ones the
+largest. The sum's order is part of the format (:mod:`mlx_delta.method.sums`).
 
 Values of the first tokens (sinks) stand beside, exact, as their keys do.
 """

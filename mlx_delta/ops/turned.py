@@ -9,6 +9,7 @@ widths share a buffer.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ import mlx.core as mx
 from mlx_delta.method.codes import hadamard_size
 from mlx_delta.method.values import NO_SCALE, SCALES, value_group, value_words
 
+from .launching import constant
 from .storage import LARGEST, short_steps, storage_type, whole_steps
 from .sums import over_lanes
 
@@ -42,12 +44,13 @@ def encode_turned(turned: mx.array, dtype: mx.Dtype, widths: Sequence[int]) -> C
     turned = mx.clip(mx.where(finite, turned, 0), -LARGEST[dtype], LARGEST[dtype])
     turned = turned.astype(dtype).astype(mx.float32)
     numbers = turned.reshape(B, H, L, -1, value_group(D))
-    halves = mx.array([2.0 ** (width - 1) for width in widths]).reshape(H, 1, 1, 1)
+    halves = constant(tuple(2.0 ** (width - 1) for width in widths), mx.float32)
+    halves = halves.reshape(H, 1, 1, 1)
     scales = _best_scales(numbers, halves)
     codes = _steps(numbers, whole_steps(scales), halves) + halves
     codes = codes.astype(mx.uint8).reshape(B, H, L, D)
     words = [side_by_side(_packed(codes[:, heads], width)) for width, heads in _runs(widths)]
-    scales = mx.where(finite, scales[..., 0], mx.array(NO_SCALE, mx.uint8))
+    scales = mx.where(finite, scales[..., 0], constant(NO_SCALE, mx.uint8))
     return mx.concatenate(words, axis=3), side_by_side(scales)
 
 
@@ -56,7 +59,7 @@ def _best_scales(numbers: mx.array, halves: mx.array) -> mx.array:
     # A number and its negative err alike; what is not negative is cut faster than rounded down.
     numbers = mx.abs(numbers)
     byte = short_steps(numbers.max(axis=-1, keepdims=True) / halves)
-    best, least, largest = byte, mx.array(mx.inf), halves - 1
+    best, least, largest = byte, constant(math.inf, mx.float32), halves - 1
     for _ in range(SCALES):
         scale = whole_steps(byte)
         steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), largest)

@@ -11,7 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta import DeltaConfig
+from mlx_delta import BatchDeltaKVCache, DeltaConfig
 from mlx_delta.method import codes as ref
 from mlx_delta.method.storage import whole_steps
 from mlx_delta.method.values import encode_head, numbers_of
@@ -19,6 +19,7 @@ from mlx_delta.ops import codes_kernel
 from mlx_delta.ops.storage import to_storage
 from mlx_delta.widths import FIELDS
 
+from ..attention.test_hybrid import attend
 from ..metal_cpu import MetalBench
 from .common import STORED, as_float, on_bench
 from .decode_case import Case
@@ -115,6 +116,19 @@ class CodedCase(Case):
         coded = far @ ref.hadamard(self.head_dim)
         coded[: self.setting.sinks] = near[: self.setting.sinks]
         return near, coded
+
+
+def fed_batch(setting: DeltaConfig, head_dim: int) -> BatchDeltaKVCache:
+    """Two rows of 72 and 63 tokens in blocks of 16, fed a prompt and then token by token."""
+    rng = np.random.default_rng(2)
+    text = [rng.normal(size=(2, n, 72, head_dim)).astype(np.float32) for n in (4, 2, 2)]
+    cache = BatchDeltaKVCache([0, 9], setting)
+    for steps in (40, *[1] * 32):
+        mask = cache.make_mask(steps)
+        at = cache.offset.tolist()[0]
+        attend(cache, [x[:, :, at : at + steps] for x in text], [steps], mask)
+    assert cache.encoded == (3, 2)
+    return cache
 
 
 def check(bench: MetalBench, case: CodedCase, mask: bool = False, **options: Any) -> None:

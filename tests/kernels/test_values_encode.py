@@ -8,15 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import BatchDeltaKVCache
 from mlx_delta.method import values as ref
 from mlx_delta.ops import blocks, turned, values_encode
 from mlx_delta.widths import VALUE_WIDTHS
 
-from ..attention.test_hybrid import attend
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
-from .code_case import coded
+from .code_case import coded, fed_batch
 from .common import STORED, as_float, every_run, on_bench, source_of, special_keys, with_kernel
 
 ALL = (3, 8, 2, 6, 4, 5)
@@ -57,7 +55,9 @@ def test_all_widths(bench: MetalBench, options):
     ("head_dim", "dtype"),
     [(32, mx.bfloat16), (64, mx.float16), (128, mx.bfloat16), (256, mx.float16)],
 )
-def test_shapes(bench: MetalBench, head_dim, dtype):
+def test_shapes(bench: MetalBench, request, head_dim, dtype):
+    if head_dim < 256 and not request.config.getoption("--all"):
+        pytest.skip("each shape is compiled anew; --all takes all")
     with on_bench(bench):
         check(numbers((1, 2, 4, head_dim), dtype), (4, 3))
 
@@ -76,17 +76,9 @@ def test_special_values(bench: MetalBench, kind):
 def test_a_cache_encodes_with_it_whatever_its_rows_are_at(bench: MetalBench):
     """Rows of several lengths, fed token by token: the store has what operations put there."""
     setting = coded((), (3, 5), block_size=16, window=16, sinks=2)
-    rng = np.random.default_rng(2)
-    text = [rng.normal(size=(2, heads, 72, 32)).astype(np.float32) for heads in (4, 2, 2)]
 
     def stored() -> list[np.ndarray]:
-        cache = BatchDeltaKVCache([0, 9], setting)
-        for steps in (40, *[1] * 32):
-            mask = cache.make_mask(steps)
-            at = cache.offset.tolist()[0]
-            attend(cache, [x[:, :, at : at + steps] for x in text], [steps], mask)
-        assert cache.encoded == (3, 2)
-        return [np.array(x) for x in cache._values.codes]
+        return [np.array(x) for x in fed_batch(setting, 32)._values.codes]
 
     wanted = stored()
     with (
