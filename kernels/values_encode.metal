@@ -39,7 +39,7 @@ inline void values_encode(
   }
   turn_lanes<D>(x, lane);
   for (int k = 0; k < W; ++k) {
-    x[k] *= factor;
+    x[k] = exact_product(x[k], factor);
     finite = finite && abs(x[k]) < INFINITY;
   }
   finite = !simd_any(!finite);
