@@ -17,10 +17,10 @@ What is stored of a token:
   :mod:`mlx_delta.method.storage` has them. Of a value that has a NaN or an infinity when it
   is turned, before it is rounded, all are the byte 255, which is a NaN.
 
-The scale is one of five: the byte nearest to ``2 * m / 2**b``, with m the group's largest number,
-whose grid reaches about as far as m, and the four below, at which the largest numbers are cut off
-and all others err less. That with the least sum of squared errors is taken, of equal ones the
-largest. The sum's order is part of the format (:mod:`mlx_delta.method.sums`).
+The scale is one of six: the byte after the nearest one to ``2 * m / 2**b``, with m the group's
+largest number, whose grid reaches further than m, and the five below, at which the largest numbers
+are cut off and all others err less. That with the least sum of squared errors is taken, of equal
+ones the largest. The sum's order is part of the format (:mod:`mlx_delta.method.sums`).
 
 Values of the first tokens (sinks) stand beside, exact, as their keys do.
 """
@@ -32,12 +32,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from .codes import turn_exactly
-from .storage import round_to, short_steps, whole_steps
+from .storage import LARGEST_STEP, round_to, short_steps, whole_steps
 from .sums import over_lanes
 
 VALUE_GROUP = 32  # numbers of a value that may share a scale; 64 where that divides it
 SCALE_BITS = 8
-SCALES = 5  # that are tried
+SCALES = 6  # that are tried
 NO_SCALE = 255  # of a value with something that is not finite
 
 
@@ -76,7 +76,8 @@ def numbers_of(codes: np.ndarray, scale: np.ndarray, width: int) -> np.ndarray:
 
 def encode_groups(numbers: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes, uint8 [groups, n], and scales [groups], of finite turned numbers [groups, n]."""
-    top = short_steps(np.abs(numbers).max(axis=1) * np.float32(2.0 ** (1 - width)))
+    nearest = short_steps(np.abs(numbers).max(axis=1) * np.float32(2.0 ** (1 - width)))
+    top = np.minimum(nearest, LARGEST_STEP - 1) + np.uint8(1)
     best = top
     least = np.full(len(numbers), np.inf, np.float32)
     for lower in range(SCALES):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_delta.method.codes import hadamard_size
+from mlx_delta.method.storage import LARGEST_STEP
 from mlx_delta.method.values import NO_SCALE, SCALES, value_group, value_words
 
 from .launching import constant
@@ -43,26 +44,28 @@ def encode_turned(turned: mx.array, dtype: mx.Dtype, widths: Sequence[int]) -> C
     finite = mx.abs(turned).max(axis=3, keepdims=True) < mx.inf  # false for NaN too
     turned = mx.clip(mx.where(finite, turned, 0), -LARGEST[dtype], LARGEST[dtype])
     turned = turned.astype(dtype).astype(mx.float32)
-    numbers = turned.reshape(B, H, L, -1, value_group(D))
-    halves = constant(tuple(2.0 ** (width - 1) for width in widths), mx.float32)
-    halves = halves.reshape(H, 1, 1, 1)
-    scales = _best_scales(numbers, halves)
-    codes = _steps(numbers, whole_steps(scales), halves) + halves
-    codes = codes.astype(mx.uint8).reshape(B, H, L, D)
-    words = [side_by_side(_packed(codes[:, heads], width)) for width, heads in _runs(widths)]
-    scales = mx.where(finite, scales[..., 0], constant(NO_SCALE, mx.uint8))
-    return mx.concatenate(words, axis=3), side_by_side(scales)
+    words, scales = [], []
+    for width, heads in _runs(widths):
+        numbers = turned[:, heads].reshape(B, -1, L, D // value_group(D), value_group(D))
+        half = 2.0 ** (width - 1)  # plain: an array of them all would have to be broadcast
+        best = _best_scales(numbers, half)
+        codes = _steps(numbers, whole_steps(best), half) + half
+        words.append(side_by_side(_packed(codes.astype(mx.uint8).reshape(B, -1, L, D), width)))
+        scales.append(best[..., 0])
+    bytes_ = mx.where(finite, mx.concatenate(scales, axis=1), constant(NO_SCALE, mx.uint8))
+    return mx.concatenate(words, axis=3), side_by_side(bytes_)
 
 
-def _best_scales(numbers: mx.array, halves: mx.array) -> mx.array:
+def _best_scales(numbers: mx.array, half: float) -> mx.array:
     """Bytes [.., 1] of the scales at which finite numbers [.., n] err least."""
     # A number and its negative err alike; what is not negative is cut faster than rounded down.
     numbers = mx.abs(numbers)
-    byte = short_steps(numbers.max(axis=-1, keepdims=True) / halves)
-    best, least, largest = byte, constant(math.inf, mx.float32), halves - 1
+    byte = short_steps(numbers.max(axis=-1, keepdims=True) / half)
+    byte = mx.minimum(byte, LARGEST_STEP - 1) + 1
+    best, least = byte, constant(math.inf, mx.float32)
     for _ in range(SCALES):
         scale = whole_steps(byte)
-        steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), largest)
+        steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), half - 1)
         errors = numbers - scale * (steps.astype(mx.uint8).astype(mx.float32) + 0.5)
         squares = over_lanes(mx.square(errors))
         best = mx.where(squares < least, byte, best)
@@ -71,10 +74,10 @@ def _best_scales(numbers: mx.array, halves: mx.array) -> mx.array:
     return best
 
 
-def _steps(numbers: mx.array, scale: mx.array, halves: mx.array) -> mx.array:
-    """Codes without what is added to have none below 0, float32: -halves to halves - 1."""
+def _steps(numbers: mx.array, scale: mx.array, half: float) -> mx.array:
+    """Codes without what is added to have none below 0, float32: -half to half - 1."""
     steps = mx.floor(numbers / mx.where(scale > 0, scale, mx.inf))
-    return mx.clip(steps, -halves, halves - 1)
+    return mx.clip(steps, -half, half - 1)
 
 
 def _packed(codes: mx.array, width: int) -> mx.array:

@@ -19,7 +19,7 @@ from .launching import SAFE_MATH, SIMD, check_shapes, constant
 from .storage import LARGEST
 from .turned import Codes
 
-assert (SCALES, NO_SCALE) == (5, 255), "as kernels/values_encode.metal has them"
+assert (SCALES, NO_SCALE) == (6, 255), "as kernels/values_encode.metal has them"
 
 HEAD_DIMS = range(SIMD, 257, SIMD)
 SIMDGROUPS = 4  # of a threadgroup

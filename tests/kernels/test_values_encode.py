@@ -101,7 +101,12 @@ MUTATIONS = [
     Mutation("what is not finite is coded", "finite ? float(to_stored", "true ? float(to_stored"),
     Mutation("the largest of one lane", "simd_max(largest)", "largest"),
     Mutation("bytes are cut off", "(bits + 64u) >> 7", "bits >> 7"),
-    Mutation("scales beyond the largest", "min((bits + 64u) >> 7, 0xf7u)", "((bits + 64u) >> 7)"),
+    Mutation(
+        "scales beyond the largest",
+        "min(uint(short_step(simd_max(largest) / half_way)), 0xf6u)",
+        "uint(short_step(simd_max(largest) / half_way))",
+    ),
+    Mutation("nothing above the nearest", "0xf6u) + 1u", "0xf6u)"),
     Mutation("one scale is tried", "lower < VALUE_SCALES", "lower < 1"),
     Mutation("the smallest of equal ones", "squares < least ? scale", "squares <= least ? scale"),
     Mutation("errors of one lane", "squares = sum_of_lanes(squares);", ""),

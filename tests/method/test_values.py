@@ -39,7 +39,7 @@ def test_no_other_code_and_none_of_the_scales_above_and_below_errs_less(width):
     np.testing.assert_array_equal(own, apart.min(axis=2))
     top = short_steps(np.abs(NUMBERS).max(axis=1) / np.float32(2 ** (width - 1))).astype(int)
     errors = []
-    for lower in range(5):
+    for lower in range(-1, 5):
         every = np.abs(NUMBERS[..., None] - SCALES[top - lower][:, None, None] * grid)
         errors.append(np.square(every.min(axis=2)).sum(axis=1))
     np.testing.assert_allclose(np.square(own).sum(axis=1), np.min(errors, axis=0), rtol=1e-5)
