@@ -20,8 +20,8 @@
 // Softmax: two tokens a lane, in powers of two. What was added up is rescaled only when a score is
 // more than 16 above the highest so far, so after the first blocks hardly ever; sums stay in their
 // lanes until the end. Then lanes own eight channels of every 32 / (D / 8)-th token: the weights
-// come from threadgroup memory, multiplied by the scales of the values already; their biases are
-// summed up with the weights in the lanes that have the tokens.
+// come from threadgroup memory, multiplied by the scales of the values already, bytes of which the
+// lanes that have the tokens make numbers.
 //
 // Loads of an iteration come before its arithmetic. Writes Dv + 2 floats per query and split.
 //
@@ -38,7 +38,7 @@ struct CodedSizes {
   int queries;  // a row, of one head
   int room;  // capacity in near keys
   int value_room;  // and in near values
-  int tokens;  // capacity in values of codes
+  int tokens;  // and in values of codes
   int value_words;  // a token's, of all kv heads
   int sinks;
   int window_blocks;
@@ -87,7 +87,7 @@ inline void hide(
 template <
     typename T,  // queries
     typename S,  // stored keys and grids
-    typename V,  // values of 16 bits, scales and biases
+    typename V,  // values of 16 bits
     typename Far,  // keys of far blocks: CodedFar, or DeltaFar
     int ValueWidths,  // which widths values have, a bit each: 1 << width; 0: all have 16 bits
     int Group,  // values that share a scale; D without codes
@@ -107,8 +107,7 @@ inline void codes_decode(
     const device V* near_values,
     const device V* sink_values,  // exact ones, where values are codes
     const device uint* value_words,
-    const device V* scales,  // or the values, without codes
-    const device V* biases,
+    const device uchar* scales,
     const device int* heads,  // [kv heads][2]: bits of a value, its first word
     const device bool* mask,
     float scale,
@@ -194,22 +193,19 @@ inline void codes_decode(
   const device S* exact_keys = kind == CODED_SINKS
       ? sinks + long(head) * sizes.sinks * D
       : near + (long(head) * sizes.room - near_first) * D;
-  near_values += (long(head) * sizes.value_room - value_first) * D;
+  const device V* far_values = near_values + long(head) * sizes.value_room * D;  // if not coded
+  near_values = far_values - long(value_first) * D;
   sink_values += long(head) * sizes.sinks * D;
   const int own = lane % Own;
   const int sub = min(lane / Own, Step - 1);
+  const int first = 4 * (lane % 16) + 2 * (lane / 16);  // of this lane's two tokens of a step
   const int width = Coded ? heads[2 * kv_head] : 16;
   if (Coded) {
     const long token = long(row) * sizes.tokens;
     value_words += token * sizes.value_words + heads[2 * kv_head + 1];
-    scales += (token * sizes.kv_heads + kv_head) * Groups;
-    biases += (token * sizes.kv_heads + kv_head) * Groups;
-  } else {
-    scales += long(head) * sizes.tokens * D;
+    scales += ((token + first) * sizes.kv_heads + kv_head) * Groups;
   }
   const int apart = sizes.kv_heads * Groups;  // of scales
-  const int part = lane / 16;
-  const int first = 4 * (lane % 16) + 2 * part;  // of this lane's two tokens of a step
 
   CodedState<Queries, Groups> state;
   clear(state);
@@ -240,8 +236,8 @@ inline void codes_decode(
       }
 
       const long at = long(token) * apart;
-      weigh<V, Queries, Groups, Coded>(
-          state, score, first, coded_values, scales + at, biases + at, apart, weights);
+      weigh<Queries, Groups, Coded>(
+          state, score, first, coded_values, scales + at, apart, weights);
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (coded_values) {
         const device uint* from = value_words + long(token + sub) * sizes.value_words;
@@ -268,7 +264,7 @@ inline void codes_decode(
         const bool beside = Coded && kind == CODED_SINKS;
         const int last = beside ? sizes.sinks - 1 : last_position;
         const int tokens = min(CODED_TOKENS, last + 1 - token);
-        const device V* all = beside ? sink_values : kind == CODED_NEAR ? near_values : scales;
+        const device V* all = beside ? sink_values : kind == CODED_NEAR ? near_values : far_values;
         const device V* from = all + long(token) * D + own * 8;
         add_exact<V, D, Queries, Groups>(state, from, tokens, weights, sub);
       }
@@ -276,9 +272,8 @@ inline void codes_decode(
     }
   }
 
-  float bias[Queries];
   float fields[Queries];
-  gather<D, Queries, Groups>(state, own * 8 / Group, lane, bias, fields);
+  gather<D, Queries, Groups>(state, own * 8 / Group, lane, fields);
   if (coded_values) {
     from_fields<8, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
     from_fields<6, ValueWidths, Queries, Groups, Bytes>(width, state, fields);
@@ -297,7 +292,7 @@ inline void codes_decode(
     if (lane < Own) {
       UNROLL_ALL
       for (int k = 0; k < 8; ++k) {
-        partial[to * D + lane * 8 + k] = state.output[j][k] + bias[j];
+        partial[to * D + lane * 8 + k] = state.output[j][k];
       }
     }
     if (lane == 0) {

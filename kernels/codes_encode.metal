@@ -13,34 +13,18 @@
 // Reads the keys about eight times (2 * Size * D bytes each), after the first time from cache. Once
 // per block. mlx_delta/method/codes.py specifies it.
 
-// Sums and differences of neighbours, then of those two apart, four apart and so on, of a token's
-// keys; divided by the root of their number.
+// A token's keys, turned. factor: one over the root of the number of channels turned together.
 template <typename S, int D, int Size>
 inline void turn_keys(
     const device S* keys, device S* turned, float factor, uint lane, uint simdgroup) {
   constexpr int W = (D + 31) / 32;
-  constexpr int Piece = D & -D;  // channels that are turned together
   for (int t = int(simdgroup); t < Size; t += W) {
     float x[W];
     for (int k = 0; k < W; ++k) {
       const int d = 32 * k + int(lane);
       x[k] = d < D ? float(keys[t * D + d]) : 0.0f;
     }
-    for (int apart = 1; apart < Piece && apart < 32; apart *= 2) {
-      for (int k = 0; k < W; ++k) {
-        const float other = simd_shuffle_xor(x[k], ushort(apart));
-        x[k] = int(lane) & apart ? other - x[k] : x[k] + other;
-      }
-    }
-    for (int apart = 1; 32 * apart < Piece; apart *= 2) {
-      for (int k = 0; k < W; ++k) {
-        if ((k & apart) == 0 && k + apart < W) {
-          const float lower = x[k];
-          x[k] = lower + x[k + apart];
-          x[k + apart] = lower - x[k + apart];
-        }
-      }
-    }
+    turn_lanes<D>(x, lane);
     for (int k = 0; k < W; ++k) {
       const int d = 32 * k + int(lane);
       if (d < D) {

@@ -18,8 +18,7 @@ struct CodedState {
   float output[Queries][8];  // of this lane's channels; of values of codes in fields
   float highest[Queries];
   float sum[Queries];
-  float bias[Groups][Queries];  // weights * biases of this lane's tokens
-  float scaled[Groups][Queries];  // and weights * scales
+  float scaled[Groups][Queries];  // weights * scales of this lane's tokens
 };
 
 template <int Queries, int Groups>
@@ -34,7 +33,6 @@ inline void clear(thread CodedState<Queries, Groups>& state) {
     }
     UNROLL_ALL
     for (int g = 0; g < Groups; ++g) {
-      state.bias[g][j] = 0.0f;
       state.scaled[g][j] = 0.0f;
     }
   }
@@ -51,7 +49,6 @@ inline void raise(
     state.sum[j] *= shrink;
     UNROLL_ALL
     for (int g = 0; g < Groups; ++g) {
-      state.bias[g][j] *= shrink;
       state.scaled[g][j] *= shrink;
     }
     UNROLL_ALL
@@ -62,25 +59,22 @@ inline void raise(
 }
 
 // Leaves the weights of two tokens a lane, first and first + 1, in threadgroup memory, [64]; of
-// values of codes times their scales, [Groups][64]. scales and biases: the block's first token's, a
+// values of codes times their scales, [Groups][64]. scales: of the first of these two tokens, a
 // token's `apart` from the next one's.
-template <typename V, int Queries, int Groups, bool Coded>
+template <int Queries, int Groups, bool Coded>
 inline void weigh(
     thread CodedState<Queries, Groups>& state,
     const thread float (&score)[2][Queries],
     int first,
     bool coded,
-    const device V* scales,
-    const device V* biases,
+    const device uchar* scales,
     int apart,
     threadgroup float4* weights) {
-  Run<V, Groups> scale[2];
-  Run<V, Groups> bias[2];
+  Run<uchar, Groups> scale[2];
   if (Coded && coded) {
     UNROLL_ALL
     for (int i = 0; i < 2; ++i) {
-      scale[i] = *(const device Run<V, Groups>*)(scales + (first + i) * apart);
-      bias[i] = *(const device Run<V, Groups>*)(biases + (first + i) * apart);
+      scale[i] = *(const device Run<uchar, Groups>*)(scales + i * apart);
     }
   }
   bool above = false;
@@ -105,12 +99,12 @@ inline void weigh(
     }
     UNROLL_ALL
     for (int g = 0; g < Groups; ++g) {
+      const float own = whole_step(scale[i].e[g]);
       float product[Queries];
       UNROLL_ALL
       for (int j = 0; j < Queries; ++j) {
-        product[j] = weight[j] * float(scale[i].e[g]);
+        product[j] = weight[j] * own;
         state.scaled[g][j] += product[j];
-        state.bias[g][j] += weight[j] * float(bias[i].e[g]);
       }
       put<Queries>(weights, g * CODED_TOKENS + first + i, product);
     }
@@ -211,24 +205,20 @@ inline void add_exact(
 }
 
 // Sums everything up over the lanes; outputs over those with the same channels, and left in the
-// first of them. bias and fields: of this lane's group, what the biases and the scales add up to.
+// first of them. fields: of this lane's group, what weights times scales add up to.
 template <int D, int Queries, int Groups>
 inline void gather(
     thread CodedState<Queries, Groups>& state,
     int group,
     int lane,
-    thread float (&bias)[Queries],
     thread float (&fields)[Queries]) {
   UNROLL_ALL
   for (int j = 0; j < Queries; ++j) {
     state.sum[j] = simd_sum(state.sum[j]);
-    bias[j] = 0.0f;
     fields[j] = 0.0f;
     UNROLL_ALL
     for (int g = 0; g < Groups; ++g) {
-      const float group_bias = simd_sum(state.bias[g][j]);
       const float group_scaled = simd_sum(state.scaled[g][j]);
-      bias[j] = group == g ? group_bias : bias[j];
       fields[j] = group == g ? group_scaled : fields[j];
     }
     UNROLL_ALL
@@ -242,7 +232,8 @@ inline void gather(
   }
 }
 
-// What this lane's channels of a value are, from what was added up in fields: unit and zero.
+// What this lane's channels of a value are, from what was added up in fields: their unit, and their
+// zero, which lies in the middle of the codes.
 template <int Width, int ValueWidths, int Queries, int Groups, bool Bytes>
 inline void from_fields(
     int width, thread CodedState<Queries, Groups>& state, const thread float (&fields)[Queries]) {
@@ -252,8 +243,9 @@ inline void from_fields(
       for (int j = 0; j < Queries; ++j) {
         UNROLL_ALL
         for (int k = 0; k < 8; ++k) {
-          const float codes = state.output[j][k] - CODE_ZERO * fields[j];
-          state.output[j][k] = codes * power_of_two(-value_unit<Width, Bytes>(k));
+          const int unit = value_unit<Width, Bytes>(k);
+          const float zero = CODE_ZERO + 0.5f * float((1 << Width) - 1) * power_of_two(unit);
+          state.output[j][k] = (state.output[j][k] - zero * fields[j]) * power_of_two(-unit);
         }
       }
     }

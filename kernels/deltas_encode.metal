@@ -17,13 +17,6 @@
 constant constexpr int LANE = 8;    // channels
 constant constexpr int CHUNK = 16;  // tokens whose masks, and whose codes, lie side by side
 
-// The nearest step that eight bits hold; 0 for what is no number.
-inline uchar short_step(float step) {
-  const uint bits = uint(as_type<ushort>(half(step >= 0.0f ? step : 0.0f)));
-  return uchar(min((bits + 64u) >> 7, 0xf7u));
-}
-inline float whole_step(uchar bits) { return float(as_type<half>(ushort(uint(bits) << 7))); }
-
 // What a channel is held as: its runs' means, or its keys.
 template <typename S, int D>
 struct HeldChannel {

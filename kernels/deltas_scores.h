@@ -118,7 +118,7 @@ inline void delta_scores(
   const Run<uchar, 8> steps = *(const device Run<uchar, 8>*)(far.steps + long(block) * D + own * 8);
   UNROLL_ALL
   for (int k = 0; k < 8; ++k) {
-    const float step = float(as_type<half>(ushort(uint(steps.e[k]) << 7)));
+    const float step = whole_step(steps.e[k]);
     const float base = float(lows.e[k]) - DELTA_ZERO * step;
     fetch<Queries>(plain, own * 8 + k, query[k]);
     UNROLL_ALL

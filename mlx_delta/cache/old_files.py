@@ -19,6 +19,9 @@ The buffers of such a state, in order: near keys [B, Hkv, room, D], one or three
 [B, Hkv, blocks, size - 1, words], payload [B, words], offsets [B, Hkv, blocks], grid
 [B, Hkv, blocks, 2, D] or none, sinks [B, Hkv, sinks, D] or none, zeros [B, Hkv, blocks]. Beside
 quantized values keys could also be as they are now, in full or as codes of any kind.
+
+Turned values had words, scales and biases of ``mx.quantize``, both of the storage type; they are
+coded anew, as ``method/values.py`` says. Everything else of such a state is as it is now.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
+from mlx_delta.method.values import value_group, value_words
 from mlx_delta.old_settings import has_packed_keys, has_quantized_values, say
 from mlx_delta.ops.storage import HEAD_DIMS, LARGEST
+from mlx_delta.ops.turned import encode_turned
 
 from .dropping import stored
 from .far_keys import DTYPES
-from .kinds import key_kind
+from .kinds import key_kind, value_kind
 from .store import spread
+from .turned_values import head_widths
 
 PACKED = ("masks", "payload", "offsets", "grid", "sinks", "zeros")
 
@@ -54,7 +60,7 @@ def modern_state(
         raise ValueError("its setting is no object")
     packed, quantized = has_packed_keys(config), has_quantized_values(config)
     if not packed and not quantized:
-        return header, buffers
+        return header, _with_short_scales(DeltaConfig.from_dict(config), header, buffers)
     gone = [name for name, is_old in (("key_bits", packed), ("value_bits", quantized)) if is_old]
     fields = {name: value for name, value in config.items() if name not in gone}
     setting = DeltaConfig.from_dict(fields)
@@ -83,6 +89,42 @@ def modern_state(
     whole, zeros, spare = made
     full = [mx.array(whole).astype(dtype), *values, mx.array(zeros), mx.array(spare).astype(dtype)]
     return {**header, **counts}, full
+
+
+def _with_short_scales(
+    setting: DeltaConfig, header: Mapping[str, Any], buffers: list[Any]
+) -> list[Any]:
+    """A state's buffers, turned values with scales of a byte."""
+    of_values, of_keys = value_kind(setting).count_arrays(setting), key_kind(setting).n_arrays
+    if setting.value_format != "rotated" or len(buffers) != of_keys + of_values + 1:
+        return buffers
+    near, (words, scales, biases), others = buffers[0], buffers[1:4], buffers[4:]
+    if all(x is None for x in buffers):
+        return buffers[1:]
+    if any(not isinstance(x, mx.array) or x.ndim != 4 for x in (near, words, scales, biases)):
+        raise ValueError("it lacks one of its buffers")
+    say("[prompt_cache] values were coded by an earlier version; they are coded anew.")
+    (B, H), D = near.shape[:2], int(header["model"][2])
+    widths, group = head_widths(setting, H), value_group(D)
+    ends = np.cumsum([0, *value_words(D, widths)])
+    grid = (B, 1, words.shape[2], H * D // group)
+    fits = words.dtype == mx.uint32 and words.shape == (*grid[:3], ends[-1])
+    if (
+        not fits
+        or near.dtype not in LARGEST
+        or any(x.dtype != near.dtype or x.shape != grid for x in (scales, biases))
+    ):
+        raise ValueError("saved values do not fit the setting or each other")
+    if not words.size:
+        return [near, words, mx.zeros(grid, mx.uint8), *others]
+    units, zeros = (
+        x.astype(mx.float32).reshape(B, -1, H, D // group).swapaxes(1, 2) for x in (scales, biases)
+    )
+    turned = [
+        mx.dequantize(words[:, 0, :, first:end], units[:, i], zeros[:, i], group, width)
+        for i, (width, first, end) in enumerate(zip(widths, ends, ends[1:], strict=False))
+    ]
+    return [near, *encode_turned(mx.stack(turned, axis=1), near.dtype, widths), *others]
 
 
 def _plain_values(parts: Sequence[mx.array], bits: int, dtype: mx.Dtype) -> mx.array:

@@ -1,6 +1,6 @@
 """Values turned and stored as codes far away, full near: the same tokens as of keys.
 
-The layout is specified in :mod:`mlx_delta.method.codes`.
+The layout is specified in :mod:`mlx_delta.method.values`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.codes import value_group, value_words
+from mlx_delta.method.values import value_group, value_words
+from mlx_delta.ops.blocks import encode_values
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.storage import LARGEST, storage_type, to_storage
-from mlx_delta.ops.turned import Codes, decode_values, encode_values
+from mlx_delta.ops.turned import Codes, decode_values
 from mlx_delta.widths import share_value_bits
 
 from .buffers import equal_rows, grow, pad_to, take_out, write_first
@@ -32,7 +33,7 @@ class TurnedValues:
     Args:
         config: The setting of this layer.
         head_dim: Dv.
-        codes: Words, scales and biases, each of [B, 1, capacity, ..], of far tokens.
+        codes: Words and scales, each of [B, 1, capacity, ..], of far tokens.
         near: The last values.
         sinks: [B, Hkv, n_sinks, Dv], exact values of the first tokens. Most of the attention is
             often theirs, so that an error of theirs is not averaged away.
@@ -56,7 +57,7 @@ class TurnedValues:
         self.near = near
         self.sinks = sinks
         self.counts = counts
-        self.widths = _widths(config, near.keys.shape[1])
+        self.widths = head_widths(config, near.keys.shape[1])
 
     @classmethod
     def make(cls, config: DeltaConfig, values: mx.array) -> TurnedValues:
@@ -64,11 +65,10 @@ class TurnedValues:
         B, H, _, D = values.shape
         dtype = storage_type(values.dtype)
         groups = H * D // value_group(D)
-        words = sum(value_words(D, _widths(config, H)))
+        words = sum(value_words(D, head_widths(config, H)))
         codes = (
             mx.zeros((B, 1, 0, words), mx.uint32),
-            mx.zeros((B, 1, 0, groups), dtype),
-            mx.zeros((B, 1, 0, groups), dtype),
+            mx.zeros((B, 1, 0, groups), mx.uint8),
         )
         sinks = mx.zeros((B, H, config.sinks, D), dtype)
         return cls(config, D, codes, NearKeys.make(config, values, dtype), sinks, [0] * B)
@@ -83,16 +83,16 @@ class TurnedValues:
         """
         storage_type(values.dtype)
         value_group(values.shape[3])
-        _widths(config, values.shape[1])
+        head_widths(config, values.shape[1])
 
     @staticmethod
     def count_arrays(config: DeltaConfig) -> int:
         """How many buffers a store of values has."""
-        return 5
+        return 4
 
     @property
     def buffers(self) -> tuple[mx.array, ...]:
-        """Words, scales, biases, near values and those of the first tokens."""
+        """Words, scales, near values and those of the first tokens."""
         return (*self.codes, self.near.keys, self.sinks)
 
     @property
@@ -123,10 +123,10 @@ class TurnedValues:
     def _reserve(self, tokens: int) -> None:
         room = -(-tokens // STEP) * STEP
         # Handles of their own: a step may still read the old ones.
-        words, scales, biases = (
+        words, scales = (
             grow(x[...], (*x.shape[:2], room, x.shape[3]), x.dtype) for x in self.codes
         )
-        self.codes = words, scales, biases
+        self.codes = words, scales
 
     def _view(self, near: mx.array, firsts: Sequence[int], encoded: Sequence[int]) -> TurnedView:
         borders = tuple(n * self.config.block_size for n in encoded)
@@ -139,17 +139,15 @@ class TurnedValues:
 
     def wait_for(self, other: mx.array) -> None:
         """Let the buffers be evaluated only together with another array."""
-        words, scales, biases, near, sinks = mx.depends(list(self.buffers), [other])
-        self.codes, self.near.keys, self.sinks = (words, scales, biases), near, sinks
+        words, scales, near, sinks = mx.depends(list(self.buffers), [other])
+        self.codes, self.near.keys, self.sinks = (words, scales), near, sinks
 
     def drop(self, first: int, blocks: Sequence[int], size: int) -> None:
         """Take so many blocks of each row out, behind the first ones; what follows moves up."""
         room = self.capacity
         tokens = [n * size for n in blocks]
-        words, scales, biases = (
-            pad_to(take_out(x, first * size, tokens), room) for x in self.codes
-        )
-        self.codes = words, scales, biases
+        words, scales = (pad_to(take_out(x, first * size, tokens), room) for x in self.codes)
+        self.codes = words, scales
         self.near.firsts = [n - gone for n, gone in zip(self.near.firsts, tokens, strict=True)]
         self.counts = [n - gone for n, gone in zip(self.counts, blocks, strict=True)]
 
@@ -191,8 +189,8 @@ class TurnedValues:
     def take(self, rows: list[int]) -> None:
         """Keep these rows only, in this order."""
         index = mx.array(rows, mx.int32)
-        words, scales, biases = (x[index] for x in self.codes)
-        self.codes = words, scales, biases
+        words, scales = (x[index] for x in self.codes)
+        self.codes = words, scales
         self.near.take(rows)
         self.sinks = self.sinks[index]
         self.counts = [self.counts[row] for row in rows]
@@ -200,8 +198,8 @@ class TurnedValues:
     def row(self, index: int, length: int) -> TurnedValues:
         """One row as a store of its own."""
         one, far = slice(index, index + 1), self.counts[index] * self.config.block_size
-        words, scales, biases = (mx.contiguous(x[one, :, :far]) for x in self.codes)
-        codes = words, scales, biases
+        words, scales = (mx.contiguous(x[one, :, :far]) for x in self.codes)
+        codes = words, scales
         sinks, counts = mx.contiguous(self.sinks[one]), self.counts[one]
         return TurnedValues(self.config, self.head_dim, codes, self.near.row(index), sinks, counts)
 
@@ -210,11 +208,11 @@ class TurnedValues:
         """The rows of all stores, padded to one length."""
         room = max(store.capacity for store in stores)
         parts = [[pad_to(x, room) for x in store.codes] for store in stores]
-        words, scales, biases = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
+        words, scales = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
         return TurnedValues(
             stores[0].config,
             stores[0].head_dim,
-            (words, scales, biases),
+            (words, scales),
             NearKeys.join([store.near for store in stores]),
             mx.concatenate([store.sinks for store in stores]),
             [n for store in stores for n in store.counts],
@@ -231,7 +229,7 @@ class TurnedValues:
         cls, config: DeltaConfig, header: dict[str, Any], arrays: Sequence[Any]
     ) -> TurnedValues:
         """The store of a state, each buffer of which is as it should be."""
-        words, scales, biases, near, sinks = arrays
+        words, scales, near, sinks = arrays
         head_dim = int(header["model"][2])
         if any(x.ndim != 4 for x in arrays):
             raise ValueError("saved values do not have the right dimensions")
@@ -239,14 +237,13 @@ class TurnedValues:
         wanted = TurnedValues.make(config, mx.zeros((B, H, 1, head_dim), near.dtype))
         fits = near.dtype in LARGEST and near.shape == wanted.near.keys.shape
         fits &= sinks.dtype == near.dtype and sinks.shape == wanted.sinks.shape
-        for buffer, own in zip(wanted.codes, (words, scales, biases), strict=True):
+        for buffer, own in zip(wanted.codes, (words, scales), strict=True):
             fits &= own.dtype == buffer.dtype and own.shape[:2] == buffer.shape[:2]
             fits &= own.shape[2:] == (words.shape[2], buffer.shape[3])
         counts, firsts = (spread(header[x], B) for x in ("coded_values", "value_firsts"))
         if not fits or len(counts) != B or len(firsts) != B:
             raise ValueError("saved values do not fit the setting or each other")
-        codes = words, scales, biases
-        return cls(config, head_dim, codes, NearKeys(near, firsts), sinks, counts)
+        return cls(config, head_dim, (words, scales), NearKeys(near, firsts), sinks, counts)
 
     def check(
         self,
@@ -278,7 +275,7 @@ class TurnedView:
     """The values that the queries of one update see.
 
     Attributes:
-        codes: Words, scales and biases of far tokens.
+        codes: Words and scales of far tokens.
         near: [B, Hkv, n, Dv]; full values from ``firsts`` on.
         sinks: [B, Hkv, n_sinks, Dv], full values of the first tokens.
         firsts: Position of each row's first one.
@@ -320,10 +317,10 @@ class TurnedView:
         self, left: int, right: int, dtype: mx.Dtype, after: mx.array | None = None
     ) -> mx.array:
         """Coded values [B, Hkv, right - left, Dv], once ``after`` is computed."""
-        words, scales, biases = (x[:, :, left:right] for x in self.codes)
+        words, scales = (x[:, :, left:right] for x in self.codes)
         if after is not None:
-            words, scales, biases = mx.depends([words, scales, biases], [after])
-        values = decode_values((words, scales, biases), self.widths, self.head_dim, dtype)
+            words, scales = mx.depends([words, scales], [after])
+        values = decode_values((words, scales), self.widths, self.head_dim, dtype)
         exact = self.sinks[:, :, left:right].astype(dtype)
         if not exact.shape[2]:
             return values
@@ -338,7 +335,7 @@ class TurnedView:
         return self
 
 
-def _widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
+def head_widths(config: DeltaConfig, n_heads: int) -> tuple[int, ...]:
     """The width of each kv head's codes, of a setting of one layer."""
     assert config.value_bits is not None
     if config.value_widths is None or config.value_widths[0] is None:

@@ -21,7 +21,7 @@ from mlx_delta.attention.probe import Seen, held_layers, watch_keys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.config_checks import MEAN_BITS
 from mlx_delta.measure.text import context_length
-from mlx_delta.method.codes import value_group
+from mlx_delta.method.values import SCALE_BITS, value_group
 from mlx_delta.models.queries import block_spread
 from mlx_delta.sensitivities import Sensitivities
 
@@ -177,7 +177,7 @@ class Sizes:
         keys: Numbers of a token's keys, in all held layers.
         values: Those of its values.
         key_grid: Bits for each number of keys: their grids.
-        value_grid: Bits for each number of values: their scales and biases.
+        value_grid: Bits for each number of values: their scales.
     """
 
     keys: int
@@ -198,7 +198,7 @@ class Sizes:
 
         watch_keys(model, window, config, held_layers(model), see)
         numbers = sum(values.values())
-        scales = sum(n * 2 * DENSE_BITS / value_group(size) for size, n in values.items())
+        scales = sum(n * SCALE_BITS / value_group(size) for size, n in values.items())
         return cls(sum(keys), numbers, 2 * DENSE_BITS / config.block_size, scales / numbers)
 
     def share(self, key_bits: float, value_bits: float) -> float:

@@ -92,7 +92,7 @@ class Plan:
             near = 2 * self.head_dim * (setting.window + 2 * setting.block_size)
             near *= 2 if setting.value_format == "rotated" else 1
         if setting is not None and setting.value_bits is not None:
-            value = setting.value_bits + (0.5 if setting.value_bits < 16 else 0)
+            value = setting.value_bits + (0.125 if setting.value_bits < 16 else 0)
         token = self.head_dim * (key + value) / 8
         return int(self.layers * self.kv_heads * (tokens * token + near))
 

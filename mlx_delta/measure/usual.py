@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import MODEL_SETTING, find_model, read_config, read_setting
-from mlx_delta.method.codes import VALUE_GROUP
+from mlx_delta.method.values import VALUE_GROUP
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.storage import HEAD_DIMS
 from mlx_delta.sensitivities import Sensitivities

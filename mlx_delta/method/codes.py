@@ -1,7 +1,7 @@
-"""Keys as codes of several widths, and turned values, in plain NumPy: one block, one token.
+"""Keys as codes of several widths, and turning keys and values, in plain NumPy: one block.
 
-This file is the specification of two storage formats; ``ops/codes.py``, ``ops/turned.py`` and the
-kernels must agree with it.
+This file is the specification of a storage format; ``ops/codes.py`` and the kernels must agree with
+it. How turned values are stored is specified in :mod:`mlx_delta.method.values`.
 
 **Keys.** Nothing is held: each key of a block is a code on a grid of its channel, as in
 :mod:`mlx_delta.method.storage`, and channels that the model minds more get wider codes
@@ -34,18 +34,10 @@ beside the blocks, and are read instead of their codes.
 Without calibrated widths keys can be **turned** first: multiplied by the matrix of ``hadamard``
 along the head, which makes channels alike. What is stored then are turned keys; a query turned
 alike has the same product with them.
-
-**Values.** A token's value [Dv] of one kv head is turned, rounded to the storage type, and stored
-as ``mx.quantize`` does in groups of ``value_group`` numbers: codes without gaps, lowest bits first,
-that stand for ``bias + scale * code``. Each kv head has a width of its own. The words of a token's
-heads lie one after the other, ``width * Dv / 32`` of each, and so do their scales and biases,
-``Dv / group`` of each. Values of the first tokens (sinks) stand beside, exact, as their keys do.
-Attention may sum turned values up and turn the sum back: the matrix undoes itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,7 +50,6 @@ from .storage import block_grid, decode_values, encode_values, round_to
 from .sums import over_lanes, over_tokens
 
 FITS = 2  # times that a grid is fitted to the codes it gives
-VALUE_GROUP = 32  # numbers of a value that may share a scale; 64 where that divides it
 MOST_WEIGHT = 8.0  # of a token, of the mean one's; and one over it the least
 
 
@@ -200,28 +191,13 @@ def hadamard(head_dim: int) -> np.ndarray:
     return np.kron(np.eye(head_dim // size, dtype=np.float32), piece / np.sqrt(np.float32(size)))
 
 
-def value_group(head_dim: int) -> int:
-    """Numbers of a token's value that share a scale and a bias.
-
-    Raises:
-        ValueError: There is no group that divides ``head_dim``.
-    """
-    for group in (64, VALUE_GROUP):
-        if head_dim % group == 0:
-            return group
-    raise ValueError(
-        f"[DeltaKVCache] turned values need a head_dim that is a multiple of {VALUE_GROUP} but got "
-        f"{head_dim}; give value_bits=16."
-    )
-
-
-def value_words(head_dim: int, widths: Sequence[int]) -> list[int]:
-    """Words of a token's value of each kv head."""
-    return [head_dim * width // 32 for width in widths]
-
-
 def turn(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Keys or values [.., D], turned and rounded to the 16-bit type, float32.
+    """Keys or values [.., D], turned and rounded to the 16-bit type, float32."""
+    return round_to(turn_exactly(x), dtype)
+
+
+def turn_exactly(x: np.ndarray) -> np.ndarray:
+    """Keys or values [.., D], turned, in float32.
 
     The product with the matrix, by sums and differences of neighbours, then of those two apart,
     four apart and so on.
@@ -235,27 +211,4 @@ def turn(x: np.ndarray, dtype: str) -> np.ndarray:
             lower, upper = pairs[..., 0, :], pairs[..., 1, :]
             turned = np.stack([lower + upper, lower - upper], axis=-2).reshape(x.shape)
             step *= 2
-    return round_to(turned * np.float32(1 / np.sqrt(size)), dtype)
-
-
-def decode_value(
-    words: np.ndarray, scales: np.ndarray, biases: np.ndarray, widths: Sequence[int], head_dim: int
-) -> np.ndarray:
-    """A token's turned values [Hkv, Dv], float32.
-
-    Args:
-        words: uint32 [sum of the heads' words].
-        scales: float32 [Hkv * groups].
-        biases: float32 [Hkv * groups].
-        widths: Of each kv head.
-        head_dim: Dv.
-    """
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
-    values = np.empty((len(widths), head_dim), np.float32)
-    begin = 0
-    for head, width in enumerate(widths):
-        own = bits[begin : begin + head_dim * width].reshape(head_dim, width)
-        values[head] = own @ (1 << np.arange(width))
-        begin += head_dim * width
-    grouped = values.reshape(scales.size, -1)
-    return (biases[:, None] + scales[:, None] * grouped).reshape(values.shape)
+        return turned * np.float32(1 / np.sqrt(size))

@@ -40,13 +40,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
-from .storage import block_grid, decode_values, encode_values, pack_words, round_to
+from .storage import (
+    block_grid,
+    decode_values,
+    encode_values,
+    pack_words,
+    round_to,
+    short_steps,
+    whole_steps,
+)
 from .sums import over_lanes, over_tokens
 
 LANE = 8  # channels
 CHUNK = 16  # tokens whose masks, and whose codes, lie side by side
 FITS = 4  # times that a grid is fitted to the codes it gives
-LARGEST_STEP = 0xF7  # of float16's finite ones
 
 
 @dataclass(frozen=True)
@@ -68,22 +75,10 @@ def lane_order(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, widths[order][::LANE]
 
 
-def short_steps(steps: np.ndarray) -> np.ndarray:
-    """The nearest steps that eight bits hold, uint8, for steps >= 0; 0 for what is no number."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        bits = np.where(steps >= 0, steps, 0).astype(np.float16).view(np.uint16).astype(np.int64)
-    return np.minimum((bits + 64) >> 7, LARGEST_STEP).astype(np.uint8)
-
-
-def whole_steps(short: np.ndarray) -> np.ndarray:
-    """The steps that these bits stand for, float32."""
-    return (short.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
-
-
 def fit_grid(
     values: np.ndarray, tokens: np.ndarray, bits: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``low``, float32 [D], and steps, uint8 [D], for what keys are held as, [n, D], and widths [D].
+    """``low``, float32 [D], and steps, uint8 [D], for what keys [n, D] are held as, and widths [D].
 
     ``tokens``: how much each counts, [n], of :func:`mlx_delta.method.runs.token_weights`.
 

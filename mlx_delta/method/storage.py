@@ -1,12 +1,16 @@
-"""The 16-bit types that far keys are stored in, and grids that codes of them lie on, in NumPy.
+"""The 16-bit types of what is stored, grids of codes, and steps of a byte, in NumPy.
 
-This file is a part of the specification of how keys are stored (:mod:`mlx_delta.method.codes`,
-:mod:`mlx_delta.method.deltas`): the MLX operations in ``ops/storage.py`` agree with it bit for bit.
+This file is a part of the specification of how keys and values are stored
+(:mod:`mlx_delta.method.codes`, :mod:`mlx_delta.method.deltas`, :mod:`mlx_delta.method.values`): the
+MLX operations in ``ops/storage.py`` agree with it bit for bit.
 
 A code stands for ``low + code * step``, of its channel in a block. ``low`` is the channel's
 smallest key of the block, and ``step`` a ``1 / (2 ** bits - 1)`` of its range, rounded *up* to the
 storage type, so that no key lies above the grid: large changes carry what attention recalls, and
 are never clipped.
+
+A **short** step is a byte: the upper one of a half without its sign, 5 bits of exponent and 3 of
+mantissa. 0 stands for 0, and 0xF7 for 61,440.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+LARGEST_STEP = 0xF7  # of bytes that are float16's finite numbers
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -75,3 +80,15 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
     for i, value in enumerate(values):
         words[i // per_word] |= np.uint32(value) << np.uint32(bits * (i % per_word))
     return words
+
+
+def short_steps(steps: np.ndarray) -> np.ndarray:
+    """The nearest steps that eight bits hold, uint8, for steps >= 0; 0 for what is no number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        bits = np.where(steps >= 0, steps, 0).astype(np.float16).view(np.uint16).astype(np.int64)
+    return np.minimum((bits + 64) >> 7, LARGEST_STEP).astype(np.uint8)
+
+
+def whole_steps(short: np.ndarray) -> np.ndarray:
+    """The steps that these bits stand for, float32."""
+    return (short.astype(np.uint16) << 7).view(np.float16).astype(np.float32)

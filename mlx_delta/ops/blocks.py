@@ -6,15 +6,19 @@ Whether *decode attention* goes through its kernel also depends on the queries a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 
-from . import codes_encode, deltas_encode, hold_kernel
+from . import codes_encode, deltas_encode, hold_kernel, values_encode
 from .backend import has_kernels
 from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .hold import hold_blocks
+from .turned import Codes
+from .turned import encode_values as encode_by_operations
 
 # Far keys that are not stored in full.
 FarBlocks = CodedBlocks | DeltaBlocks
@@ -45,6 +49,13 @@ def encode_deltas(
     if deltas_encode.can_encode(config, keys.shape[3]):
         return deltas_encode.encode(keys, config, coding, first_block)
     return store_deltas(keys, config, coding, first_block)
+
+
+def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
+    """Turn and code values; see :func:`mlx_delta.ops.turned.encode_values`."""
+    if has_kernels() and values_encode.can_encode(values.shape[3]):
+        return values_encode.encode(values, widths)
+    return encode_by_operations(values, widths)
 
 
 def unpack(stored: FarBlocks, blocks: int) -> mx.array:

@@ -147,9 +147,7 @@ def code_blocks(
     return words.astype(mx.uint32), grid
 
 
-def felt_by_place(
-    felt: tuple[np.ndarray, np.ndarray] | None, coding: Coding
-) -> mx.array | None:
+def felt_by_place(felt: tuple[np.ndarray, np.ndarray] | None, coding: Coding) -> mx.array | None:
     """Weights and salience of each channel, float32 [Hkv, 2, D] in the order.
 
     ``None`` where they are not known, each [Hkv, D] in ``felt``, or of turned keys.

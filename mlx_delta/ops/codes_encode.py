@@ -59,6 +59,7 @@ def codes_encode_kernel() -> Any:
         source=BODY,
         header=kernel_source("rounding.h")
         + kernel_source("grids.h")
+        + kernel_source("turning.h")
         + kernel_source("codes_encode.metal"),
         compile_options=SAFE_MATH,
     )

@@ -16,11 +16,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.deltas import CHUNK, FITS, LANE, LARGEST_STEP, lane_order
+from mlx_delta.method.deltas import CHUNK, FITS, LANE, lane_order
 from mlx_delta.widths import even_lane_widths
 
 from .runs import hold_runs, token_weights
-from .storage import LARGEST, block_grid, encode_values, with_sinks
+from .storage import (
+    LARGEST,
+    block_grid,
+    encode_values,
+    short_steps,
+    whole_steps,
+    with_sinks,
+)
 from .sums import over_lanes
 
 WORD = 32  # bits
@@ -200,8 +207,13 @@ def _fit_grid(
     """
     across = bits[:, None]
     grid = block_grid(values, across, dtype)
+<<<<<<< HEAD
     low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
     shares = (tokens / over_lanes(tokens))[..., None]
+=======
+    low, short = grid[:, :, :, 0], short_steps(grid[:, :, :, 1].astype(mx.float32))
+    shares = token_weights(blocks, grid, None)[..., None]
+>>>>>>> enc6
     mean = (shares * values).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = _encode(values, low, short, bits).astype(mx.float32)
@@ -209,25 +221,16 @@ def _fit_grid(
         apart = shares * (codes - mean_code)
         squares = (apart * (codes - mean_code)).sum(axis=3)
         products = (apart * (values - mean)).sum(axis=3)
-        fitted = _short_steps(products / mx.where(squares > 0, squares, 1))
-        best = mean[:, :, :, 0] - _whole_steps(fitted) * mean_code[:, :, :, 0]
+        fitted = short_steps(products / mx.where(squares > 0, squares, 1))
+        best = mean[:, :, :, 0] - whole_steps(fitted) * mean_code[:, :, :, 0]
         usable = (squares > 0) & (fitted > 0) & (mx.abs(best) < mx.inf)
         best = mx.clip(best, -LARGEST[dtype], LARGEST[dtype]).astype(dtype)
         low, short = mx.where(usable, best, low), mx.where(usable, fitted, short)
     return low, short
 
 
-def _short_steps(steps: mx.array) -> mx.array:
-    bits = mx.where(steps >= 0, steps, 0).astype(mx.float16).view(mx.uint16).astype(mx.int32)
-    return mx.minimum((bits + 64) >> 7, LARGEST_STEP).astype(mx.uint8)
-
-
-def _whole_steps(short: mx.array) -> mx.array:
-    return (short.astype(mx.uint16) << 7).view(mx.float16).astype(mx.float32)
-
-
 def _encode(values: mx.array, low: mx.array, short: mx.array, bits: np.ndarray) -> mx.array:
-    grid = mx.stack([low.astype(mx.float32), _whole_steps(short)], axis=3)
+    grid = mx.stack([low.astype(mx.float32), whole_steps(short)], axis=3)
     return encode_values(values, grid, bits[:, None, None])
 
 
@@ -342,7 +345,7 @@ def read_deltas(blocks: DeltaBlocks) -> mx.array:
     codes = (_read(blocks, word) >> shift) | ((_read(blocks, word + 1) << 1) << (31 - shift))
     most = (1 << np.repeat(np.array(coding.widths), LANE, axis=1)) - 1
     codes = (codes & mx.array(most, mx.uint32)[:, None, None]).astype(mx.float32)
-    low, step = blocks.low.astype(mx.float32), _whole_steps(blocks.steps)
+    low, step = blocks.low.astype(mx.float32), whole_steps(blocks.steps)
     held = mx.minimum(low[:, :, :, None] + codes * step[:, :, :, None], LARGEST[blocks.dtype])
     back = mx.array(np.argsort(np.array(coding.order), axis=1))
     held = mx.take_along_axis(held, back[None, :, None, None], axis=4)

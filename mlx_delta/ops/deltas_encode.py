@@ -52,6 +52,7 @@ def deltas_encode_kernel() -> Any:
         output_names=["words", "counts", "zeros", "low", "steps"],
         source=BODY,
         header=kernel_source("rounding.h")
+        + kernel_source("steps.h")
         + kernel_source("grids.h")
         + kernel_source("deltas_encode.metal"),
         compile_options=SAFE_MATH,

@@ -31,7 +31,7 @@ BODY = """
     ROOM
     CodedSizes sizes = {
         near_shape[1], queries_shape[1] / near_shape[1], queries_shape[2], near_shape[2],
-        near_values_shape[2], scales_shape[2], value_words_shape[3], n_sinks, window_blocks,
+        near_values_shape[2], value_words_shape[2], value_words_shape[3], n_sinks, window_blocks,
         far_splits, int(threadgroups_per_grid.z), mask_shape[0], mask_shape[2]};
     int heads_of_all = queries_shape[0] * near_shape[1];
     int simdgroup = simdgroup_index_in_threadgroup;
@@ -41,8 +41,7 @@ BODY = """
     FAR
     codes_decode<T, S, V, Keys, ValueWidths, Group, D, Queries, Bytes, HasSinks, HasMask>(
         queries, far_queries, rows, order, far_keys, sinks, near, near_values, sink_values,
-        value_words, scales, biases, heads, mask, scale, sizes, partial, sums, SCALED, PLAIN,
-        WEIGHTS, lane,
+        value_words, scales, heads, mask, scale, sizes, partial, sums, SCALED, PLAIN, WEIGHTS, lane,
         int(threadgroup_position_in_grid.y) / heads_of_all * Simdgroups + simdgroup,
         threadgroup_position_in_grid.z, head);
 """
@@ -69,13 +68,13 @@ def far_kernel(name: str, header: str, inputs: Sequence[str], parts: dict[str, s
     body = BODY
     for word, text in parts.items():
         body = body.replace(word, text.strip())
-    files = ("codes.h", "codes_scores.h", header, "codes_values.h", "codes_decode.metal")
+    files = ("codes.h", "steps.h", "codes_scores.h", header, "codes_values.h", "codes_decode.metal")
     return make_kernel(
         name=name,
         input_names=[
             *inputs,
             *("queries", "far_queries", "rows", "order", "sinks", "near", "near_values"),
-            *("sink_values", "value_words", "scales", "biases", "heads", "mask"),
+            *("sink_values", "value_words", "scales", "heads", "mask"),
             *("scale", "n_sinks", "window_blocks", "far_splits"),
         ],
         output_names=["partial", "sums"],
@@ -146,15 +145,14 @@ def launch(
     kv_heads = near.shape[1]
     if isinstance(values, CodedValues):
         near_values, piece = values.near, hadamard_size(D)
-        words, scales, biases = values.words, values.scales, values.biases
+        words, scales = values.words, values.scales
         group = D * kv_heads // scales.shape[3]
         per_head = [D * width // 32 for width in values.widths]
         heads = [(width, sum(per_head[:h])) for h, width in enumerate(values.widths)]
         value_widths = sum({1 << width for width in values.widths})
     else:
         near_values, piece, group, value_widths = values, 1, D, 0
-        words, scales = filler(mx.uint32).reshape(1, 1, 1, -1), values
-        biases = filler(values.dtype)
+        words, scales = filler(mx.uint32).reshape(1, 1, 1, -1), filler(mx.uint8)
         heads = [(16, 0)] * kv_heads
     parts = _Parts.of(n_heads // kv_heads * steps, far.places + TOKENS * D // group)
     far_units, near_units = _units(rows, steps, window_blocks)
@@ -170,13 +168,13 @@ def launch(
         inputs=[
             *far.inputs,
             *(queries, far.queries, row_numbers(tuple(rows)), far.order, sinks, near, near_values),
-            *(sink_values, words, scales, biases, constant((*heads, *[(0, 0)] * 4), mx.int32)),
+            *(sink_values, words, scales, constant((*heads, *[(0, 0)] * 4), mx.int32)),
             *(mask_input(mask), constant(float(scale), mx.float32)),
             constant(n_sinks, mx.int32),
             *(constant(window_blocks, mx.int32), constant(far_splits, mx.int32)),
         ],
         template=[
-            *(("T", queries.dtype), ("S", near.dtype), ("V", scales.dtype)),
+            *(("T", queries.dtype), ("S", near.dtype), ("V", near_values.dtype)),
             *far.template,
             *(("ValueWidths", value_widths), ("Group", group), ("D", D)),
             *(("Queries", parts.queries), ("Simdgroups", parts.simdgroups)),

@@ -21,8 +21,7 @@ class CodedValues:
 
     Attributes:
         words: uint32 [B, 1, capacity, sum of the heads' words], from token 0 on.
-        scales: [B, 1, capacity, Hkv * groups] of the storage type.
-        biases: As ``scales``.
+        scales: uint8 [B, 1, capacity, Hkv * groups].
         near: [B, Hkv, room, D] of the storage type.
         sinks: [B, Hkv, n_sinks, D], exact values of the first tokens; as many as exact keys.
         widths: Bits of a code of each kv head.
@@ -30,7 +29,6 @@ class CodedValues:
 
     words: mx.array
     scales: mx.array
-    biases: mx.array
     near: mx.array
     sinks: mx.array
     widths: tuple[int, ...]
@@ -141,10 +139,6 @@ def _check_values(name: str, values: CodedValues, sinks: tuple[int, int, int, in
             "sinks": (values.sinks, sinks),
             "words": (values.words, (B, 1, tokens, sum(D * w // 32 for w in values.widths))),
             "scales": (values.scales, (B, 1, tokens, groups)),
-            "biases": (values.biases, (B, 1, tokens, groups)),
         },
-        {
-            **{"words": mx.uint32, "scales": values.near.dtype, "biases": values.near.dtype},
-            "sinks": values.near.dtype,
-        },
+        {"words": mx.uint32, "scales": mx.uint8, "sinks": values.near.dtype},
     )

@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_delta.method.storage import LARGEST_STEP
+
 HEAD_DIMS = range(16, 257, 16)  # for which there are kernels
 LARGEST = {mx.float16: 65504.0, mx.bfloat16: 3.3895313892515355e38}
 
@@ -68,6 +70,17 @@ def encode_values(blocks: mx.array, grid: mx.array, bits: int | np.ndarray) -> m
     usable = step > 0
     codes = mx.floor((blocks - low) / mx.where(usable, step, 1) + 0.5)
     return mx.where(usable, mx.clip(codes, 0, _largest_code(bits)), 0).astype(mx.uint32)
+
+
+def short_steps(steps: mx.array) -> mx.array:
+    """The nearest steps that eight bits hold, uint8, for steps >= 0; 0 for what is no number."""
+    bits = mx.where(steps >= 0, steps, 0).astype(mx.float16).view(mx.uint16).astype(mx.int32)
+    return mx.minimum((bits + 64) >> 7, LARGEST_STEP).astype(mx.uint8)
+
+
+def whole_steps(short: mx.array) -> mx.array:
+    """The steps that these bits stand for, float32."""
+    return (short.astype(mx.uint16) << 7).view(mx.float16).astype(mx.float32)
 
 
 def _largest_code(bits: int | np.ndarray) -> Any:

@@ -35,8 +35,12 @@ HELP = (
 
 
 def advice() -> str:
-    """The smaller kinds with what they take, for messages: grids and scales add half a bit."""
-    bits = (f"--kv {name} ({KV[name]['key_bits'] + 0.5:g} bits a number)" for name in SMALLER)
+    """The smaller kinds with what they take, for messages.
+
+    Grids of keys add half a bit, and scales of values an eighth.
+    """
+    own = {name: (KV[name]["key_bits"] + 0.5 + KV[name]["value_bits"] + 0.125) for name in SMALLER}
+    bits = (f"--kv {name} ({both / 2:.1f} bits a number)" for name, both in own.items())
     return " or ".join(bits)
 
 

@@ -177,9 +177,22 @@ def test_new_far_blocks_of_a_layer_take_a_launch_or_two_and_nothing_else(name, b
     assert count_operations(*found) <= len(found), "what stands for the outputs here"
 
 
+def test_values_of_new_far_blocks_take_a_launch_and_nothing_else():
+    """Operations of its twin: 175 for two widths."""
+    values = tokens(320, 64)[2]
+    mx.eval(values)
+    with kernels_that_count() as launched:
+        whole_blocks.encode_values(values, (4, 3))
+        launched.clear()
+        with counting() as counts:
+            found = whole_blocks.encode_values(values, (4, 3))
+    assert launched == ["values_encode"] and not counts
+    assert count_operations(*found) <= len(found), "what stands for the outputs here"
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_token_that_finishes_a_far_block(name):
-    """Values of codes and the new block's place in the buffers are left to operations."""
+    """The new block's place in the buffers is left to operations."""
     setting, launches = FORMATS[name]
     caches = [DeltaKVCache(setting.for_layer(i, LAYERS)) for i in range(LAYERS)]
     text, token = tokens(319, 64), tokens(1, 64)
@@ -192,6 +205,7 @@ def test_a_token_that_finishes_a_far_block(name):
             feed(caches, 1, token)
     assert caches[0].encoded == (done[0] + 1,)
     assert [x for x in launched if x in launches] == LAYERS * launches
+    assert launched.count("values_encode") == LAYERS, "one for all heads"
     assert counts["waits"] <= (2 * LAYERS if name == "deltas" else 0), (
         "the counts before, long known"
     )

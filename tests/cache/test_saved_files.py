@@ -12,6 +12,8 @@ from mlx_lm.utils import load_model
 
 import mlx_delta
 from mlx_delta import BatchDeltaKVCache, DeltaConfig, DeltaKVCache
+from mlx_delta.method.storage import round_to, whole_steps
+from mlx_delta.method.values import encode_groups
 from tests.fixtures import make
 
 from .broken import header, replaced, setting
@@ -173,3 +175,55 @@ def test_mlx_lm_runs_the_converted_directory_by_the_file_in_it(model):
     text = make.tokens(40)
     through_shim.set_dtype(mx.float32)
     np.testing.assert_allclose(through_shim(text), model(text), atol=2e-5)
+
+
+# header, near, words of values, scales, biases, near values, their sinks, words, grid, sinks
+@pytest.fixture(scope="module")
+def affine_state() -> list:
+    """The state of the first layer of a cache with affine values, before anything reads it."""
+    file = str(make.HERE / "affine_values.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeltaKVCache, "from_state", classmethod(lambda _, state: state))
+        return load_prompt_cache(file)[0]
+
+
+def test_affine_values_are_coded_anew(model, affine_state):
+    """As if what the old codes stood for had come as values; so logits are about what they were."""
+    with pytest.warns(UserWarning, match="values were coded by an earlier version; they are coded"):
+        caches = load_prompt_cache(str(make.HERE / "affine_values.safetensors"))
+    assert caches[0].config == make.AFFINE
+    words, *grid = affine_state[2:5]
+    before = mx.dequantize(words, *(x.astype(mx.float32) for x in grid), 32, 3)[0, 0]
+    codes, scales = encode_groups(round_to(np.array(before), "float16"), 3)
+    found = caches[0].state[2:4]
+    np.testing.assert_array_equal(found[1][0, 0, :, 0], scales)
+    units = whole_steps(scales)[:, None]
+    after = mx.dequantize(found[0][0, 0], mx.array(units), mx.array(units * -3.5), 32, 3)
+    np.testing.assert_array_equal(after, units * (codes - 3.5))
+    assert scales.any()
+    wanted = np.load(make.HERE / "logits.npz")
+    for i, logits in enumerate(make.follow(model, caches)):
+        alike = np.corrcoef(logits.ravel(), wanted[f"affine_values_{i}"].ravel())[0, 1]
+        assert alike > 0.9, "as of a text with full values: .97"
+
+
+@pytest.mark.filterwarnings("ignore:.*coded by an earlier version")
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda s: replaced(s, 3, s[3].astype(mx.uint8)), "saved values do not fit"),
+        (lambda s: replaced(s, 4, s[4][..., :0]), "saved values do not fit"),
+        (lambda s: replaced(s, 2, s[2][:, :, :5]), "saved values do not fit"),
+        (lambda s: replaced(s, 3, None), "lacks one of its buffers"),
+        (lambda s: setting(s, value_bits=4), "saved values do not fit"),
+        (lambda s: [*s, s[1]], "11 parts"),
+    ],
+)
+def test_a_damaged_state_of_affine_values_is_refused(break_it, message, affine_state):
+    with pytest.raises(ValueError, match=message):
+        DeltaKVCache.from_state(break_it(affine_state))
+
+
+def test_an_affine_state_from_before_it_was_filled(affine_state):
+    fields = {**json.loads(affine_state[0]), "lengths": [0], "encoded": [0], "model": None}
+    assert DeltaKVCache.from_state([json.dumps(fields), *[None] * 9]).empty()

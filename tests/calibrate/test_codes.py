@@ -85,8 +85,8 @@ def test_bits_for_wanted_bytes_are_written(path, capsys):
     chosen = {name: new.pop(name) for name in list(new) if name not in before}
     assert new == before
     assert (chosen.pop("key_format"), chosen.pop("value_format")) == ("codes", "rotated")
-    # Grids of 16 + 16 bits for 8 tokens of a channel, scales and biases for 32 numbers.
-    taken = (chosen.pop("key_bits") + 4 + chosen.pop("value_bits") + 1) / 32
+    # Grids of 16 + 16 bits for 8 tokens of a channel, a byte for 32 numbers.
+    taken = (chosen.pop("key_bits") + 4 + chosen.pop("value_bits") + 0.25) / 32
     assert 0.399 < taken <= 0.4 and not chosen
     assert "Chosen:" in capsys.readouterr().out
     model, _ = load(path)
@@ -97,7 +97,7 @@ def test_bits_for_wanted_bytes_are_written(path, capsys):
     ("flags", "message"),
     [
         (["--codes", "--uncorrected"], "--uncorrected says nothing about codes"),
-        (["--codes", "--bytes", "0.1"], "bytes must be between 0.2812 and 0.6562 of those"),
+        (["--codes", "--bytes", "0.1"], "bytes must be between 0.2578 and 0.6328 of those"),
         (["--codes", "--bytes", "0.3", "--kl", "0.1"], "--bytes goes with --codes, and without"),
         (["--bytes", "0.3", "--kl", "0.1"], "--bytes goes with --codes"),
         (["--codes", "--kl", "0"], "KL, in nats per token, must be > 0 but got 0"),

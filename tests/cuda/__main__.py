@@ -37,9 +37,9 @@ ROWS: tuple[tuple[Kinds, int], ...] = (
 
 def _near_and_values(heads: int, width: int) -> tuple[mx.array, CodedValues]:
     near = mx.zeros((1, heads, 128, D), HALF)
-    scales = mx.zeros((1, 1, 256, heads * D // 64), HALF)
+    scales = mx.zeros((1, 1, 256, heads * D // 64), mx.uint8)
     words = mx.zeros((1, 1, 256, heads * D * width // 32), mx.uint32)
-    values = CodedValues(words, scales, scales, near, near[:, :, :4], (width,) * heads)
+    values = CodedValues(words, scales, near, near[:, :, :4], (width,) * heads)
     return near, values
 
 

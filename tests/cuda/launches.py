@@ -9,7 +9,14 @@ from unittest import mock
 
 import mlx.core as mx
 
-from mlx_delta.ops import codes_encode, codes_kernel, deltas_encode, deltas_kernel, hold_kernel
+from mlx_delta.ops import (
+    codes_encode,
+    codes_kernel,
+    deltas_encode,
+    deltas_kernel,
+    hold_kernel,
+    values_encode,
+)
 from mlx_delta.ops.backend import CUDA
 from mlx_delta.ops.codes import CodedBlocks, Coding
 from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
@@ -71,10 +78,8 @@ def every_kernel() -> dict[str, Generated]:
         coding=coding,
         head_dim=64,
     )
-    scales = mx.zeros((1, 1, 128, 2), half)
-    values = CodedValues(
-        mx.zeros((1, 1, 128, 12), mx.uint32), scales, scales, keys, keys[:, :, :4], (4, 2)
-    )
+    scales = mx.zeros((1, 1, 128, 2), mx.uint8)
+    values = CodedValues(mx.zeros((1, 1, 128, 12), mx.uint32), scales, keys, keys[:, :, :4], (4, 2))
     held = DeltaBlocks(
         payload=mx.zeros((1, 1000), mx.uint32),
         offsets=mx.zeros((1, 2, 2), mx.int32),
@@ -91,6 +96,7 @@ def every_kernel() -> dict[str, Generated]:
         codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)
         codes_encode.encode(keys, coding, 64, mx.ones((2, 64)))
+        values_encode.encode(keys, (4, 3))
         deltas_encode.encode(keys, lanes(values=(4, 2)), held.coding, 0)  # delta_runs too
         tiles.SMALL.attend(tiles.SMALL.choose(0.7))
         ternary_matvec(mx.zeros((1, 64), half), mx.zeros((4, 4), mx.uint32), mx.ones((4, 1)), True)

@@ -11,7 +11,14 @@ import numpy as np
 from mlx_delta.ops.ternary_matvec import ternary_matvec
 from mlx_delta.ternary.codes import pack_words
 
-from ..kernels import code_case, delta_case, test_codes_encode, test_deltas_encode, tile_case
+from ..kernels import (
+    code_case,
+    delta_case,
+    test_codes_encode,
+    test_deltas_encode,
+    test_values_encode,
+    tile_case,
+)
 from ..kernels.code_case import CodedCase, Kinds, coded
 from ..kernels.common import walk
 from ..kernels.delta_case import DeltaCase, lanes
@@ -42,6 +49,11 @@ def _coded(kinds: tuple[Kinds, Kinds]) -> None:
 def _stored() -> None:
     setting = test_deltas_encode.setting_of(size=64)
     test_deltas_encode.check(test_deltas_encode.mixed_keys(setting, 128), setting)
+
+
+def _turned(head_dim: int, widths: tuple[int, ...], dtype: mx.Dtype) -> None:
+    values = test_values_encode.numbers((2, len(widths), 70, head_dim), dtype)
+    test_values_encode.check(values, widths)
 
 
 def _tile_pack() -> None:
@@ -89,6 +101,8 @@ CASES: dict[str, Callable[[], None]] = {
     "runs, greedy": partial(_runs, False),
     "codes, encoded": partial(_coded, test_codes_encode.KINDS),
     "held, encoded": _stored,
+    "values, encoded": partial(_turned, 128, (3, 4), HALF),
+    "values of all widths": partial(_turned, 96, test_values_encode.ALL, BF16),
     "tiles, packed": _tile_pack,
     "tiles, chosen": partial(tile_case.check_choice, tile_case.SMALL),
     "tiles, attention": partial(tile_case.check_attention, tile_case.SMALL, tile_case.LISTED),

@@ -11,12 +11,15 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_delta import DeltaConfig
+from mlx_delta import BatchDeltaKVCache, DeltaConfig
 from mlx_delta.method import codes as ref
+from mlx_delta.method.storage import whole_steps
+from mlx_delta.method.values import encode_head, numbers_of
 from mlx_delta.ops import codes_kernel
 from mlx_delta.ops.storage import to_storage
 from mlx_delta.widths import FIELDS
 
+from ..attention.test_hybrid import attend
 from ..metal_cpu import MetalBench
 from .common import STORED, as_float, on_bench
 from .decode_case import Case
@@ -106,17 +109,26 @@ class CodedCase(Case):
             return stored, stored
         near = as_float(to_storage(self.values[row, head, :length]))
         assert self.setting.value_widths is not None and self.setting.value_widths[0]
-        width, group = self.setting.value_widths[0][head], ref.value_group(self.head_dim)
-        turned = mx.array(ref.turn(near, STORED[self.dtype]))
-        parts = mx.quantize(to_storage(turned.astype(self.dtype)), group, width)
-        words, scales, biases = (as_float(x) if x.dtype != mx.uint32 else x for x in parts)
-        far = [
-            ref.decode_value(np.array(words[t]), scales[t], biases[t], (width,), self.head_dim)[0]
-            for t in range(length)
-        ]
-        coded = np.array(far) @ ref.hadamard(self.head_dim)
+        width = self.setting.value_widths[0][head]
+        codes, scales = encode_head(near, width, STORED[self.dtype])
+        groups = codes.reshape(scales.size, -1)
+        far = numbers_of(groups, whole_steps(scales.ravel()), width).reshape(near.shape)
+        coded = far @ ref.hadamard(self.head_dim)
         coded[: self.setting.sinks] = near[: self.setting.sinks]
         return near, coded
+
+
+def fed_batch(setting: DeltaConfig, head_dim: int) -> BatchDeltaKVCache:
+    """Two rows of 72 and 63 tokens in blocks of 16, fed a prompt and then token by token."""
+    rng = np.random.default_rng(2)
+    text = [rng.normal(size=(2, n, 72, head_dim)).astype(np.float32) for n in (4, 2, 2)]
+    cache = BatchDeltaKVCache([0, 9], setting)
+    for steps in (40, *[1] * 32):
+        mask = cache.make_mask(steps)
+        at = cache.offset.tolist()[0]
+        attend(cache, [x[:, :, at : at + steps] for x in text], [steps], mask)
+    assert cache.encoded == (3, 2)
+    return cache
 
 
 def check(bench: MetalBench, case: CodedCase, mask: bool = False, **options: Any) -> None:

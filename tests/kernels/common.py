@@ -21,6 +21,7 @@ from mlx_delta.ops import (
     hold_kernel,
     runs_kernel,
     tiles_kernel,
+    values_encode,
 )
 from mlx_delta.ops.backend import has_kernels
 
@@ -35,6 +36,7 @@ BUILDERS: dict[str, Any] = {
     "deltas_kernel": deltas_kernel,
     "deltas_encode_kernel": deltas_encode,
     "runs_kernel": runs_kernel,
+    "values_encode_kernel": values_encode,
     "tile_pack_kernel": tiles_kernel,
     "tile_score_kernel": tiles_kernel,
     "tile_attention_kernel": tiles_kernel,

@@ -144,9 +144,9 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench):
     assert_close(output, case.expected(), case)
     assert launches == ["codes_kernel", "combine_kernel"]
     far, near, heads = 640, 60 + 64, 2
-    # 4-bit words, a grid of 4 bytes a channel and block; values with a scale and a bias each.
-    needed = heads * far * (64 // 2 + 4 + 64 // 2 + 4) + heads * near * 4 * 64
-    names = ("words", "grid", "sinks", "near", "near_values", "value_words", "scales", "biases")
+    # 4-bit words, a grid of 4 bytes a channel and block; values with a byte for their scale.
+    needed = heads * far * (64 // 2 + 4 + 64 // 2 + 1) + heads * near * 4 * 64
+    names = ("words", "grid", "sinks", "near", "near_values", "value_words", "scales")
     loaded = sum(traffic[name].loaded_per_threadgroup for name in names)
     assert loaded <= 1.1 * needed, f"{loaded} bytes for {needed}"
 
@@ -160,7 +160,7 @@ MUTATIONS = [
     Mutation("low twice", "part == 0 ? low[j] : 0.0f", "low[j]"),
     Mutation("rows not in pairs", "slots += (word_rows + 1) / 2 * 4", "slots += word_rows * 2"),
     Mutation("one head's rows", "+ far_keys.counts[CODED_KINDS]", ""),
-    Mutation("one head's counts", "counts += kv_head * CODED_COUNTS;", ""),
+    Mutation("one head's counts", "+ head % grid_shape[1] * CODED_COUNTS", ""),
     Mutation("queries not in the order", "order[kv_head * D + d]", "d"),
     Mutation("padding not zero", "put<Queries>(scaled, i, none);", ""),
     Mutation("words past the last row", "at = min(at + 2 * CODED_TOKENS, last);", "at += 128;"),
@@ -174,14 +174,15 @@ MUTATIONS = [
     Mutation("mask of another step", "* sizes.queries + step;", "* sizes.queries;"),
     Mutation("no rescaling of outputs", "state.output[j][k] *= shrink;", ""),
     Mutation("no rescaling of sums", "state.sum[j] *= shrink;", ""),
-    Mutation("no rescaling of biases", "state.bias[g][j] *= shrink;", ""),
     Mutation("no rescaling of scales", "state.scaled[g][j] *= shrink;", ""),
     Mutation("never rescaled", "if (simd_any(above)) {", "if (false) {"),
-    Mutation("no biases", "+ bias[j];", ";"),
-    Mutation("no zero of values", "CODE_ZERO * fields[j]", "0.0f"),
-    Mutation("no units of values", "codes * power_of_two(", "codes * 1.0f; (void)("),
+    Mutation("no zero of fields", "CODE_ZERO + 0.5f", "0.5f"),
+    Mutation("no zero of values", "+ 0.5f * float((1 << Width) - 1) * power_of_two(unit)", ""),
+    Mutation("no units of values", "* power_of_two(-unit)", ""),
+    Mutation("scales of whole numbers", "whole_step(scale[i].e[g])",
+             "float(scale[i].e[g])"),
     Mutation("another group's scales", "own * 8 / Group * CODED_TOKENS", "0"),
-    Mutation("another group's biases", "group == g ? group_bias", "g == 0 ? group_bias"),
+    Mutation("another group's sums", "group == g ? group_scaled", "g == 0 ? group_scaled"),
     Mutation("words past a value's last", "bit % 32 + 8 * Width > 32 ? 1 : 0", "1"),
     Mutation("the neighbour's codes", ">> shift) & 0xffffu", ">> shift)"),
     Mutation("one head's words", "+ heads[2 * kv_head + 1]", ""),
@@ -215,7 +216,7 @@ def small_case() -> None:
         """With arrays that end where what is looked at does."""
         ends = [(start + case.steps - first, n) for start, n, first, _ in rows]
         room, n = (max(x) for x in zip(*ends, strict=True))
-        far = [x[:, :, : 64 * n] for x in (values.words, values.scales, values.biases)]
+        far = [x[:, :, : 64 * n] for x in (values.words, values.scales)]
         values = CodedValues(*far, values.near, values.sinks, values.widths)
         return decode(queries, rows, blocks.first(n), near[:, :, :room], values, *rest)
 
@@ -253,7 +254,9 @@ PLAIN_MUTATIONS = [
         "grid past the last channel", "if (d < D) {\n      const float", "{\n      const float"
     ),
     Mutation("queries past the last one", "if (d < D) {\n      const int", "{\n      const int"),
-    Mutation("one row's values", "scales += long(head) * sizes.tokens * D;", ""),
+    Mutation(
+        "one row's values", "near_values + long(head) * sizes.value_room * D;", "near_values;"
+    ),
 ]
 
 

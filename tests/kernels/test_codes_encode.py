@@ -8,15 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_delta import BatchDeltaKVCache
 from mlx_delta.method import codes as ref
 from mlx_delta.ops import codes, codes_encode
 from mlx_delta.sensitivities import Sensitivities
 
-from ..attention.test_hybrid import attend
 from ..metal_cpu import MetalBench
 from ..metal_cpu.mutate import Mutation, assert_caught, without_barrier
-from .code_case import Kinds, coded
+from .code_case import Kinds, coded, fed_batch
 from .common import (
     STORED,
     as_float,
@@ -110,16 +108,9 @@ def test_a_cache_encodes_with_it_whatever_its_rows_are_at(bench: MetalBench):
         coded(KINDS, None, block_size=16, window=16, sinks=2),
         sensitivities=Sensitivities([np.random.default_rng(1).lognormal(0, 1, (2, 48)) / 48]),
     )
-    rng = np.random.default_rng(2)
-    text = [rng.normal(size=(2, heads, 72, 48)).astype(np.float32) for heads in (4, 2, 2)]
 
     def stored() -> list[np.ndarray]:
-        cache = BatchDeltaKVCache([0, 9], setting)
-        for steps in (40, *[1] * 32):
-            mask = cache.make_mask(steps)
-            at = cache.offset.tolist()[0]
-            attend(cache, [x[:, :, at : at + steps] for x in text], [steps], mask)
-        assert cache.encoded == (3, 2)
+        cache = fed_batch(setting, 48)
         arrays = [x for x in cache.state if isinstance(x, mx.array)]
         return [np.array(x) for x in arrays if x.dtype == mx.uint32]
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import runs
-from mlx_delta.ops import codes_encode, deltas_encode, hold_kernel, runs_kernel
+from mlx_delta.ops import codes_encode, deltas_encode, hold_kernel, runs_kernel, values_encode
 from mlx_delta.sensitivities import Sensitivities
 
 from ..metal_cpu import KernelSource, MetalBench
@@ -189,8 +189,9 @@ def test_mutations(bench: MetalBench, mutation):
         runs_kernel.runs_kernel,
         codes_encode.codes_encode_kernel,
         deltas_encode.deltas_encode_kernel,
+        values_encode.values_encode_kernel,
     ],
-    ids=["hold", "runs", "codes", "deltas"],
+    ids=["hold", "runs", "codes", "deltas", "values"],
 )
 def test_what_compares_with_a_threshold_asks_for_no_fast_math(builder):
     kernel = KernelSource.of(builder.__wrapped__)

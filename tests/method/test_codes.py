@@ -1,4 +1,4 @@
-"""The specification of codes of several widths, and of turned values, against itself and MLX."""
+"""The specification of codes of several widths, and of turning, against itself and MLX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_delta.method import codes as ref
 from mlx_delta.method.storage import block_grid, decode_values, encode_values
-from mlx_delta.widths import FIELDS, VALUE_WIDTHS
+from mlx_delta.widths import FIELDS
 
 KEYS = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float16).astype(np.float32)
 # Pairs (d, d + 16) of each width, in no order.
@@ -143,16 +143,3 @@ def test_the_matrix_is_mlx_s_and_undoes_itself(head_dim):
     x = KEYS.ravel()[: 2 * head_dim].reshape(2, -1, size)
     turned = mx.hadamard_transform(mx.array(x)).reshape(2, head_dim)
     np.testing.assert_allclose(np.array(turned), x.reshape(2, head_dim) @ matrix, atol=1e-5)
-
-
-@pytest.mark.parametrize("width", VALUE_WIDTHS)
-@pytest.mark.parametrize("head_dim", [96, 128])
-def test_values_are_mlx_s_codes(width, head_dim):
-    widths, group = (width, 4), ref.value_group(head_dim)
-    turned = ref.turn(KEYS.ravel()[: 2 * head_dim].reshape(2, head_dim), "float16")
-    parts = [mx.quantize(mx.array(x)[None], group, w) for x, w in zip(turned, widths, strict=True)]
-    words, scales, biases = (np.concatenate([np.array(p[i][0]) for p in parts]) for i in range(3))
-    assert len(words) == sum(ref.value_words(head_dim, widths))
-    values = ref.decode_value(words, scales, biases, widths, head_dim)
-    dense = [mx.dequantize(*p, group, w)[0] for p, w in zip(parts, widths, strict=True)]
-    np.testing.assert_allclose(values, np.stack([np.array(x) for x in dense]), atol=1e-5)

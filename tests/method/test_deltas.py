@@ -7,6 +7,7 @@ import pytest
 
 from mlx_delta.method import deltas as ref
 from mlx_delta.method.runs import optimal_starts, token_weights, weighted_means
+from mlx_delta.method.storage import LARGEST_STEP, short_steps, whole_steps
 
 WEIGHTS, SALIENCE = np.ones(16, np.float32), np.zeros(16, np.float32)
 WIDTHS = np.array([4, 2] * 8)  # lane 0 has the even channels, lane 1 the odd ones
@@ -48,7 +49,7 @@ def test_words(n):
             bits += own.sum() * width
     assert len(block.words) == at + -(-bits // 32)
     # The stream begins with all of lane 0's codes of the first token.
-    low, step = block.low[:8], ref.whole_steps(block.steps)[:8]
+    low, step = block.low[:8], whole_steps(block.steps)[:8]
     codes = block.words[at] >> (4 * np.arange(8, dtype=np.uint32)) & 15
     held = ref.unpack_block(block, n, WIDTHS, "float16")
     np.testing.assert_allclose(low + step * codes, held[0, ::2], atol=2e-3)
@@ -63,7 +64,7 @@ def test_a_run_is_its_mean_half_a_step_away(n):
     assert (held[1:] == held[:-1])[~starts[1:]].all()
     order, lanes = ref.lane_order(WIDTHS)
     low, step, high = np.empty((3, 16), np.float32)
-    low[order], step[order] = block.low, ref.whole_steps(block.steps)
+    low[order], step[order] = block.low, whole_steps(block.steps)
     high[order] = block.low + step[order] * (2.0 ** np.repeat(lanes, 8) - 1)
     beyond = np.maximum(0, np.maximum(low - means, means - high))
     assert (np.abs(held - means) <= np.maximum(step / 2, beyond) + 3e-3).all()
@@ -96,14 +97,14 @@ def test_first_tokens_do_not_disturb_the_rest():
 
 
 def test_short_steps_are_the_nearest():
-    short = np.arange(1, ref.LARGEST_STEP + 1).astype(np.uint8)
-    steps = ref.whole_steps(short)
-    np.testing.assert_array_equal(ref.short_steps(steps), short)
+    short = np.arange(1, LARGEST_STEP + 1).astype(np.uint8)
+    steps = whole_steps(short)
+    np.testing.assert_array_equal(short_steps(steps), short)
     assert (np.diff(steps) > 0).all() and steps[-1] == 61440
     between = steps[:-1] + 0.4 * np.diff(steps)
-    np.testing.assert_array_equal(ref.short_steps(between[8:]), short[8:-1])
+    np.testing.assert_array_equal(short_steps(between[8:]), short[8:-1])
     special = np.array([0, -1, np.nan, np.inf, 1e9], np.float32)
-    assert ref.short_steps(special).tolist() == [0, 0, 0, 0xF7, 0xF7]
+    assert short_steps(special).tolist() == [0, 0, 0, 0xF7, 0xF7]
 
 
 def test_a_channel_with_a_nan_is_nan_throughout():

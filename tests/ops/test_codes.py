@@ -8,6 +8,7 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import codes as ref
+from mlx_delta.method.values import decode_value, encode_value, value_words
 from mlx_delta.models.parts import share_of_heads
 from mlx_delta.ops import codes, turned
 from mlx_delta.ops.blocks import unpack
@@ -96,19 +97,28 @@ def test_without_widths_keys_are_turned_first(head_dim):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_values_are_coded_as_specified(length):
+@pytest.mark.parametrize("kind", HALVES)
+def test_values_are_coded_as_specified(kind, length):
     widths = (3, 3, 8, 2, 6, 4, 5)
     assert set(widths) == set(VALUE_WIDTHS)
-    values = np.random.default_rng(0).normal(size=(2, 7, length, 96)).astype(np.float16)
-    found = turned.encode_values(mx.array(values), widths)
-    words, scales, biases = (np.array(x) for x in found)
-    assert words.shape == (2, 1, length, sum(ref.value_words(96, widths)))
-    assert scales.shape == biases.shape == (2, 1, length, 7 * 3)
+    numbers = np.random.default_rng(0).normal(size=(2, 7, length, 96))
+    numbers[0, 0] = 0
+    numbers[0, 1] *= 1e-6  # so small that scales are few
+    numbers[0, 2] *= 6e4  # beyond the largest half once they are turned
+    numbers[0, 3, :, 5] = np.nan
+    numbers[0, 4, :, 6] = np.inf
+    numbers[1, 5] *= 1e-3
+    values = mx.array(numbers.astype(np.float32)).astype(HALVES[kind])
+    found = turned.encode_values(values, widths)
+    words, scales = (np.array(x) for x in found)
+    assert words.shape == (2, 1, length, sum(value_words(96, widths)))
+    assert scales.shape == (2, 1, length, 7 * 3) and scales.dtype == np.uint8
     decoded = as_float(turned.decode_values(found, widths, 96, mx.float32))
     for row, token in np.ndindex(2, length):
-        own = (x[row, 0, token] for x in (words, scales, biases))
-        wanted = ref.decode_value(*own, widths, 96) @ ref.hadamard(96)
-        np.testing.assert_allclose(decoded[row, :, token], wanted, atol=2e-3)
-    steps = [np.ptp(values) / (2**width - 1) for width in widths]
-    error = np.abs(decoded - values).max(axis=(0, 2, 3))
-    assert (error < steps).all() and error.argsort().tolist()[0] == 2
+        wanted = encode_value(as_float(values[row, :, token]), widths, kind)
+        if ON_CPU:
+            np.testing.assert_array_equal(words[row, 0, token], wanted[0])
+            np.testing.assert_array_equal(scales[row, 0, token], wanted[1])
+        own = decode_value(words[row, 0, token], scales[row, 0, token], widths, 96)
+        full = as_float(turned.turn(mx.array(own)))
+        np.testing.assert_array_equal(decoded[row, :, token], full)

@@ -106,8 +106,8 @@ def test_which_addresses_are_local(host, local):
 
 def test_options_that_the_delta_takes_the_place_of(capsys):
     assert line_of(capsys, "--kv-bits", "4", "--port", "0") == (
-        "error: --kv-bits 4 does not go together with the delta; use --kv balanced (4.5 bits a "
-        "number) or --kv small (3.5 bits a number), or --no-delta."
+        "error: --kv-bits 4 does not go together with the delta; use --kv balanced (4.3 bits a "
+        "number) or --kv small (3.3 bits a number), or --no-delta."
     )
 
 
