@@ -207,13 +207,8 @@ def _fit_grid(
     """
     across = bits[:, None]
     grid = block_grid(values, across, dtype)
-<<<<<<< HEAD
-    low, short = grid[:, :, :, 0], _short_steps(grid[:, :, :, 1].astype(mx.float32))
-    shares = (tokens / over_lanes(tokens))[..., None]
-=======
     low, short = grid[:, :, :, 0], short_steps(grid[:, :, :, 1].astype(mx.float32))
-    shares = token_weights(blocks, grid, None)[..., None]
->>>>>>> enc6
+    shares = (tokens / over_lanes(tokens))[..., None]
     mean = (shares * values).sum(axis=3, keepdims=True)
     for _ in range(FITS):
         codes = _encode(values, low, short, bits).astype(mx.float32)
