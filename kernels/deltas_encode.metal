@@ -161,6 +161,7 @@ inline void deltas_encode(
       shares[t] = tokens[t] / sum;
     }
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // 3.
   uint head = 0u;

@@ -19,10 +19,10 @@ which only the eight bits from the highest bit of its exponent to the third of i
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
 The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
-Tokens count as they do for runs, which are cut as in :mod:`mlx_delta.method.runs`. A lane that would take no less as runs than as the
-codes of all its keys is stored as those, so no block is larger than plain codes of these widths
-are. Exact keys of the first tokens (sinks) stand beside the blocks, and are read instead of their
-codes; for a block they count as the key after them.
+Tokens count as they do for runs, which are cut as in :mod:`mlx_delta.method.runs`. A lane that
+would take no less as runs than as the codes of all its keys is stored as those, so no block is
+larger than plain codes of these widths are. Exact keys of the first tokens (sinks) stand beside the
+blocks, and are read instead of their codes; for a block they count as the key after them.
 
 What was tried, on one window of 2,048 tokens of SmolLM2's, keys only, all bits of far keys counted
 (KL divergence from dense attention in nats, at bits a number): codes without a hold .0066 at 3.0

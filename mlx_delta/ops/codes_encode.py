@@ -43,8 +43,9 @@ BODY = """
     long row = (long(head / Heads) * n_blocks + block) * first_rows[Heads] + first;
     codes_encode<S, D, Size, Felt, Turned>(
         keys + from * Size * D, turned + (Turned ? from * Size * D : 0), factor,
-        places + own * D, felt + (Felt ? own * 2 * D : 0), rows + first, first_rows[own + 1] - first,
-        words + row * Size, grid + from * 2 * D, means, steps, tokens, shares, codes,
+        places + own * D, felt + (Felt ? own * 2 * D : 0), rows + first,
+        first_rows[own + 1] - first, words + row * Size, grid + from * 2 * D, means, steps,
+        tokens, shares, codes,
         thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
 """
 

@@ -36,8 +36,8 @@ BODY = """
     int exact = max(min(place[1] - (place[0] + block) * Size, Size - 1), 0);
     deltas_encode<S, D, Size, Room>(
         keys + from * Size * D, exact, starts + from * Size * W, means + from * Size * D,
-        tokens + from * Size, places + head % Heads * D, words + from * Room, counts + from, zeros + from, low + from * D,
-        steps + from * D, shares, marks, first_codes, first_bits,
+        tokens + from * Size, places + head % Heads * D, words + from * Room, counts + from,
+        zeros + from, low + from * D, steps + from * D, shares, marks, first_codes, first_bits,
         held_lanes, runs, codes, thread_index_in_threadgroup, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
 """

@@ -32,8 +32,8 @@ BODY = """
     delta_runs<T, D, Size, Optimal>(
         keys + at * Size * D, Alike ? min(sinks, Size - 1) : 0, Alike ? 0 : sinks,
         own, own + Heads * D, own + 2 * Heads * D, starts + at * Size * W, means + at * Size * D,
-        counts + at * Size, tokens, looked_at, total, sums, before, begins, threadgroup_position_in_grid.x,
-        thread_index_in_simdgroup);
+        counts + at * Size, tokens, looked_at, total, sums, before, begins,
+        threadgroup_position_in_grid.x, thread_index_in_simdgroup);
 """
 
 

@@ -160,7 +160,7 @@ def test_new_far_blocks_of_a_layer_take_a_launch_or_two_and_nothing_else(name, b
     setting, launches = FORMATS[name]
     keys, setting = tokens(64 * blocks, 64)[1], setting.for_layer(0, LAYERS)
     coding: Any = {"codes": Coding, "deltas": LaneCoding}[name].of(setting, 2, 64)
-    felt = mx.ones((2, 64))
+    felt = mx.ones((2, 2, 64))
     mx.eval(keys, felt)
 
     def encoded() -> Sequence[mx.array]:

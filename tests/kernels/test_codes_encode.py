@@ -44,7 +44,7 @@ def check(
     B, _, length, D = keys.shape
     setting = coded(kinds or (), key_bits=3.5)
     coding = codes.Coding.of(setting, 2, D)
-    felt = np.random.default_rng(0).lognormal(0, 2, (2, D)).astype(np.float32) if minded else None
+    felt = minds(D) if minded else None
     by_place = codes.felt_by_place(felt, coding)
     words, grid = codes_encode.encode(keys, coding, size, by_place)
     assert grid.dtype == keys.dtype and words.shape == (B, length // size, coding.all_rows, size)
@@ -56,16 +56,47 @@ def check(
         own, kind = as_float(keys[row, head, block * size :][:size]), STORED[keys.dtype]
         own = ref.turn(own, kind) if coding.turned else own
         order, rows = np.array(coding.order[head]), coding.rows[head]
-        found = ref.code_block(own, order, rows, kind, None if felt is None else felt[head])
+        found = ref.code_block(own, order, rows, kind, of_head(felt, head))
         np.testing.assert_array_equal(as_float(grid[row, head, block]), found.grid)
         stored = words[row, block, slice(*coding.first_rows[head : head + 2])]
         np.testing.assert_array_equal(np.array(stored), found.words)
+
+
+def minds(D: int, looking: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and salience of two heads' channels; without ``looking`` all bits are specified."""
+    rng = np.random.default_rng(0)
+    weights = rng.lognormal(0, 2, (2, D)).astype(np.float32)
+    return weights, (rng.normal(size=(2, D)) * looking).astype(np.float32)
+
+
+def of_head(felt: tuple[np.ndarray, np.ndarray] | None, head: int) -> np.ndarray | None:
+    """What the specification takes for one head."""
+    return None if felt is None else np.stack([x[head] for x in felt])
 
 
 @every_run
 def test_codes(bench: MetalBench, options):
     with on_bench(bench, **options):
         check(walk((2, 2, 32, 48), mx.float16), KINDS, minded=True)
+
+
+def check_salience(keys: mx.array) -> None:
+    """With salience, whose `exp` may have another last bit: nearly all is as specified."""
+    D = keys.shape[3]
+    coding, felt = codes.Coding.of(coded(KINDS, key_bits=3.5), 2, D), minds(D, looking=0.5)
+    _, grid = codes_encode.encode(keys, coding, 16, codes.felt_by_place(felt, coding))
+    differing = []
+    for row, head, block in np.ndindex(keys.shape[0], 2, keys.shape[2] // 16):
+        own, order = as_float(keys[row, head, block * 16 :][:16]), np.array(coding.order[head])
+        mind = of_head(felt, head)
+        wanted = ref.code_block(own, order, coding.rows[head], STORED[keys.dtype], mind)
+        differing.append(as_float(grid[row, head, block]) != wanted.grid)
+    assert np.mean(differing) < 0.01
+
+
+def test_tokens_that_are_looked_at_count_more(bench: MetalBench):
+    with on_bench(bench):
+        check_salience(walk((2, 2, 32, 48), mx.float16))
 
 
 @every_run
@@ -128,16 +159,18 @@ MUTATIONS = [
     Mutation("a step is rounded down", "float(nearest) < exact", "false"),
     Mutation("a NaN has a grid", "abs(value) < INFINITY", "true"),
     Mutation("codes are cut off", "/ step + 0.5f", "/ step"),
-    Mutation("channels as the grid has them, not as felt", "apart = Felt ? apart :", "apart ="),
-    Mutation("all channels are felt alike", "exact_product(felt[i], square)", "square"),
-    Mutation("a token may count for nothing", "relative < 1.0f / most ? 1.0f / most :", ""),
-    Mutation("a token may count for all", "relative > most ? most :", ""),
-    Mutation("shares do not add up to 1", "shares[t] /= sum;", ""),
+    Mutation("as the grid has them, not as felt", "if (Felt) {\n        s", "if (false) {\n        s"),
+    Mutation("all channels are felt alike", "exact_product(apart, apart), felt[i])", "apart, apart)"),
+    Mutation("a token may count for nothing", "tokens[t] / mean, 1.0f / 8.0f, 8.0f)", "tokens[t] / mean, 0.0f, 8.0f)"),
+    Mutation("a token may count for all", "1.0f / 8.0f, 8.0f)", "1.0f / 8.0f, 64.0f)"),
+    Mutation("tokens are looked at alike", "look += exact_product(apart, felt[D + i]);", ""),
+    Mutation("looked at by weights", "felt[D + i]", "felt[i]"),
+    Mutation("shares do not add up to 1", "shares[t] = tokens[t] / sum;", "shares[t] = tokens[t];"),
     Mutation("codes and values apart from zero", "own - line.value", "own"),
     Mutation("fitted once", "fit < 2", "fit < 1"),
     Mutation("low without the codes' mean", "- exact_product(fitted, line.code)", ""),
     Mutation("another head's channels", "places + own * D", "places"),
-    Mutation("another head's feelings", "felt + (Felt ? own * D : 0)", "felt"),
+    Mutation("another head's feelings", "felt + (Felt ? own * 2 * D : 0)", "felt"),
     Mutation("another head's rows", "rows + first,", "rows,"),
     Mutation("another row's words", "long(head / Heads) * n_blocks", "0"),
 ]  # fmt: skip
@@ -165,6 +198,10 @@ def test_mutations(bench: MetalBench, mutation):
         keys[:, :, 3] *= 30  # one token counts most, and its neighbours least
         check(keys, KINDS, minded=True)
         check(special_keys("nan", (1, 2, 16, 48), mx.float16), KINDS, minded=True)
+        if "looked" in mutation.name:
+            check_salience(keys)
+        if "step" in mutation.name or "alike" in mutation.name:
+            check(keys, KINDS)
 
     run = with_kernel(bench, "codes_encode_kernel", cases)
     assert_caught(source_of("codes_encode_kernel"), mutation, run)
@@ -191,7 +228,7 @@ def test_what_it_does_not_take(bench: MetalBench):
         (keys[:, :, :40], None, "whole blocks of 16 tokens"),
         (keys.astype(mx.float32), None, "float16 or bfloat16 keys"),
         (keys[:, :1], None, "not of 1 kv heads of 48 channels"),
-        (keys, mx.ones((2, 47)), r"felt must have shape \[2, 48\]"),
+        (keys, mx.ones((2, 48)), r"felt must have shape \[2, 2, 48\]"),
     ):
         with pytest.raises(ValueError, match=message):
             codes_encode.encode(wrong, coding, 16, felt)

@@ -235,12 +235,14 @@ def test_what_it_does_not_take():
     coding = deltas.LaneCoding.of(setting, 2, 48)
     keys = mx.zeros((1, 2, 32, 48), mx.float16)
     starts, means = mx.zeros((1, 2, 2, 16, 2), mx.uint32), mx.zeros((1, 2, 2, 16, 48))
+    tokens = mx.ones((1, 2, 2, 16))
     for wrong, message in (
-        ((keys[:, :, :20], starts, means), "whole blocks of 16 tokens"),
-        ((keys.astype(mx.float32), starts, means), "float16 or bfloat16 keys"),
-        ((keys[:, :1], starts, means), "not of 1 kv heads of 48 channels"),
-        ((keys, starts[..., :1], means), r"starts must have shape \[1, 2, 2, 16, 2\]"),
-        ((keys, starts, means.astype(mx.float16)), "means must be mlx.core.float32"),
+        ((keys[:, :, :20], starts, means, tokens), "whole blocks of 16 tokens"),
+        ((keys.astype(mx.float32), starts, means, tokens), "float16 or bfloat16 keys"),
+        ((keys[:, :1], starts, means, tokens), "not of 1 kv heads of 48 channels"),
+        ((keys, starts[..., :1], means, tokens), r"starts must have shape \[1, 2, 2, 16, 2\]"),
+        ((keys, starts, means.astype(mx.float16), tokens), "means must be mlx.core.float32"),
+        ((keys, starts, means, tokens[:, :1]), r"tokens must have shape \[1, 2, 2, 16\]"),
     ):
         with pytest.raises(ValueError, match=message):
             deltas_encode.write(*wrong, setting, coding, 0)

@@ -54,7 +54,7 @@ def check_runs(
         sinks=sinks,
         sensitivities=Sensitivities([weights], salience=[salience]),
     ).for_layer(0, 1)
-    words, means = runs_kernel.cut_runs(keys, setting, 0, alike)
+    words, means, counts = runs_kernel.cut_runs(keys, setting, 0, alike)
     starts = np.array(runs_kernel.elements(words, D))
     equal = []
     for row, head, block in np.ndindex(B, H, length // size):
@@ -65,6 +65,8 @@ def check_runs(
         felt = weights[head], salience[head]
         with np.errstate(all="ignore"):
             held, wanted = runs.block_runs(own, *felt, level, optimal, 0 if alike else alone)
+        wanted_counts = runs.token_weights(own, *felt)
+        np.testing.assert_allclose(np.array(counts[row, head, block]), wanted_counts, rtol=1e-5)
         got, found = starts[row, head, block], np.array(means[row, head, block])
         finite = np.isfinite(own).all(axis=0)
         np.testing.assert_array_equal(got[:, ~finite], wanted[:, ~finite])

@@ -74,7 +74,7 @@ def test_a_fitted_grid_errs_less_than_one_over_the_range():
     def error(grid: np.ndarray) -> float:
         codes = encode_values(KEYS, grid, bits)
         squares = np.square(decode_values(codes, grid, "float16") - KEYS).mean(axis=1)
-        return float((ref.token_weights(KEYS, plain) * squares).sum())
+        return float((ref.token_shares(KEYS, plain) * squares).sum())
 
     assert error(fitted) < 0.9 * error(plain)
 
@@ -85,13 +85,11 @@ def test_tokens_that_stand_out_count_more_and_err_less():
     keys[17] *= 4
     bits = np.full(32, 3)
     grid = block_grid(keys, bits, "float16")
-    weights = ref.token_weights(keys, grid)
+    weights = ref.token_shares(keys, grid)
     assert weights.argmax() == 17 and weights.sum() == pytest.approx(1)
     assert weights.max() <= ref.MOST_WEIGHT**2 * weights.min() * 1.0001
     fitted = ref.fit_grid(keys, bits, "float16")
-    with mock.patch.object(
-        ref, "token_weights", lambda keys, *_: np.full(len(keys), 1 / len(keys))
-    ):
+    with mock.patch.object(ref, "token_shares", lambda keys, *_: np.full(len(keys), 1 / len(keys))):
         alike = ref.fit_grid(keys, bits, "float16")
     errors = [
         np.square(decode_values(encode_values(keys, x, bits), x, "float16") - keys)[17].sum()
@@ -100,18 +98,22 @@ def test_tokens_that_stand_out_count_more_and_err_less():
     assert errors[0] < 0.5 * errors[1]
     keys[3, 5] = np.inf  # of a channel that is lost, nothing is to be seen
     without = np.delete(np.arange(32), 5)
-    own = ref.token_weights(keys, block_grid(keys, bits, "float16"))
-    others = ref.token_weights(keys[:, without], grid[:, without])
+    own = ref.token_shares(keys, block_grid(keys, bits, "float16"))
+    others = ref.token_shares(keys[:, without], grid[:, without])
     np.testing.assert_allclose(own, others, rtol=1e-5)
     keys[3, 5] = 0
     keys[40, 9] = 9  # in a channel that the model minds, or does not
     grid = block_grid(keys, bits, "float16")
+    plain = np.zeros(32, np.float32)
     seen, unseen = (
-        ref.token_weights(keys, grid, np.where(np.arange(32) == minded, 1.0, 1e-6))
+        ref.token_shares(keys, grid, np.stack([np.where(np.arange(32) == minded, 1, 1e-6), plain]))
         for minded in (9, 8)
     )
     assert seen[40] == seen.max() and unseen[40] < unseen.max()
-    np.testing.assert_array_equal(ref.token_weights(np.ones((8, 4)), np.zeros((2, 4))), 1 / 8)
+    along = np.where(np.arange(32) == 9, 1, plain)  # or that queries look along
+    looked_at = ref.token_shares(keys, grid, np.stack([plain + 1, along]))
+    assert looked_at[40] == looked_at.max()
+    np.testing.assert_array_equal(ref.token_shares(np.ones((8, 4)), np.zeros((2, 4))), 1 / 8)
 
 
 def test_grids_of_keys_that_hardly_vary():
