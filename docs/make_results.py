@@ -28,8 +28,9 @@ OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
 DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated")
 STORES = (
-    "delta:kv=balanced", "delta:kv=small", "delta:sparsity=0.75,key_bits=3.5,value_bits=3",
-    "delta:sparsity=0.75,key_bits=3,value_bits=2.5", "delta:sparsity=0.8,key_bits=3,value_bits=2.5",
+    "delta:kv=balanced", "delta:kv=small", "delta:sparsity=0.75,key_bits=3.5,value_bits=2.75",
+    "delta:sparsity=0.75,key_bits=3,value_bits=2.5",
+    "delta:sparsity=0.8,key_bits=3,value_bits=2.25",
 )  # fmt: skip
 
 
@@ -82,9 +83,14 @@ RUNS = (
         "smollm2-needles", "smollm2", ("needles",),
         (
             *("dense", "delta", "delta:kv=balanced", "delta:prefill=tiles,level=0"),
-            *("uncalibrated", *PAPER, "kv4"),
+            *("uncalibrated", *PAPER, "kv8", "kv4"),
         ),
         ("--needles", "word", "--samples", "5"),
+    ),
+    Run(
+        "smollm2-needles-1k", "smollm2", ("needles",),
+        ("dense", "delta", "delta:kv=balanced", "delta:kv=small", "kv8"),
+        ("--needles", "word", "--lengths", "1024", "--samples", "24"),
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),

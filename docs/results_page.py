@@ -55,9 +55,9 @@ NAMES = {
     "delta:kv=balanced": "codes of 4 bits on average",
     "delta:prefill=tiles,level=0": "prefill by tiles, full keys",
     "delta:kv=small": "codes of 3 bits on average",
-    "delta:sparsity=0.75,key_bits=3.5,value_bits=3": "held keys by lanes, 3.5 and 3 bits",
+    "delta:sparsity=0.75,key_bits=3.5,value_bits=2.75": "held keys by lanes, 3.5 and 2.75 bits",
     "delta:sparsity=0.75,key_bits=3,value_bits=2.5": "held keys by lanes, 3 and 2.5 bits",
-    "delta:sparsity=0.8,key_bits=3,value_bits=2.5": "the same, 0.8 of the deltas zero",
+    "delta:sparsity=0.8,key_bits=3,value_bits=2.25": "0.8 of the deltas zero, 3 and 2.25 bits",
     "paper": "the paper's preset (θ 0.6)",
     "paper:threshold=1.05": "the paper's preset at θ 1.05",
     "window-only": "far keys dropped",
@@ -86,8 +86,9 @@ NOTES = {
     "needles": "Words, numbers or passwords told at eight depths of texts of several lengths, and "
     "asked for in the model's chat template, the answer begun for it; found when each of its "
     "tokens ranks first, which for a model of this size is often by a hair: any change loses some "
-    "and gains others. *of dense's* is of the needles that dense attention finds, and *nats* how "
-    "much less likely their answers become, on average.",
+    "and gains others. *of dense's* is of the needles that dense attention finds, *clear ones* are "
+    "those of them whose every token it takes for a tenth likelier than any other, and *nats* says "
+    "how much less likely the answers become, on average.",
     "winogrande": "Items of the validation set, no examples. The texts have some "
     "25 tokens: up to 128 tokens nothing is held, and `delta` is dense attention; its records are "
     "dense attention's but for one in 25, which was measured all the same.",

@@ -248,7 +248,9 @@ class NeedleTask:
     ) -> list[dict[str, Any]]:
         """A record for each text: what became of each needle, and caches' figures.
 
-        Of each depth: whether it was found, and how surprising its answer was, in nats.
+        Of each depth: whether it was found; how surprising its answer was, in nats; and by how many
+        nats each of its tokens was likelier than any other at least (its margin, below 0 where it
+        was not found).
 
         Args:
             model: The model.
@@ -259,16 +261,21 @@ class NeedleTask:
 
     def _measure(self, model: nn.Module, setting: Setting, index: int) -> dict[str, Any]:
         haystack, length = self.haystack(index), self.tokens(index)
-        record: dict[str, Any] = {"index": index, "length": length, "right": {}, "nats": {}}
+        record: dict[str, Any] = {"index": index, "length": length}
+        record |= {"right": {}, "nats": {}, "margins": {}}
         caches = setting.make_caches(model, length)
         setting.prefill(model, haystack.ids, caches)
         for depth, question, answer in haystack.questions:
             own = copy.deepcopy(caches)
             logits = setting.forward(model, question + answer[:-1], own)[len(question) - 1 :]
             logs = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-            told = mx.take_along_axis(logs, mx.array(answer)[:, None], axis=-1).sum()
+            wanted = mx.array(answer)[:, None]
+            told = mx.take_along_axis(logs, wanted, axis=-1)
+            others = mx.put_along_axis(logs, wanted, mx.array(-mx.inf, logs.dtype), axis=-1)
+            margin = float((told[:, 0] - others.max(axis=-1)).min())
             record["right"][str(depth)] = np.array(mx.argmax(logs, axis=-1)).tolist() == answer
-            record["nats"][str(depth)] = round(-float(told), 5)
+            record["nats"][str(depth)] = round(-float(told.sum()), 5)
+            record["margins"][str(depth)] = round(margin, 5)
         return record | cache_figures(caches, len(haystack.ids))
 
 

@@ -15,6 +15,9 @@ from mlx_delta.measure.table import Table, format_bytes
 # Kinds of settings whose keys can be skipped; for others a sparsity of 0 would be no finding.
 _SPARSE = ("delta", "paper", "window-only")
 _DIGITS = {"bits_per_byte": 4, "kld": 5}
+# Nats by which each token of an answer must lead for a needle to be found clearly: a tenth likelier
+# than any other token.
+CLEAR = math.log(1.1)
 _NAMES = {"bits_per_byte": "bits per byte", "kld": "KL divergence"}
 
 
@@ -123,17 +126,27 @@ def _number(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _kept(run: dict[str, Any], dense: dict[str, Any]) -> str:
-    """The needles found of those that dense attention finds, and what their answers lose."""
+    """The needles found of those that dense attention finds, and what their answers lose.
+
+    Those that it finds clearly are counted once more: the others are ties, which any other
+    rounding may turn either way.
+    """
     found = {record["index"]: record["right"] for record in dense["records"]}
-    kept = [
-        right
+    margins = {record["index"]: record.get("margins", {}) for record in dense["records"]}
+    pairs = [
+        (right, margins[record["index"]].get(depth))
         for record in run["records"]
         for depth, right in record["right"].items()
         if found.get(record["index"], {}).get(depth)
     ]
-    if not kept:
+    if not pairs:
         return "–"
-    text = f"{sum(kept) / len(kept):.3f} ({sum(kept)} of {len(kept)})"
+    kept = [right for right, _ in pairs]
+    counts = f"{sum(kept)} of {len(kept)}"
+    if all(margin is not None for _, margin in pairs):
+        clear = [right for right, margin in pairs if margin >= CLEAR]
+        counts += f"; clear ones {sum(clear)} of {len(clear)}"
+    text = f"{sum(kept) / len(kept):.3f} ({counts})"
     before = {record["index"]: record.get("nats", {}) for record in dense["records"]}
     lost = [
         nats - before[record["index"]][depth]

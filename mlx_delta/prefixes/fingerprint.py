@@ -13,6 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import Sensitivities
 
+# Its number changes with how keys and values are stored: what an earlier version made of the same
+# tokens would not be what is made now.
+_FORMAT = b"mlx_delta model 2"
 # Words that are summed up at once: what is in between takes little memory.
 _PART = 1 << 22
 
@@ -28,7 +31,7 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
         model: Loaded.
         *others: What else makes a difference; by its ``repr``.
     """
-    digest = hashlib.sha256(b"mlx_delta model 1")
+    digest = hashlib.sha256(_FORMAT)
     parameters: Any = tree_flatten(model.parameters())
     for name, weight in sorted(parameters, key=lambda pair: pair[0]):
         sums = _sums(weight)

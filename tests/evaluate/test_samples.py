@@ -392,3 +392,25 @@ def test_tables_of_samples(model, tokenizer, files, needles):
             for i in range(2)
         ]
     assert make_tables(one.results.data)[1].rows[1][2].startswith("1.000 (2 of 2), +0.550 ±")
+    dense, ours = one.results.data["runs"][2:]
+    for record, margin in zip(dense["records"], (0.09, 0.1), strict=True):
+        record["margins"] = {"0.5": margin}
+    ours["records"][0]["right"]["0.5"] = False
+    kept = make_tables(one.results.data)[1].rows[1][2]
+    assert kept.startswith("0.500 (1 of 2; clear ones 1 of 1), +0.550 ±")
+
+
+def test_a_needle_s_margin_is_by_how_much_its_least_likely_token_leads(model, tokenizer, needles):
+    (record,) = needles.measure(model, DENSE, [0])
+    assert record["margins"].keys() == record["right"].keys()
+    for depth, right in record["right"].items():
+        assert right == (record["margins"][depth] > 0)
+    haystack = needles.haystack(0)
+    depth, question, answer = haystack.questions[0]
+    caches = DENSE.make_caches(model, needles.tokens(0))
+    logits = DENSE.forward(model, haystack.ids + question + answer[:-1], caches)[-len(answer) :]
+    logits = np.array(logits.astype(mx.float32))
+    leads = [
+        row[token] - np.delete(row, token).max() for row, token in zip(logits, answer, strict=True)
+    ]
+    assert record["margins"][str(depth)] == pytest.approx(min(leads), abs=1e-3)
