@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_delta.method.codes import hadamard_size
 from mlx_delta.method.storage import LARGEST_STEP
-from mlx_delta.method.values import NO_SCALE, SCALES, value_group, value_words
+from mlx_delta.method.values import ALONG, NO_SCALE, SCALES, value_group, value_words
 
 from .launching import constant
 from .storage import LARGEST, short_steps, storage_type, whole_steps
@@ -58,18 +58,18 @@ def encode_turned(turned: mx.array, dtype: mx.Dtype, widths: Sequence[int]) -> C
 
 def _best_scales(numbers: mx.array, half: float) -> mx.array:
     """Bytes [.., 1] of the scales at which finite numbers [.., n] err least."""
-    # A number and its negative err alike; what is not negative is cut faster than rounded down.
-    numbers = mx.abs(numbers)
-    byte = short_steps(numbers.max(axis=-1, keepdims=True) / half)
+    byte = short_steps(mx.abs(numbers).max(axis=-1, keepdims=True) / half)
     byte = mx.minimum(byte, LARGEST_STEP - 1) + 1
     best, least = byte, constant(math.inf, mx.float32)
+    power = over_lanes(mx.square(numbers))
+    power = mx.where(power > 0, power, mx.inf)
     for _ in range(SCALES):
         scale = whole_steps(byte)
-        steps = mx.minimum(numbers / mx.where(scale > 0, scale, mx.inf), half - 1)
-        errors = numbers - scale * (steps.astype(mx.uint8).astype(mx.float32) + 0.5)
-        squares = over_lanes(mx.square(errors))
-        best = mx.where(squares < least, byte, best)
-        least = mx.minimum(squares, least)
+        errors = numbers - scale * (_steps(numbers, scale, half) + 0.5)
+        along = over_lanes(errors * numbers)
+        cost = over_lanes(mx.square(errors)) + float(ALONG) * along * (along / power)
+        better = cost < least
+        best, least = mx.where(better, byte, best), mx.where(better, cost, least)
         byte = mx.maximum(byte, 1) - 1
     return best
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_delta.kernels import kernel_source
 from mlx_delta.method.codes import hadamard_size
-from mlx_delta.method.values import NO_SCALE, SCALES, value_group, value_words
+from mlx_delta.method.values import ALONG, NO_SCALE, SCALES, value_group, value_words
 from mlx_delta.widths import VALUE_WIDTHS
 
 from .building import make_kernel
@@ -19,7 +19,7 @@ from .launching import SAFE_MATH, SIMD, check_shapes, constant
 from .storage import LARGEST
 from .turned import Codes
 
-assert (SCALES, NO_SCALE) == (6, 255), "as kernels/values_encode.metal has them"
+assert (SCALES, ALONG, NO_SCALE) == (4, 64, 255), "as kernels/values_encode.metal has them"
 
 HEAD_DIMS = range(SIMD, 257, SIMD)
 SIMDGROUPS = 4  # of a threadgroup

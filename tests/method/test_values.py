@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -31,30 +33,53 @@ def test_mlx_reads_the_words(width, head_dim):
 
 
 @pytest.mark.parametrize("width", VALUE_WIDTHS)
-def test_no_other_code_and_none_of_the_scales_above_and_below_errs_less(width):
+def test_no_other_code_errs_less_and_none_of_the_scales_costs_less(width):
     codes, bytes_ = ref.encode_groups(NUMBERS, width)
     grid = np.arange(2**width) - (2**width - 1) / 2
-    apart = np.abs(NUMBERS[..., None] - whole_steps(bytes_)[:, None, None] * grid)
-    own = np.take_along_axis(apart, codes[..., None].astype(int), axis=2)[..., 0]
-    np.testing.assert_array_equal(own, apart.min(axis=2))
+
+    def nearest(scales: np.ndarray) -> np.ndarray:
+        levels = scales[:, None, None] * grid
+        index = np.abs(NUMBERS[..., None] - levels).argmin(axis=2)
+        return np.take_along_axis(levels[:, 0], index, axis=1)
+
+    def cost(found: np.ndarray) -> np.ndarray:
+        errors = NUMBERS - found
+        along = (errors * NUMBERS).sum(axis=1) ** 2 / np.square(NUMBERS).sum(axis=1)
+        return np.square(errors).sum(axis=1) + 64 * along
+
+    own = ref.numbers_of(codes, whole_steps(bytes_), width)
+    errors, least = (np.abs(NUMBERS - x) for x in (own, nearest(whole_steps(bytes_))))
+    np.testing.assert_allclose(errors, least, rtol=1e-5, atol=1e-6)
     top = short_steps(np.abs(NUMBERS).max(axis=1) / np.float32(2 ** (width - 1))).astype(int)
-    errors = []
-    for lower in range(-1, 5):
-        every = np.abs(NUMBERS[..., None] - SCALES[top - lower][:, None, None] * grid)
-        errors.append(np.square(every.min(axis=2)).sum(axis=1))
-    np.testing.assert_allclose(np.square(own).sum(axis=1), np.min(errors, axis=0), rtol=1e-5)
-    if width == 2:  # where most is won by cutting off the largest numbers
-        assert (bytes_ < top).all()
+    costs = [cost(nearest(SCALES[top - lower])) for lower in range(-1, 3)]
+    np.testing.assert_allclose(cost(own), np.min(costs, axis=0), rtol=1e-3)
+    if width == 2:  # where the largest numbers are often cut off
+        assert (bytes_ < top).mean() > 0.3
 
 
-@pytest.mark.parametrize("width", [2, 3])
-def test_it_errs_less_than_a_scale_and_an_offset_of_16_bits(width):
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_values_shrink_less_than_by_the_least_squared_error(width):
+    """Of many values the parts along them add up: those errors have to be small."""
+
+    def length() -> float:
+        codes, bytes_ = ref.encode_groups(NUMBERS, width)
+        found = ref.numbers_of(codes, whole_steps(bytes_), width)
+        return float(((found * NUMBERS).sum(axis=1) / np.square(NUMBERS).sum(axis=1)).mean())
+
+    own = length()
+    with mock.patch.object(ref, "ALONG", np.float32(0)):
+        shrunk = length()
+    assert abs(own - 1) < min(0.04, abs(shrunk - 1))
+
+
+@pytest.mark.parametrize(("width", "share"), [(2, 0.9), (3, 1.06)])
+def test_it_errs_as_much_as_a_scale_and_an_offset_of_16_bits(width, share):
     codes, bytes_ = ref.encode_groups(NUMBERS, width)
     found = ref.numbers_of(codes, whole_steps(bytes_), width)
     affine = mx.quantize(mx.array(NUMBERS).astype(mx.float16), 64, width)
     others = np.array(mx.dequantize(*affine, 64, width).astype(mx.float32))
     errors = [np.square(x - NUMBERS).mean() for x in (found, others)]
-    assert errors[0] < (0.8 if width == 2 else 0.97) * errors[1]
+    assert errors[0] < share * errors[1]
 
 
 def test_of_scales_that_err_alike_the_largest_is_taken():
