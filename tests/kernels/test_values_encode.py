@@ -108,7 +108,6 @@ MUTATIONS = [
     ),
     Mutation("nothing above the nearest", "0xf6u) + 1u", "0xf6u)"),
     Mutation("one scale is tried", "lower < VALUE_SCALES", "lower < 1"),
-    Mutation("the smallest of equal ones", "cost < least;", "cost <= least;"),
     Mutation("errors of one lane", "sum_of_lanes(squares) +", "squares +"),
     Mutation("errors along the numbers of one lane", "along = sum_of_lanes(along);", ""),
     Mutation("errors along the numbers are as others", "(VALUE_ALONG, along)", "(1.0f, along)"),
