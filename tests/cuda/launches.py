@@ -95,7 +95,7 @@ def every_kernel() -> dict[str, Generated]:
         rows = [(190, 1, 64, 64)]
         codes_kernel.decode(queries, rows, coded_blocks, keys, values, None, 1.0, 1)
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)
-        codes_encode.encode(keys, coding, 64, mx.ones((2, 64)))
+        codes_encode.encode(keys, coding, 64, mx.ones((2, 2, 64)))
         values_encode.encode(keys, (4, 3))
         deltas_encode.encode(keys, lanes(values=(4, 2)), held.coding, 0)  # delta_runs too
         tiles.SMALL.attend(tiles.SMALL.choose(0.7))
