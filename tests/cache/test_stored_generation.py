@@ -19,7 +19,9 @@ each_form = pytest.mark.parametrize("setting", FORMS.values(), ids=FORMS)
 @each_form
 def test_a_batch_says_what_its_rows_say(setting):
     model, tokenizer = mlx_delta.load("demo", setting)
-    prompts = [tokenizer.encode(PROMPT)[:n] for n in (40, 131, 90)]
+    prompts = [
+        tokenizer.encode(PROMPT)[:n] for n in (40, 131, 94)
+    ]  # at none of them is a word a tie
     alone = [mlx_delta.generate(model, tokenizer, p, max_tokens=12) for p in prompts]
     together = mlx_delta.batch_generate(model, tokenizer, prompts, max_tokens=12).texts
     assert [text.strip() for text in together] == [text.strip() for text in alone]

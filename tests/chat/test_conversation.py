@@ -254,7 +254,7 @@ def test_a_draft_model_changes_nothing_but_the_speed(loaded, talk, steps):
     plain = talk(loaded, drawn={"max_tokens": 20})
     drafter = draft if steps == 1 else loaded[0]  # a bad one and a perfect one
     drafted = talk(loaded, draft_model=drafter, drawn={"max_tokens": 20, "num_draft_tokens": steps})
-    for turn in (LONG, "And then?"):
+    for turn in (LONG, "Was it cold?"):  # not a tie of a random model, which any rounding turns
         assert said(drafted.ask(turn)) == said(plain.ask(turn))
     assert drafted.last.reused > size(drafted, LONG)
     assert said(drafted.edit("Why?")) == said(plain.edit("Why?"))
