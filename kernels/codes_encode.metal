@@ -102,8 +102,8 @@ inline void token_shares(
 }
 
 // keys: this block's, [Size][D]; turned: scratch of that shape. places: of this head, [D]; felt:
-// weights and salience by the order, [2][D]. rows: of this head's rows of words, the first place of each, 32 for each of its
-// codes. words: [rows][Size]; grid: [2][D]. means and steps: [D]; tokens and shares: [Size]; codes:
+// weights and salience by the order, [2][D]. rows: of this head's rows of words, the first place of
+// each, 32 for each of its codes. words: [rows][Size]; grid: [2][D]. means and steps: [D]; tokens and shares: [Size]; codes:
 // [Size * (D + 4)].
 template <typename S, int D, int Size, bool Felt, bool Turned>
 inline void codes_encode(

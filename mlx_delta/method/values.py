@@ -22,11 +22,8 @@ largest number, whose grid reaches further than m, and the three below, at which
 are cut off and all others err less. That with the least ``|e|^2 + 64 (e.x)^2 / |x|^2`` is taken,
 of equal ones the largest, where x are the numbers and e their errors. Attention adds up many
 values, in which errors of all directions go out; but values that all come out shorter than they are
-do not, and numbers that are cut off make them so. By ``|e|^2`` alone codes
-of 3 bits lose half as much again and more, .0018 for .0012 nats of KL divergence (SmolLM2-135M,
-texts of 1,536 tokens) and .0012 for .0007 (the bundled demo, 2,048), and those of 2 bits three
-times as much (.0084 for .0028, demo). The order of sums is part of the format
-(:mod:`mlx_delta.method.sums`).
+do not, and numbers that are cut off make them so: chosen by ``|e|^2`` alone, scales are too small.
+The order of sums is part of the format (:mod:`mlx_delta.method.sums`).
 
 Values of the first tokens (sinks) stand beside, exact, as their keys do.
 """
