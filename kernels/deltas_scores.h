@@ -6,6 +6,8 @@
 // from theirs by a sum over lanes, once in 16 tokens. Then a token is: take the next bits of the
 // stream, and for each channel whose run ends, its code.
 //
+// Tokens lie there in a sequence of the block's own; their scores go where the tokens belong.
+//
 // What a token adds up to in each lane goes to threadgroup memory, eight tokens at a time, and is
 // summed up there with a token to a lane, so that no lane waits for 15 others at every token.
 
@@ -55,6 +57,7 @@ struct DeltaFar {
   const device int* offsets;
   const device S* low;
   const device uchar* steps;
+  const device uchar* sequence;
   threadgroup float4* sums;  // [delta_sums()]
   threadgroup float4* scores;  // [delta_scores_room<D>()]
   uint width;  // of this lane's codes
@@ -102,6 +105,7 @@ inline void delta_scores(
   constexpr int Sharers = delta_sharers<D>();
   constexpr uint heads = (Own + 31) / 32;  // words that say which lanes are held
   const int own = lane % Own;
+  const device uchar* sequence = far.sequence + long(block) * CODED_TOKENS;
   block += min(min(lane / Own, Ahead - 1), count - 1);
   const device uint* payload = far.payload;
   const uint begin = uint(far.offsets[block]);
@@ -187,7 +191,7 @@ inline void delta_scores(
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      const int token = lane % DELTA_STRIP;
+      const int place = chunk + strip + lane % DELTA_STRIP;
       const int sub = lane / DELTA_STRIP % Ahead;
       const int share = min(lane / (DELTA_STRIP * Ahead), Sharers - 1) * (Own / Sharers);
       float total[Queries];
@@ -198,7 +202,7 @@ inline void delta_scores(
       UNROLL_ALL
       for (int i = 0; i < Own / Sharers; ++i) {
         float part[Queries];
-        fetch<Queries>(far.sums, token * DELTA_APART + sub * Own + share + i, part);
+        fetch<Queries>(far.sums, lane % DELTA_STRIP * DELTA_APART + sub * Own + share + i, part);
         UNROLL_ALL
         for (int j = 0; j < Queries; ++j) {
           total[j] += part[j];
@@ -212,7 +216,8 @@ inline void delta_scores(
         }
       }
       if (lane < DELTA_STRIP * Ahead) {
-        put<Queries>(far.scores, sub * CODED_TOKENS + chunk + strip + token, total);
+        const int token = sequence[min(sub, count - 1) * CODED_TOKENS + place];
+        put<Queries>(far.scores, sub * CODED_TOKENS + token, total);
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }

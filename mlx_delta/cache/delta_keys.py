@@ -22,7 +22,7 @@ from .near_keys import NearKeys
 class DeltaKeys(FarKeys):
     """The keys of a layer: held keys by lanes far away, full keys near. A ``KeyStore``."""
 
-    n_arrays = 7
+    n_arrays = 8
     log: DeltaLog
 
     @staticmethod
@@ -51,7 +51,7 @@ class DeltaKeys(FarKeys):
         """The store of a state, each buffer of which is as it should be."""
         near, payload, *parts, sinks = arrays
         found = dict(zip(PARTS, parts, strict=True))
-        dimensions = {"payload": 2, "counts": 3, "low": 4, "steps": 4, "zeros": 3}
+        dimensions = {"payload": 2, "counts": 3, "low": 4, "steps": 4, "zeros": 3, "sequence": 4}
         buffers = {**found, "payload": payload}
         check_buffers(
             config,
@@ -69,6 +69,7 @@ class DeltaKeys(FarKeys):
                 "low": (found["low"], (B, H, blocks, D), near.dtype),
                 "steps": (found["steps"], (B, H, blocks, D), mx.uint8),
                 "zeros": (found["zeros"], (B, H, blocks), mx.int32),
+                "sequence": (found["sequence"], (B, H, blocks, config.block_size), mx.uint8),
             }
         )
         firsts, lost, stored = read_counts(header, ("firsts", "lost", "stored"), B)
@@ -83,8 +84,9 @@ class DeltaKeys(FarKeys):
         self._check_words(name)
 
     def _check_words(self, name: str) -> None:
-        """Every block has as many words as its masks say, one block after another, in bounds."""
+        """Every block has each of its tokens once, and as many words as its masks say, in bounds."""
         log = self.log
+        sequences = np.sort(np.array(log.parts["sequence"]), axis=3)
         counts, room = np.array(log.parts["counts"]), log.payload.shape[1]
         blocks = log.read(self.sinks, self.near.keys.dtype)
         said = np.array(read_structure(blocks)[2]) if blocks is not None else 0 * counts
@@ -92,9 +94,10 @@ class DeltaKeys(FarKeys):
             own = counts[row, :, :done]
             fits = bool((own > 0).all() and (own <= log.stride).all())
             # Of blocks that would lie past the end, what is read of them says nothing.
+            fits &= bool((sequences[row, :, :done] == np.arange(sequences.shape[3])).all())
             fits &= int(own.sum(dtype=np.int64)) + log.spare * bool(done) <= room
             if not fits or not np.array_equal(own, said[row, :, :done]):
                 raise ValueError(
-                    f"[{name}] saved counts of row {row} do not fit its masks and its payload of "
-                    f"{room} words."
+                    f"[{name}] saved counts or sequences of row {row} do not fit its masks and its "
+                    f"payload of {room} words."
                 )

@@ -14,13 +14,14 @@ from mlx_delta.ops.deltas import DeltaBlocks, LaneCoding
 from .buffers import Rows
 from .payload_log import LEAST_BLOCKS, PayloadLog
 
-PARTS = ("counts", "low", "steps", "zeros")
+PARTS = ("counts", "low", "steps", "zeros", "sequence")
 
 
 class DeltaLog(PayloadLog):
     """Blocks of each row. Of a block's kind it knows the coding and the tokens of a block.
 
-    Its parts are the words of each block, its grid's ``low`` and ``steps``, and the zero deltas.
+    Its parts are the words of each block, its grid's ``low`` and ``steps``, the zero deltas, and the
+    sequence of its tokens.
     """
 
     spare = 2
@@ -32,6 +33,7 @@ class DeltaLog(PayloadLog):
         room = (B, H, LEAST_BLOCKS)
         parts = {name: mx.zeros(room, mx.int32) for name in ("counts", "zeros")}
         parts |= {"low": mx.zeros((*room, D), dtype), "steps": mx.zeros((*room, D), mx.uint8)}
+        parts["sequence"] = mx.zeros((*room, config.block_size), mx.uint8)
         return cls.empty((LaneCoding.of(config, H, D), config.block_size), B, H, parts)
 
     @classmethod
@@ -71,8 +73,8 @@ class DeltaLog(PayloadLog):
         """The blocks as the kernel reads them; ``None`` while there are none."""
         if not self.payload.shape[1]:
             return None
-        low, steps = self.parts["low"], self.parts["steps"]
-        return DeltaBlocks(self.payload, self.offsets, low, steps, sinks, self.coding, self.kind[1])
+        parts = (self.parts[name] for name in ("low", "steps", "sequence"))
+        return DeltaBlocks(self.payload, self.offsets, *parts, sinks, self.coding, self.kind[1])
 
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Hold and store blocks of keys, behind the ``done`` ones that each of these rows has."""
@@ -81,10 +83,10 @@ class DeltaLog(PayloadLog):
         self.append_words(rows, new.words, new.counts, parts, done)
 
     def read_bytes(self, blocks: int, float_bytes: int | None = None) -> int:
-        """Bytes of words, offsets and grids of the first row's first blocks."""
+        """Bytes of words, offsets, grids and sequences of the first row's first blocks."""
         low = self.parts["low"]
         item = low.itemsize if float_bytes is None else float_bytes
-        each = 4 + self.head_dim * (item + 1)
+        each = 4 + self.head_dim * (item + 1) + self.kind[1]
         return blocks * low.shape[1] * each + self.word_bytes(blocks)
 
     def buffers(self) -> list[Any]:

@@ -21,7 +21,8 @@ The buffers of such a state, in order: near keys [B, Hkv, room, D], one or three
 quantized values keys could also be as they are now, in full or as codes of any kind.
 
 Turned values had words, scales and biases of ``mx.quantize``, both of the storage type; they are
-coded anew, as ``method/values.py`` says. Everything else of such a state is as it is now.
+coded anew, as ``method/values.py`` says. Held keys by lanes had no sequence beside their blocks:
+tokens came as in the text. Everything else of such a state is as it is now.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def modern_state(
         raise ValueError("its setting is no object")
     packed, quantized = has_packed_keys(config), has_quantized_values(config)
     if not packed and not quantized:
-        return header, _with_short_scales(DeltaConfig.from_dict(config), header, buffers)
+        setting = DeltaConfig.from_dict(config)
+        buffers = _with_sequences(setting, buffers)
+        return header, _with_short_scales(setting, header, buffers)
     gone = [name for name, is_old in (("key_bits", packed), ("value_bits", quantized)) if is_old]
     fields = {name: value for name, value in config.items() if name not in gone}
     setting = DeltaConfig.from_dict(fields)
@@ -89,6 +92,23 @@ def modern_state(
     whole, zeros, spare = made
     full = [mx.array(whole).astype(dtype), *values, mx.array(zeros), mx.array(spare).astype(dtype)]
     return {**header, **counts}, full
+
+
+def _with_sequences(setting: DeltaConfig, buffers: list[Any]) -> list[Any]:
+    """A state's buffers, held keys by lanes with the sequence of their tokens before the sinks."""
+    if setting.key_format != "deltas" or len(buffers) < 2:
+        return buffers
+    last = buffers[-2]  # that sequence, or zeros of each block
+    if last is None:
+        parts = value_kind(setting).count_arrays(setting) + key_kind(setting).n_arrays
+        return [*buffers, None] if len(buffers) == parts - 1 else buffers
+    if not isinstance(last, mx.array):
+        raise ValueError("it lacks one of its buffers")
+    if last.dtype == mx.uint8:
+        return buffers
+    tokens = mx.arange(setting.block_size, dtype=mx.uint8)
+    sequence = mx.broadcast_to(tokens, (*last.shape, setting.block_size))
+    return [*buffers[:-1], mx.contiguous(sequence), buffers[-1]]
 
 
 def _with_short_scales(

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_delta.config import DeltaConfig
 
 from .runs import block_runs
+from .sequence import token_sequence
 
 
 def block_threshold(keys: np.ndarray, config: DeltaConfig) -> np.float32:
@@ -37,7 +38,7 @@ def starts_anew(position: int, config: DeltaConfig) -> bool:
 
 
 def find_runs(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
-    """Which elements of a whole text's keys [N, D] propagate, and so start a run.
+    """Which elements of a whole text's keys [N, D] propagate, and so start a run, by token.
 
     ``keys[t, d]`` propagates if it differs from its run's first value by more than the block's
     threshold. That is the last value that *propagated*, so errors never add up. NaN propagates.
@@ -77,7 +78,7 @@ def hold(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
 
 
 def hold_by_cost(keys: np.ndarray, config: DeltaConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Held keys [N, D] in the modes that cut runs, and which elements start one."""
+    """Held keys [N, D] in the modes that cut runs, and which elements start one, by token."""
     held = keys.astype(np.float32)
     starts = np.ones(keys.shape, bool)
     weights, salience = (x[0] for x in config.sensitivities_of_layer(1, keys.shape[1]))
@@ -120,10 +121,27 @@ def run_means(keys: np.ndarray, starts: np.ndarray, sinks: int) -> np.ndarray:
     return means
 
 
+def text_sequence(keys: np.ndarray, config: DeltaConfig) -> np.ndarray:
+    """A whole text's tokens [N] in the sequence in which keys [N, D] are held.
+
+    That of the text, except in the modes that cut runs: there every block has its own.
+    """
+    sequence = np.arange(len(keys))
+    if not config.cuts_runs:
+        return sequence
+    size, keys = config.block_size, keys.astype(np.float32)
+    weights = config.sensitivities_of_layer(1, keys.shape[1])[0][0]
+    for start in range(0, len(keys) - size + 1, size):
+        own = token_sequence(keys[start : start + size], weights, config.sinks - start)
+        sequence[start : start + size] = start + own.astype(int)
+    return sequence
+
+
 def delta_keys(held: np.ndarray, config: DeltaConfig) -> np.ndarray:
     """The delta key matrix: ``held[t] - held[t - 1]``, zero wherever a value was held.
 
-    A row where the hold starts anew stands for itself.
+    A row where the hold starts anew stands for itself. Held keys come, and deltas go, in the
+    sequence of :func:`text_sequence`.
     """
     delta = held.copy()
     for t in range(1, len(held)):
@@ -133,7 +151,7 @@ def delta_keys(held: np.ndarray, config: DeltaConfig) -> np.ndarray:
 
 
 def recurrent_scores(query: np.ndarray, delta: np.ndarray, config: DeltaConfig) -> np.ndarray:
-    """Scores of one query [D] along the delta keys [N, D], running along the keys.
+    """Scores of one query [D] along the delta keys [N, D], running along them in their sequence.
 
     ``q.held[t] = q.held[t - 1] + q.delta[t]``: every zero of the delta key matrix is a
     multiply-accumulate that need not be done.

@@ -14,7 +14,8 @@ is a run of uint32 words:
 - **codes**: of each 16 tokens, lane by lane, token by token, the codes of the runs that begin,
   lowest channel first, as one stream of bits, lowest first, without gaps.
 
-and beside it a **grid**: of each channel ``low``, of the storage type, and ``step``, a float16 of
+beside it the **sequence** of its tokens (:mod:`.sequence`), a byte for each, along which masks and
+codes stand; and a **grid**: of each channel ``low``, of the storage type, and ``step``, a float16 of
 which only the eight bits from the highest bit of its exponent to the third of its mantissa are
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
+from .sequence import token_sequence
 from .storage import (
     block_grid,
     decode_values,
@@ -61,6 +63,7 @@ class DeltaBlock:
     """One block of keys; see the module for the layout."""
 
     words: np.ndarray  # uint32 [count]
+    sequence: np.ndarray  # uint8 [n], tokens
     low: np.ndarray  # float32 [D], values of the storage type, in the order
     steps: np.ndarray  # uint8 [D], in the order
 
@@ -141,6 +144,8 @@ def pack_block(
     order, of_lanes = lane_order(widths)
     keys = keys.copy()
     keys[:sinks] = keys[min(sinks, len(keys) - 1)]
+    sequence = token_sequence(keys, weights, sinks)
+    keys = keys[sequence]
     tokens = token_weights(keys, weights, salience)
     begins = (optimal_starts if optimal else greedy_starts)(keys, weights, tokens, level)
     keys, begins = keys[:, order], begins[:, order]
@@ -151,7 +156,7 @@ def pack_block(
     bits = np.repeat(of_lanes, LANE)
     low, steps = fit_grid(values, tokens, bits, dtype)
     codes = encode_values(values, np.stack([low, whole_steps(steps)]), bits)
-    return DeltaBlock(_write(codes, begins, held, of_lanes), low, steps)
+    return DeltaBlock(_write(codes, begins, held, of_lanes), sequence, low, steps)
 
 
 def _write(
@@ -204,5 +209,5 @@ def unpack_block(block: DeltaBlock, n: int, widths: np.ndarray, dtype: str) -> n
                         codes[t, lane, i] = codes[t - 1, lane, i]
     grid = np.stack([block.low, whole_steps(block.steps)])
     keys = np.empty((n, lanes * LANE), np.float32)
-    keys[:, order] = decode_values(codes.reshape(n, -1), grid, dtype)
+    keys[np.ix_(block.sequence, order)] = decode_values(codes.reshape(n, -1), grid, dtype)
     return keys

@@ -4,7 +4,8 @@ The plain specification, in float32, for one block of one kv head: keys [n, D] a
 weights w [D], how much the model's output minds a squared error of each channel, and salience
 u [D], along which keys are looked at more. Everything faster must agree with it.
 
-A run's elements are all held as their weighted mean. Tokens weigh
+Runs go along the block's tokens in a sequence of its own (:mod:`.sequence`). A run's elements are
+all held as their weighted mean. Tokens weigh
 
     m_t = clip(p_t / mean(p), 1/8, 8),
     p_t = exp(sum_d u_d k_td) sum_d w_d (k_td - mean_d)^2:
@@ -24,10 +25,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .sequence import LEAST_WEIGHT, token_sequence
 from .sums import over_lanes, over_tokens
 
 LEAST_TOKEN, MOST_TOKEN = np.float32(1 / 8), np.float32(8)
-LEAST_WEIGHT = np.float32(1e-30)  # has a finite inverse square root
 
 
 def token_weights(keys: np.ndarray, weights: np.ndarray, salience: np.ndarray) -> np.ndarray:
@@ -129,6 +130,8 @@ def block_runs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a block's keys [n, D] are held as, float32, and which elements start a run.
 
+    Both by token; a run goes on to the next token of the sequence.
+
     Args:
         keys: float32.
         weights: Of the channels, [D].
@@ -137,10 +140,15 @@ def block_runs(
         optimal: Rather than greedy.
         sinks: Tokens at the start of the block that keep their keys.
     """
-    tokens = token_weights(keys, weights, salience)
+    sequence = token_sequence(keys, weights, sinks)
+    in_sequence = keys[sequence]
+    tokens = token_weights(in_sequence, weights, salience)
     cut = optimal_starts if optimal else greedy_starts
-    starts = cut_sinks(cut(keys, weights, tokens, level), sinks)
-    return weighted_means(keys, starts, tokens), starts
+    cuts = cut_sinks(cut(in_sequence, weights, tokens, level), sinks)
+    held, starts = np.empty_like(keys), np.empty_like(cuts)
+    held[sequence] = weighted_means(in_sequence, cuts, tokens)
+    starts[sequence] = cuts
+    return held, starts
 
 
 def cut_sinks(starts: np.ndarray, sinks: int) -> np.ndarray:

@@ -19,7 +19,8 @@ from mlx_delta.config import DeltaConfig
 from mlx_delta.method.deltas import CHUNK, FITS, LANE, lane_order
 from mlx_delta.widths import even_lane_widths
 
-from .runs import hold_runs, token_weights
+from .runs import runs_in_sequence, token_weights
+from .sequence import by_token, in_sequence, token_sequences
 from .storage import (
     LARGEST,
     block_grid,
@@ -81,6 +82,7 @@ class DeltaBlocks:
         offsets: int32 [B, Hkv, blocks]; the first word of that run.
         low: [B, Hkv, blocks, D] of the storage type, channels in the order.
         steps: uint8 [B, Hkv, blocks, D], likewise.
+        sequence: uint8 [B, Hkv, blocks, size], the tokens of a block as they are stored.
         sinks: [B, Hkv, n_sinks, D], exact keys of the first tokens, which are read instead of
             what is stored of them; ``None`` without sinks.
         coding: What the words are.
@@ -91,6 +93,7 @@ class DeltaBlocks:
     offsets: mx.array
     low: mx.array
     steps: mx.array
+    sequence: mx.array
     sinks: mx.array | None
     coding: LaneCoding
     size: int
@@ -118,7 +121,8 @@ class DeltaBlocks:
         return self._blocks(slice(begin, end), sinks)
 
     def _blocks(self, some: slice, sinks: mx.array | None) -> DeltaBlocks:
-        found = {name: getattr(self, name)[:, :, some] for name in ("offsets", "low", "steps")}
+        names = ("offsets", "low", "steps", "sequence")
+        found = {name: getattr(self, name)[:, :, some] for name in names}
         return replace(self, sinks=sinks, **found)
 
     def after(self, other: mx.array) -> DeltaBlocks:
@@ -136,6 +140,7 @@ class StoredDeltas(NamedTuple):
         zeros: int32 [B, Hkv, blocks], numbers that begin no run.
         low: As of :class:`DeltaBlocks`.
         steps: As of :class:`DeltaBlocks`.
+        sequence: As of :class:`DeltaBlocks`.
     """
 
     words: mx.array
@@ -143,6 +148,7 @@ class StoredDeltas(NamedTuple):
     zeros: mx.array
     low: mx.array
     steps: mx.array
+    sequence: mx.array
 
 
 def store_deltas(
@@ -158,13 +164,15 @@ def store_deltas(
     """
     B, H, length, D = keys.shape
     size = config.block_size
+    sequence = token_sequences(keys, config, first_block)
     blocks = keys.astype(mx.float32).reshape(B, H, length // size, size, D)
-    blocks = _without_sinks(blocks, config.sinks - first_block * size)
-    runs = hold_runs(blocks, dataclasses.replace(config, sinks=0), first_block)
+    # Blocks with sinks stay as they are.
+    blocks = in_sequence(_without_sinks(blocks, config.sinks - first_block * size), sequence)
+    runs = runs_in_sequence(blocks, dataclasses.replace(config, sinks=0), first_block)
     weights, salience = (mx.array(x)[:, None] for x in config.sensitivities_of_layer(H, D))
     tokens = token_weights(mx, blocks, weights, salience)
     index = mx.array(coding.order)[None, :, None, None]
-    blocks, means, begins = (mx.take_along_axis(x, index, axis=-1) for x in (blocks, *runs[:2]))
+    blocks, means, begins = (mx.take_along_axis(x, index, axis=-1) for x in (blocks, *runs))
     widths = np.array(coding.widths)
     held = _held_lanes(begins, widths)
     own = mx.repeat(held, LANE, axis=3)[:, :, :, None]
@@ -174,7 +182,7 @@ def store_deltas(
     codes = _encode(values, low, steps, bits)
     words, counts = _write(codes, begins, held, widths, coding.worst_words(size))
     zeros = mx.logical_not(begins).sum(axis=(3, 4)).astype(mx.int32)
-    return StoredDeltas(words, counts, zeros, low, steps)
+    return StoredDeltas(words, counts, zeros, low, steps, sequence)
 
 
 def _without_sinks(blocks: mx.array, sinks: int) -> mx.array:
@@ -343,5 +351,5 @@ def read_deltas(blocks: DeltaBlocks) -> mx.array:
     low, step = blocks.low.astype(mx.float32), whole_steps(blocks.steps)
     held = mx.minimum(low[:, :, :, None] + codes * step[:, :, :, None], LARGEST[blocks.dtype])
     back = mx.array(np.argsort(np.array(coding.order), axis=1))
-    held = mx.take_along_axis(held, back[None, :, None, None], axis=4)
+    held = by_token(mx.take_along_axis(held, back[None, :, None, None], axis=4), blocks.sequence)
     return with_sinks(held.reshape(B, H, n * size, D).astype(blocks.dtype), blocks.sinks)

@@ -16,6 +16,7 @@ from .building import make_kernel
 from .deltas import LaneCoding, StoredDeltas
 from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded, table
 from .runs_kernel import can_cut, cut_runs
+from .sequence import in_sequence, token_sequences
 from .storage import HEAD_DIMS, LARGEST
 
 assert (CHUNK, FITS, LANE) == (16, 4, 8), "as kernels/deltas_encode.metal has them"
@@ -67,9 +68,12 @@ def can_encode(config: DeltaConfig, head_dim: int) -> bool:
 def encode(
     keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
 ) -> StoredDeltas:
-    """The kernels for :func:`mlx_delta.ops.deltas.store_deltas`: two launches for all blocks."""
+    """The kernels for :func:`mlx_delta.ops.deltas.store_deltas`: three launches for all blocks."""
+    sequence = token_sequences(keys, config, first_block)
+    blocks = keys.reshape(*sequence.shape, keys.shape[3])
+    keys = in_sequence(blocks, sequence).reshape(keys.shape)
     runs = cut_runs(keys, config, first_block, alike=True)
-    return write(keys, *runs, config, coding, first_block)
+    return write(keys, *runs, sequence, config, coding, first_block)
 
 
 def write(
@@ -77,17 +81,19 @@ def write(
     starts: mx.array,
     means: mx.array,
     tokens: mx.array,
+    sequence: mx.array,
     config: DeltaConfig,
     coding: LaneCoding,
     first_block: int,
 ) -> StoredDeltas:
-    """The second launch.
+    """The last launch.
 
     Args:
-        keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE.
+        keys: [B, Hkv, blocks * size, D], float16 or bfloat16, after RoPE, in sequence.
         starts: Which elements start a run, uint32 [B, Hkv, blocks, size, ceil(D / 32)].
         means: Of the runs, float32 [B, Hkv, blocks, size, D].
         tokens: How much each counts, float32 [B, Hkv, blocks, size].
+        sequence: Which tokens they are, uint8 [B, Hkv, blocks, size].
         config: The setting of this layer.
         coding: Of the layer.
         first_block: Which block of the text the first one is.
@@ -128,7 +134,7 @@ def write(
         output_shapes=[(*shape, room), shape, shape, (*shape, D), (*shape, D)],
         output_dtypes=[mx.uint32, mx.int32, mx.int32, keys.dtype, mx.uint8],
     )
-    return StoredDeltas(words, counts, zeros, low, steps)
+    return StoredDeltas(words, counts, zeros, low, steps, sequence)
 
 
 @lru_cache(maxsize=256)

@@ -34,6 +34,7 @@ PARTS = {
     far_keys.offsets = offsets + long(head) * low_shape[2];
     far_keys.low = low + long(head) * low_shape[2] * D;
     far_keys.steps = steps + long(head) * low_shape[2] * D;
+    far_keys.sequence = sequence + long(head) * low_shape[2] * 64;
     far_keys.sums = shared_room + simdgroup * summed;
     far_keys.scores = scores + simdgroup * scored;
     far_keys.width = widths[head % near_shape[1] * (D / 8) + lane % (D / 8)];""",
@@ -46,7 +47,7 @@ PARTS = {
 @cache
 def deltas_kernel() -> Any:
     """deltas_decode, the first launch."""
-    inputs = ("widths", "payload", "offsets", "low", "steps")
+    inputs = ("widths", "payload", "offsets", "low", "steps", "sequence")
     return far_kernel("deltas_decode", "deltas_scores.h", inputs, PARTS)
 
 
@@ -85,7 +86,10 @@ def decode(
     order, widths = _lanes(blocks.coding)
     most = max(max(own) for own in blocks.coding.widths)
     far = FarInputs(
-        inputs=[widths, blocks.payload, padded(blocks.offsets), blocks.low, blocks.steps],
+        inputs=[
+            *(widths, blocks.payload, padded(blocks.offsets)),
+            *(blocks.low, blocks.steps, blocks.sequence),
+        ],
         template=[("Wide", most > NARROW)],
         order=order,
         sinks=blocks.sinks,
@@ -127,9 +131,11 @@ def _check(
         "payload": (blocks.payload, (B, None)),
         "offsets": (blocks.offsets, (B, kv_heads, capacity)),
         "steps": (blocks.steps, (B, kv_heads, capacity, D)),
+        "sequence": (blocks.sequence, (B, kv_heads, capacity, blocks.size)),
         "near": (near, (B, kv_heads, None, D)),
     }
     types = {"payload": mx.uint32, "offsets": mx.int32, "steps": mx.uint8, "near": blocks.dtype}
+    types["sequence"] = mx.uint8
     check_shapes(name, shapes, types)
     shape = (B, kv_heads, capacity, D)
     check_decode(name, shape, blocks.sinks, queries, rows, near, values, mask, window_blocks)

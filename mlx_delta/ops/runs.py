@@ -14,11 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.runs import LEAST_TOKEN, LEAST_WEIGHT, MOST_TOKEN
+from mlx_delta.method.runs import LEAST_TOKEN, MOST_TOKEN
+from mlx_delta.method.sequence import LEAST_WEIGHT
 from mlx_delta.method.sums import over_lanes
 
 from . import sums
 from .runs_kernel import can_cut, cut_runs, elements
+from .sequence import by_token, in_sequence, token_sequences
 
 # Channels at a time in NumPy: more only take memory, 256 bytes each.
 LANES = 8192
@@ -41,15 +43,24 @@ def hold_runs(
         ``blocks``; and how many of each block's elements start none, int32 [B, Hkv, n_blocks].
     """
     B, H, n_blocks, size, D = blocks.shape
+    sequence = token_sequences(blocks.reshape(B, H, n_blocks * size, D), config, first_block)
+    means, starts = runs_in_sequence(in_sequence(blocks, sequence), config, first_block)
+    zeros = mx.logical_not(starts).sum(axis=(3, 4)).astype(mx.int32)
+    return by_token(means, sequence), by_token(starts, sequence), zeros
+
+
+def runs_in_sequence(
+    blocks: mx.array, config: DeltaConfig, first_block: int
+) -> tuple[mx.array, mx.array]:
+    """Means and starts of :func:`hold_runs`, of blocks whose tokens are in sequence already."""
+    B, H, n_blocks, size, D = blocks.shape
     if n_blocks and can_cut(config):
         words, held, _ = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
-        found = elements(words, D)
-        return held, found, mx.logical_not(found).sum(axis=(3, 4)).astype(mx.int32)
+        return held, elements(words, D)
     own = config.sensitivities_of_layer(H, D)
     first = first_block * size
     sinks = np.clip(config.sinks - first - size * np.arange(n_blocks), 0, size)
     gpu = mx.default_device() == mx.Device(mx.gpu)
-    xp = mx if gpu else np
     keys = blocks if gpu else np.asarray(blocks)
     lanes = keys.reshape(-1, size, D)  # [M, n, D]: blocks of all heads and rows
     weights, salience = (
@@ -68,14 +79,7 @@ def hold_runs(
             cut_blocks(np, lanes[s], weights[s], salience[s], exact[s], *arguments) for s in some
         ]
         means, starts = (np.concatenate(part) for part in zip(*parts, strict=True))
-    zeros = (size * D - starts.reshape(B, H, n_blocks, -1).astype(xp.int32).sum(axis=-1)).astype(
-        xp.int32
-    )
-    return (
-        mx.array(means.reshape(blocks.shape)),
-        mx.array(starts.reshape(blocks.shape)),
-        mx.array(zeros),
-    )
+    return mx.array(means.reshape(blocks.shape)), mx.array(starts.reshape(blocks.shape))
 
 
 def cut_blocks(

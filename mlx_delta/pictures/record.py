@@ -15,7 +15,13 @@ from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.measure.settings import Setting
 from mlx_delta.measure.sparsity import measure_sparsity
-from mlx_delta.method.attention import delta_keys, exact_pairs, hold, starts_anew
+from mlx_delta.method.attention import (
+    delta_keys,
+    exact_pairs,
+    hold,
+    starts_anew,
+    text_sequence,
+)
 
 MOST_TOKENS = 4096  # more than a picture has room for
 
@@ -97,6 +103,10 @@ def record_head(
         raise ValueError(f"[record_head] kv head must be 0 to {len(keys) - 1} but got {head}.")
     config = cache.config.for_head(head)
     held = hold(keys[head], config)
+    # By token: each by how much it differs from the one before it in the sequence of its block.
+    sequence = text_sequence(keys[head], config)
+    delta = np.empty_like(held)
+    delta[sequence] = delta_keys(held[sequence], config)
     weights = [_weights(own, keys[head], held, config, scale) for own in queries[head]]
     rank = sum(isinstance(c, HeldKeys) for c in caches[:layer])
     return HeadRecord(
@@ -105,7 +115,7 @@ def record_head(
         query_heads=len(queries[head]),
         config=config,
         keys=keys[head],
-        delta=delta_keys(held, config),
+        delta=delta,
         exact=np.array([starts_anew(t, config) for t in range(len(tokens))]),
         far=((len(tokens) - 1) // config.block_size - config.window_blocks) * config.block_size,
         attention=np.mean(weights, axis=0),

@@ -15,7 +15,7 @@ from mlx_delta.sensitivities import Sensitivities
 
 # Its number changes with how keys and values are stored: what an earlier version made of the same
 # tokens would not be what is made now.
-_FORMAT = b"mlx_delta model 2"
+_FORMAT = b"mlx_delta model 3"
 # Words that are summed up at once: what is in between takes little memory.
 _PART = 1 << 22
 

@@ -238,6 +238,7 @@ class HeldLeaf:
             "low": ((heads, head_dim), near.dtype),
             "steps": ((heads, head_dim), np.uint8),
             "zeros": ((heads,), np.int32),
+            "sequence": ((heads, size), np.uint8),
         }
         for name, (shape, dtype) in per_block.items():
             whole = np.zeros((shape[0], room, *shape[1:]), dtype)
