@@ -188,6 +188,7 @@ METAL_OVER_LANES(sum, int, x + y)
 METAL_OVER_LANES(sum, uint, x + y)
 METAL_OVER_LANES(max, int, max(x, y))
 METAL_OVER_LANES(max, uint, max(x, y))
+METAL_OVER_LANES(min, uint, min(x, y))
 #undef METAL_OVER_LANES
 METAL_INLINE bool simd_any(bool x) { return __any_sync(all_lanes, x); }
 template <typename T>

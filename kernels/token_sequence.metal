@@ -1,4 +1,5 @@
-// token_sequence: in which sequence a block's tokens are held, each beside one that is like it.
+// token_sequence: in which sequence a block's tokens are held, each beside one that is like it; and
+// the block's keys in that sequence.
 //
 // Grid: one threadgroup of a single simdgroup for a block of one kv head. Lane l has the channels
 // 32 * k + l while keys become codes of a byte, and then the tokens l and l + 32.
@@ -7,18 +8,37 @@
 //   2. Codes into threadgroup memory: whole numbers, so that no sum depends on its order.
 //   3. From the first token on: lanes sum up how far their tokens are from the last one, and of those
 //      that are left the nearest comes next. A distance and its token are one number, of which the
-//      simdgroup takes the least.
+//      simdgroup takes the least. The token's key is copied to its place.
 //
 // About Size * Size * D * 5 operations, once per block. mlx_delta/method/sequence.py specifies it.
 
 constant constexpr float LEAST_APART = 1e-30f;  // of keys that differ at all
+constant constexpr int CODE_ZERO = 128;  // of bytes that have no sign
 
-// keys: this block's, [Size][D]. factors: what makes channels comparable, [D]. as_is: whether tokens
-// stay as they are. sequence: [Size]. codes: [Size * token_pitch<D>()].
 template <int D>
 constexpr int token_pitch() {  // bytes from a token's codes to the next one's: other banks
   return 4 * ((D + 3) / 4 | 1);
 }
+
+// A token comes to a place of the sequence.
+template <typename T, int D>
+inline void put_token(
+    const device T* keys,
+    int token,
+    int place,
+    device uchar* sequence,
+    device T* ordered,
+    uint lane) {
+  if (lane == 0) {
+    sequence[place] = uchar(token);
+  }
+  for (int d = int(lane); d < D; d += 32) {
+    ordered[place * D + d] = keys[token * D + d];
+  }
+}
+
+// keys: this block's, [Size][D]. factors: what makes channels comparable, [D]. as_is: whether tokens
+// stay as they are. sequence: [Size]. ordered: the keys in it. codes: [Size * token_pitch<D>()].
 
 template <typename T, int D, int Size, int Most>
 inline void token_sequence(
@@ -26,7 +46,8 @@ inline void token_sequence(
     const device float* factors,
     bool as_is,
     device uchar* sequence,
-    threadgroup char* codes,
+    device T* ordered,
+    threadgroup uchar* codes,
     uint lane) {
   constexpr int W = (D + 31) / 32;
   constexpr int Own = (Size + 31) / 32;
@@ -46,8 +67,8 @@ inline void token_sequence(
   }
   largest = simd_max(largest);
   if (as_is || simd_any(!finite) || !(largest > LEAST_APART)) {
-    for (int t = int(lane); t < Size; t += 32) {
-      sequence[t] = uchar(t);
+    for (int t = 0; t < Size; ++t) {
+      put_token<T, D>(keys, t, t, sequence, ordered, lane);
     }
     return;
   }
@@ -57,7 +78,7 @@ inline void token_sequence(
     const ChannelKeys<T, D> own = {keys + (d < D ? d : 0), 0};
     for (int t = 0; t < Size && d < D; ++t) {
       const float apart = exact_product(value_at(own, t) - means[k], factors[d]);
-      codes[t * Pitch + d] = char(rint(exact_product(apart, scale)));
+      codes[t * Pitch + d] = uchar(CODE_ZERO + int(rint(exact_product(apart, scale))));
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -67,9 +88,7 @@ inline void token_sequence(
   }
   int last = 0;
   for (int place = 0; place < Size; ++place) {
-    if (lane == 0) {
-      sequence[place] = uchar(last);
-    }
+    put_token<T, D>(keys, last, place, sequence, ordered, lane);
     uint nearest = ~0u;
     for (int i = 0; i < Own; ++i) {
       const int token = 32 * i + int(lane);

@@ -16,7 +16,7 @@ from .building import make_kernel
 from .deltas import LaneCoding, StoredDeltas
 from .launching import SAFE_MATH, SIMD, check_shapes, constant, padded, table
 from .runs_kernel import can_cut, cut_runs
-from .sequence import in_sequence, token_sequences
+from .sequence_kernel import order_tokens
 from .storage import HEAD_DIMS, LARGEST
 
 assert (CHUNK, FITS, LANE) == (16, 4, 8), "as kernels/deltas_encode.metal has them"
@@ -69,9 +69,7 @@ def encode(
     keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
 ) -> StoredDeltas:
     """The kernels for :func:`mlx_delta.ops.deltas.store_deltas`: three launches for all blocks."""
-    sequence = token_sequences(keys, config, first_block)
-    blocks = keys.reshape(*sequence.shape, keys.shape[3])
-    keys = in_sequence(blocks, sequence).reshape(keys.shape)
+    sequence, keys = order_tokens(keys, config, first_block)
     runs = cut_runs(keys, config, first_block, alike=True)
     return write(keys, *runs, sequence, config, coding, first_block)
 

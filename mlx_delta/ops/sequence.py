@@ -32,7 +32,7 @@ def token_sequences(keys: mx.array, config: DeltaConfig, first_block: int) -> mx
     size = config.block_size
     blocks = length // size
     if blocks and can_order(config, D):
-        return order_tokens(keys, config, first_block)
+        return order_tokens(keys, config, first_block)[0]
     xp = mx if mx.default_device() == mx.Device(mx.gpu) else np
     mx.eval(keys)
     lanes = keys.astype(mx.float32).reshape(-1, size, D)  # blocks of all heads and rows
@@ -53,7 +53,7 @@ def sequences_of(xp: ModuleType, keys: Array, each: Array, stay: Array) -> Array
         largest = size.max(axis=(1, 2), keepdims=True)
         usable = (size < xp.inf).all(axis=(1, 2)) & (largest > LEAST_APART).reshape(-1)
         usable = usable & xp.logical_not(stay)
-        scale = np.float32(largest_code(D)) / largest
+        scale = float(largest_code(D)) / largest
         codes = xp.where(usable[:, None, None], xp.round(apart * scale), np.float32(0))
     # Whole numbers below 2^24: no product and no sum of them is rounded.
     squares = (codes * codes).sum(axis=2)

@@ -1,4 +1,4 @@
-"""Launching ``kernels/token_sequence.metal``, which finds the sequence of blocks' tokens."""
+"""Launching ``kernels/token_sequence.metal``, which puts blocks' tokens in sequence."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, 
 MOST_HEAD_DIM = 256
 
 BODY = """
-    threadgroup char codes[Size * token_pitch<D>()];
+    threadgroup uchar codes[Size * token_pitch<D>()];
     int block = threadgroup_position_in_grid.y;
     int head = threadgroup_position_in_grid.z;
     long at = long(head) * threadgroups_per_grid.y + block;
     token_sequence<T, D, Size, Most>(
         keys + at * Size * D, factors + head % Heads * D,
-        (place[0] + block) * Size < place[1], sequence + at * Size, codes,
-        thread_index_in_simdgroup);
+        (place[0] + block) * Size < place[1], sequence + at * Size,
+        ordered + at * Size * D, codes, thread_index_in_simdgroup);
 """
 
 
@@ -37,7 +37,7 @@ def sequence_kernel() -> Any:
     return make_kernel(
         name="token_sequence",
         input_names=["keys", "factors", "place"],
-        output_names=["sequence"],
+        output_names=["sequence", "ordered"],
         source=BODY,
         header="".join(kernel_source(file) for file in files),
         compile_options=SAFE_MATH,
@@ -50,7 +50,9 @@ def can_order(config: DeltaConfig, head_dim: int) -> bool:
     return has_kernels() and fits
 
 
-def order_tokens(keys: mx.array, config: DeltaConfig, first_block: int) -> mx.array:
+def order_tokens(
+    keys: mx.array, config: DeltaConfig, first_block: int
+) -> tuple[mx.array, mx.array]:
     """The kernel for :func:`mlx_delta.ops.sequence.token_sequences`, of all blocks in one launch.
 
     Args:
@@ -59,7 +61,7 @@ def order_tokens(keys: mx.array, config: DeltaConfig, first_block: int) -> mx.ar
         first_block: Which block of the text the first one is.
 
     Returns:
-        uint8 [B, Hkv, blocks, size].
+        The tokens in sequence, uint8 [B, Hkv, blocks, size], and the keys in it, of their shape.
     """
     check_shapes("token_sequence", {"keys": (keys, (None,) * 4)})
     B, H, length, D = keys.shape
@@ -70,7 +72,7 @@ def order_tokens(keys: mx.array, config: DeltaConfig, first_block: int) -> mx.ar
             f"[token_sequence] takes keys of whole blocks of {size} tokens and up to "
             f"{MOST_HEAD_DIM} channels but got {tuple(keys.shape)}."
         )
-    (sequence,) = sequence_kernel()(
+    sequence, ordered = sequence_kernel()(
         inputs=[
             padded(keys),
             _factors(config, H, D),
@@ -82,10 +84,10 @@ def order_tokens(keys: mx.array, config: DeltaConfig, first_block: int) -> mx.ar
         ],
         grid=(SIMD, blocks, B * H),
         threadgroup=(SIMD, 1, 1),
-        output_shapes=[(B, H, blocks, size)],
-        output_dtypes=[mx.uint8],
+        output_shapes=[(B, H, blocks, size), keys.shape],
+        output_dtypes=[mx.uint8, keys.dtype],
     )
-    return sequence
+    return sequence, ordered
 
 
 @lru_cache(maxsize=256)

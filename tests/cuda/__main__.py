@@ -82,6 +82,7 @@ def deltas_decode(widths: tuple[int, ...], width: int) -> tuple[str, Walk]:
         offsets=mx.zeros((1, heads, blocks), mx.int32),
         low=mx.zeros((1, heads, blocks, D), HALF),
         steps=mx.zeros((1, heads, blocks, D), mx.uint8),
+        sequence=mx.zeros((1, heads, blocks, TOKENS), mx.uint8),
         sinks=mx.zeros((1, heads, 4, D), HALF),
         coding=LaneCoding.of(setting, heads, D),
         size=TOKENS,

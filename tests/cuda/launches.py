@@ -85,6 +85,7 @@ def every_kernel() -> dict[str, Generated]:
         offsets=mx.zeros((1, 2, 2), mx.int32),
         low=mx.zeros((1, 2, 2, 64), half),
         steps=mx.zeros((1, 2, 2, 64), mx.uint8),
+        sequence=mx.zeros((1, 2, 2, 64), mx.uint8),
         sinks=mx.zeros((1, 2, 4, 64), half),
         coding=LaneCoding.of(lanes(values=(4, 2)), 2, 64),
         size=64,
@@ -97,7 +98,9 @@ def every_kernel() -> dict[str, Generated]:
         deltas_kernel.decode(queries, rows, held, keys, values, None, 1.0, 1)
         codes_encode.encode(keys, coding, 64, mx.ones((2, 2, 64)))
         values_encode.encode(keys, (4, 3))
-        deltas_encode.encode(keys, lanes(values=(4, 2)), held.coding, 0)  # delta_runs too
+        deltas_encode.encode(
+            keys, lanes(values=(4, 2)), held.coding, 0
+        )  # token_sequence and delta_runs too
         tiles.SMALL.attend(tiles.SMALL.choose(0.7))
         ternary_matvec(mx.zeros((1, 64), half), mx.zeros((4, 4), mx.uint32), mx.ones((4, 1)), True)
     return found

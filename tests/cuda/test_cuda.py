@@ -21,7 +21,14 @@ from .nvrtc import NVRTC_HINT, compile_as_mlx_does, find_nvrtc
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NVCC_HINT)
 needs_disassembler = pytest.mark.skipif(find_disassembler() is None, reason=DISASSEMBLER_HINT)
 KERNELS = [
-    *("delta_hold", "delta_runs", "codes_encode", "deltas_encode", "values_encode"),
+    *(
+        "delta_hold",
+        "token_sequence",
+        "delta_runs",
+        "codes_encode",
+        "deltas_encode",
+        "values_encode",
+    ),
     *("codes_decode", "codes_combine", "deltas_decode"),
     *("tile_pack", "tile_score", "tile_attention"),
     "ternary_matvec",

@@ -16,6 +16,7 @@ from ..kernels import (
     delta_case,
     test_codes_encode,
     test_deltas_encode,
+    test_sequence,
     test_values_encode,
     tile_case,
 )
@@ -40,6 +41,12 @@ def _deltas(case: DeltaCase, mask: bool = False) -> None:
 
 def _runs(optimal: bool) -> None:
     check_runs(walk((1, 2, 128, 80), HALF), optimal, 64)
+
+
+def _sequence() -> None:
+    keys = test_sequence.mixed(walk((2, 2, 128, 80), HALF))
+    test_sequence.check(keys, 64, 4)
+    test_sequence.check(test_sequence.repeated((1, 2, 64, 80)), 64)
 
 
 def _coded(kinds: tuple[Kinds, Kinds]) -> None:
@@ -97,6 +104,7 @@ CASES: dict[str, Callable[[], None]] = {
         ),
         True,
     ),
+    "tokens in sequence": _sequence,
     "runs, optimal": partial(_runs, True),
     "runs, greedy": partial(_runs, False),
     "codes, encoded": partial(_coded, test_codes_encode.KINDS),
@@ -111,4 +119,4 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 # Of each kernel that decodes or decides one case, for NVIDIA's checker, which is slow.
-FEW = ("codes 4 bits", "held, 4 bits", "runs, greedy", "ternary, one row")
+FEW = ("codes 4 bits", "held, 4 bits", "tokens in sequence", "runs, greedy", "ternary, one row")

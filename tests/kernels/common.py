@@ -20,6 +20,7 @@ from mlx_delta.ops import (
     far_kernel,
     hold_kernel,
     runs_kernel,
+    sequence_kernel,
     tiles_kernel,
     values_encode,
 )
@@ -36,6 +37,7 @@ BUILDERS: dict[str, Any] = {
     "deltas_kernel": deltas_kernel,
     "deltas_encode_kernel": deltas_encode,
     "runs_kernel": runs_kernel,
+    "sequence_kernel": sequence_kernel,
     "values_encode_kernel": values_encode,
     "tile_pack_kernel": tiles_kernel,
     "tile_score_kernel": tiles_kernel,

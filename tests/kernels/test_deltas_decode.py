@@ -102,10 +102,11 @@ def test_loads_what_it_must_and_no_more(bench: MetalBench):
         return outputs
 
     stored = cache._keys.log.read_bytes(9)
+    names = ("payload", "offsets", "low", "steps", "sequence")
     with on_bench(bench), mock.patch.object(deltas_kernel, "deltas_kernel", lambda: run):
         output = case.step(cache)
     assert_close(output, case.expected(), case)
-    loaded = sum(traffic[n].loaded_per_threadgroup for n in ("payload", "offsets", "low", "steps"))
+    loaded = sum(traffic[n].loaded_per_threadgroup for n in names)
     assert loaded <= 1.2 * stored, f"{loaded} bytes for {stored}"
 
 
@@ -129,8 +130,17 @@ MUTATIONS = [
     Mutation("nothing held", "if (bits & (1u << k)) {", "if (true) {"),
     Mutation("a word only", "from[0], from[1], at", "from[0], from[0], at"),
     Mutation("half of the lanes", "total[j] += simd_shuffle_xor(total[j], ushort(other));", ""),
-    Mutation("a strip's scores", "chunk + strip + token", "chunk + token"),
-    Mutation("one block's scores", "sub * CODED_TOKENS + chunk", "chunk"),
+    Mutation("a strip's scores", "chunk + strip + lane", "chunk + lane"),
+    Mutation("one block's scores", "sub * CODED_TOKENS + token", "token"),
+    Mutation("scores where they are stored", "* CODED_TOKENS + token, total",
+             "* CODED_TOKENS + place, total"),
+    Mutation("one block's sequence", "sequence[min(sub, count - 1) * CODED_TOKENS + place]",
+             "sequence[place]"),
+    Mutation("the sequence of a block behind the last", "sequence[min(sub, count - 1) *",
+             "sequence[sub *"),
+    Mutation("the first block's sequence", "far.sequence + long(block) * CODED_TOKENS",
+             "far.sequence"),
+    Mutation("one head's sequences", "sequence + long(head) * low_shape[2] * 64", "sequence"),
     Mutation("one block's weights", "number * CODED_TOKENS + first", "first"),
     Mutation("blocks past the last", ", count - 1);", ", 99);"),
     Mutation("the first block", "uint(far.offsets[block])", "uint(far.offsets[0])"),
@@ -151,6 +161,8 @@ def small_case() -> None:
     wild = np.array([width == "6" for width in setting.key_widths[0][0]])
     case.keys = mx.where(mx.array(wild), mx.array(noise).astype(mx.float16), case.keys)
     cache = case.cache()
+    moved = (np.array(cache._keys.log.parts["sequence"]) != np.arange(64)).any(axis=3)
+    assert moved[1, :, 1:3].all() and not moved[:, :, 0].any(), "sinks are in the first block"
     decode = deltas_kernel.decode
 
     def tight(queries: Any, rows: Any, blocks: Any, near: Any, *rest: Any) -> Any:

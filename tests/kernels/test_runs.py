@@ -10,7 +10,14 @@ import pytest
 
 from mlx_delta import DeltaConfig
 from mlx_delta.method import runs
-from mlx_delta.ops import codes_encode, deltas_encode, hold_kernel, runs_kernel, values_encode
+from mlx_delta.ops import (
+    codes_encode,
+    deltas_encode,
+    hold_kernel,
+    runs_kernel,
+    sequence_kernel,
+    values_encode,
+)
 from mlx_delta.sensitivities import Sensitivities
 
 from ..metal_cpu import KernelSource, MetalBench
@@ -39,8 +46,9 @@ def check_runs(
 ) -> None:
     """Cut keys [B, H, blocks * size, D] on the bench; runs and means are as specified.
 
-    To the last bit, but for the powers that say which tokens are looked at: those of another back
-    end may have another last bit, which moves a value across its threshold now and then.
+    Tokens stay as they come: the kernel knows of no sequence. To the last bit, but for the powers
+    that say which tokens are looked at: those of another back end may have another last bit, which
+    moves a value across its threshold now and then.
     """
     B, H, length, D = keys.shape
     rng = np.random.default_rng(0)
@@ -64,9 +72,12 @@ def check_runs(
             own[:alone] = own[min(alone, size - 1)]
         felt = weights[head], salience[head]
         with np.errstate(all="ignore"):
-            held, wanted = runs.block_runs(own, *felt, level, optimal, 0 if alike else alone)
-        wanted_counts = runs.token_weights(own, *felt)
-        np.testing.assert_allclose(np.array(counts[row, head, block]), wanted_counts, rtol=1e-5)
+            tokens = runs.token_weights(own, *felt)
+            cut = runs.optimal_starts if optimal else runs.greedy_starts
+            wanted = cut(own, weights[head], tokens, level)
+            wanted = runs.cut_sinks(wanted, 0 if alike else alone)
+            held = runs.weighted_means(own, wanted, tokens)
+        np.testing.assert_allclose(np.array(counts[row, head, block]), tokens, rtol=1e-5)
         got, found = starts[row, head, block], np.array(means[row, head, block])
         finite = np.isfinite(own).all(axis=0)
         np.testing.assert_array_equal(got[:, ~finite], wanted[:, ~finite])
@@ -75,7 +86,6 @@ def check_runs(
             np.testing.assert_array_equal(got, wanted)
             np.testing.assert_array_equal(found, held)
             continue
-        tokens = runs.token_weights(own, *felt)
         if optimal:
             costs = [runs.runs_cost(own, x, weights[head], tokens, level) for x in (got, wanted)]
             np.testing.assert_allclose(costs[0], costs[1], rtol=1e-4, atol=1e-4)
@@ -116,9 +126,9 @@ def test_special_keys(bench: MetalBench, optimal, kind):
 
 
 MUTATIONS = [
+    without_barrier(1),
     without_barrier(2),
     without_barrier(3),
-    without_barrier(4),
     Mutation("lanes without a channel", "? int(word * 32 + lane) : D - 1", "? 0 : D"),
     Mutation("another head's weights", "own, own + Heads", "felt, own + Heads"),
     Mutation("another head's costs", "own + 2 * Heads * D", "felt + 2 * Heads * D"),
@@ -130,8 +140,8 @@ MUTATIONS = [
     Mutation("tokens of any weight", "clamp(tokens[t] / mean, 1.0f / 8.0f, 8.0f)",
              "tokens[t] / mean"),
     Mutation("a NaN weighs", "usable = !simd_any(!usable);", ""),
-    Mutation("tokens behind the 32nd", "int t = int(lane); t < Size; t += 32) {\n    tokens[t] *",
-             "int t = int(lane); t < min(Size, 32); t += 32) {\n    tokens[t] *"),
+    Mutation("tokens behind the 32nd", "int t = int(lane); t < Size; t += 32) {\n    tokens[t] =",
+             "int t = int(lane); t < min(Size, 32); t += 32) {\n    tokens[t] ="),
     Mutation("runs are free", "least + cost", "least"),
     Mutation("an infinity is averaged", "finite = finite && abs(key) < INFINITY;", ""),
     Mutation("a run's tokens count alike", "exact_product(tokens[t], value_at(keys, t) - mean)",
@@ -189,11 +199,12 @@ def test_mutations(bench: MetalBench, mutation):
     [
         hold_kernel.hold_kernel,
         runs_kernel.runs_kernel,
+        sequence_kernel.sequence_kernel,
         codes_encode.codes_encode_kernel,
         deltas_encode.deltas_encode_kernel,
         values_encode.values_encode_kernel,
     ],
-    ids=["hold", "runs", "codes", "deltas", "values"],
+    ids=["hold", "runs", "sequence", "codes", "deltas", "values"],
 )
 def test_what_compares_with_a_threshold_asks_for_no_fast_math(builder):
     kernel = KernelSource.of(builder.__wrapped__)
