@@ -84,7 +84,7 @@ class DeltaKeys(FarKeys):
         self._check_words(name)
 
     def _check_words(self, name: str) -> None:
-        """Every block has each of its tokens once, and as many words as its masks say, in bounds."""
+        """Blocks have each token once, and as many words as their masks say, all in bounds."""
         log = self.log
         sequences = np.sort(np.array(log.parts["sequence"]), axis=3)
         counts, room = np.array(log.parts["counts"]), log.payload.shape[1]

@@ -20,8 +20,8 @@ PARTS = ("counts", "low", "steps", "zeros", "sequence")
 class DeltaLog(PayloadLog):
     """Blocks of each row. Of a block's kind it knows the coding and the tokens of a block.
 
-    Its parts are the words of each block, its grid's ``low`` and ``steps``, the zero deltas, and the
-    sequence of its tokens.
+    Its parts are the words of each block, its grid's ``low`` and ``steps``, the zero deltas, and
+    the sequence of its tokens.
     """
 
     spare = 2

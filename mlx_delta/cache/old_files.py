@@ -104,8 +104,9 @@ def _with_sequences(setting: DeltaConfig, buffers: list[Any]) -> list[Any]:
         return [*buffers, None] if len(buffers) == parts - 1 else buffers
     if not isinstance(last, mx.array):
         raise ValueError("it lacks one of its buffers")
-    if last.dtype == mx.uint8:
-        return buffers
+    sinks = buffers[-1]
+    if last.dtype == mx.uint8 or (isinstance(sinks, mx.array) and sinks.dtype == mx.uint8):
+        return buffers  # there, or something else is missing
     tokens = mx.arange(setting.block_size, dtype=mx.uint8)
     sequence = mx.broadcast_to(tokens, (*last.shape, setting.block_size))
     return [*buffers[:-1], mx.contiguous(sequence), buffers[-1]]

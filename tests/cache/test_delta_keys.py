@@ -61,13 +61,13 @@ def test_attention_is_that_of_the_specification(cuts):
 
 
 def test_bytes_are_those_of_masks_and_codes():
-    """Keys that never change: a bit of mask, the codes of the first token, and the grid."""
+    """Keys that never change: a bit of mask, the codes of the first token, grid and sequence."""
     setting = DeltaConfig(sinks=0, key_format="deltas", key_bits=4, value_bits=16)
     cache = DeltaKVCache(setting)
     text = mx.ones((1, 2, 4096 + 64, 64), mx.float16)
     cache.update(text, text)
     words = 1 + 64 * 64 // 32 + 64 * 4 // 32
-    per_block = 2 * (4 * words + 4 + 64 * 3)
+    per_block = 2 * (4 * words + 4 + 64 * 3 + 64)
     dense = 2 * 2 * 64
     assert cache.read_bytes() == 63 * per_block + 128 * dense + 4160 * dense
     # Besides room: of a block in the worst case, near keys, values, and counts.
@@ -81,7 +81,7 @@ def plus_one(array, *place):
     return array
 
 
-# header, near, values, payload, counts, low, steps, zeros, sinks
+# header, near, values, payload, counts, low, steps, zeros, sequence, sinks
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -94,22 +94,25 @@ def plus_one(array, *place):
         (lambda s: setting(s, key_bits=9), "key_bits must be between 2 and 7"),
         (lambda s: setting(s, key_widths=[["4" * 31 + "3"] * 2]), "key_widths must be widths"),
         (lambda s: setting(s, key_widths=[["4" * 16] * 2]), "2 kv heads of 16 channels"),
-        (lambda s: setting(s, key_widths=[["4" * 32] * 2]), "counts of row 0 do not fit"),
-        (lambda s: s[:-1], "8 parts"),
+        (lambda s: setting(s, key_widths=[["4" * 32] * 2]), "of row 0 do not fit"),
+        (lambda s: s[:-1], "9 parts"),
         (lambda s: replaced(s, 1, s[1].astype(mx.float32)), "near do not fit"),
         (lambda s: replaced(s, 3, None), "lacks one of its buffers"),
-        (lambda s: replaced(s, 3, s[3][:, :99]), "counts of row 0 do not fit"),
-        (lambda s: replaced(s, 3, s[3][:, :0]), "counts of row 0 do not fit"),
+        (lambda s: replaced(s, 3, s[3][:, :99]), "of row 0 do not fit"),
+        (lambda s: replaced(s, 3, s[3][:, :0]), "of row 0 do not fit"),
         (lambda s: replaced(s, 3, s[3].astype(mx.int32)), "payload do not fit"),
         (lambda s: replaced(s, 3, s[3][0]), "payload do not have the right dim"),
-        (lambda s: replaced(s, 3, 0 * s[3]), "counts of row 0 do not fit"),
-        (lambda s: replaced(s, 4, plus_one(s[4], 0, 1, 0)), "counts of row 0 do not fit"),
-        (lambda s: replaced(s, 4, -s[4]), "counts of row 0 do not fit"),
+        (lambda s: replaced(s, 3, 0 * s[3]), "of row 0 do not fit"),
+        (lambda s: replaced(s, 4, plus_one(s[4], 0, 1, 0)), "of row 0 do not fit"),
+        (lambda s: replaced(s, 4, -s[4]), "of row 0 do not fit"),
         (lambda s: replaced(s, 4, s[4][:, :, :5]), "counts do not fit"),
         (lambda s: replaced(s, 5, s[5][..., :16]), "low do not fit"),
         (lambda s: replaced(s, 6, s[6].astype(mx.uint32)), "steps do not fit"),
         (lambda s: replaced(s, 7, s[7][:, :1]), "zeros do not fit"),
-        (lambda s: replaced(s, 8, None), "sinks do not fit"),
+        (lambda s: replaced(s, 8, s[8][..., :4]), "sequence do not fit"),
+        (lambda s: replaced(s, 8, plus_one(s[8], 0, 1, 0, 3)), "sequences of row 0"),
+        (lambda s: replaced(s, 8, 255 - s[8]), "sequences of row 0"),
+        (lambda s: replaced(s, 9, None), "sinks do not fit"),
     ],
 )
 def test_a_damaged_state_is_refused(break_it, message):
@@ -129,6 +132,20 @@ def test_the_last_words_have_two_behind_them():
     assert DeltaKVCache.from_state(tight).offset == LENGTH
     with pytest.raises(ValueError, match=f"its payload of {words + 1} words"):
         DeltaKVCache.from_state(replaced(state, 3, state[3][:, : words + 1]))
+
+
+def test_a_state_without_sequences_is_one_whose_tokens_are_in_order():
+    """As the version before this one wrote it."""
+    setting = dataclasses.replace(PLAIN, sinks=0)
+    cache = DeltaKVCache(setting)
+    _, keys, values = TEXT
+    # Keys that are all alike stay in the order of the text.
+    cache.update(mx.array(0 * keys + 1), mx.array(values))
+    old = [*cache.state[:8], *cache.state[9:]]
+    again = DeltaKVCache.from_state(old)
+    for own, found in zip(cache.keys_and_values(), again.keys_and_values(), strict=True):
+        assert mx.array_equal(own, found)
+    assert len(again.state) == len(cache.state)
 
 
 def test_a_block_of_the_most_words_leaves_room_for_them():

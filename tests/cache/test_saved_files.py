@@ -207,6 +207,21 @@ def test_affine_values_are_coded_anew(model, affine_state):
         assert alike > 0.9, "as of a text with full values: .97"
 
 
+def test_lanes_whose_tokens_came_in_order_read_as_they_were(model):
+    caches = load_prompt_cache(str(make.HERE / "lanes_in_order.safetensors"))
+    assert caches[0].config == make.LANES
+    (done,) = caches[0].encoded
+    sequences = np.array(caches[0].state[-2])[0, :, :done]
+    assert done
+    np.testing.assert_array_equal(sequences, np.broadcast_to(np.arange(8), sequences.shape))
+    wanted = np.load(make.HERE / "logits.npz")
+    logits = make.follow(model, caches)
+    first = -make.LENGTH % 8  # token with which a block becomes far, and is held as it is now
+    np.testing.assert_allclose(
+        logits[0][:, :first], wanted["lanes_in_order_0"][:, :first], atol=2e-3
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.*coded by an earlier version")
 @pytest.mark.parametrize(
     ("break_it", "message"),

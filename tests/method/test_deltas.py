@@ -7,6 +7,7 @@ import pytest
 
 from mlx_delta.method import deltas as ref
 from mlx_delta.method.runs import optimal_starts, token_weights, weighted_means
+from mlx_delta.method.sequence import token_sequence
 from mlx_delta.method.storage import LARGEST_STEP, short_steps, whole_steps
 
 WEIGHTS, SALIENCE = np.ones(16, np.float32), np.zeros(16, np.float32)
@@ -25,6 +26,8 @@ def pack(keys: np.ndarray, level: float = 1.0, sinks: int = 0, **changes) -> ref
 
 
 def runs_of(keys: np.ndarray, level: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and means, both in sequence."""
+    keys = keys[token_sequence(keys, WEIGHTS, 0)]
     tokens = token_weights(keys, WEIGHTS, SALIENCE)
     starts = optimal_starts(keys, WEIGHTS, tokens, level)
     return starts, weighted_means(keys, starts, tokens)
@@ -32,7 +35,10 @@ def runs_of(keys: np.ndarray, level: float = 1.0) -> tuple[np.ndarray, np.ndarra
 
 @pytest.mark.parametrize("n", [8, 24, 64])
 def test_words(n):
-    """Which lanes are held, masks of 16 tokens, then one stream of codes, in the order said."""
+    """Which lanes are held, masks of 16 tokens, then one stream of codes, in the order said.
+
+    All of it in the block's sequence of tokens.
+    """
     keys = walk(n)
     starts, _ = runs_of(keys)
     order, lanes = ref.lane_order(WIDTHS)
@@ -52,7 +58,9 @@ def test_words(n):
     low, step = block.low[:8], whole_steps(block.steps)[:8]
     codes = block.words[at] >> (4 * np.arange(8, dtype=np.uint32)) & 15
     held = ref.unpack_block(block, n, WIDTHS, "float16")
-    np.testing.assert_allclose(low + step * codes, held[0, ::2], atol=2e-3)
+    assert sorted(block.sequence) == list(range(n))
+    assert n < 64 or (block.sequence != np.arange(n)).any()
+    np.testing.assert_allclose(low + step * codes, held[block.sequence[0], ::2], atol=2e-3)
 
 
 @pytest.mark.parametrize("n", [8, 24, 64])
@@ -60,7 +68,7 @@ def test_a_run_is_its_mean_half_a_step_away(n):
     keys = walk(n)
     starts, means = runs_of(keys)
     block = pack(keys)
-    held = ref.unpack_block(block, n, WIDTHS, "float16")
+    held = ref.unpack_block(block, n, WIDTHS, "float16")[block.sequence]
     assert (held[1:] == held[:-1])[~starts[1:]].all()
     order, lanes = ref.lane_order(WIDTHS)
     low, step, high = np.empty((3, 16), np.float32)
@@ -91,7 +99,8 @@ def test_first_tokens_do_not_disturb_the_rest():
     disturbed = keys.copy()
     disturbed[:3] = 500
     keys[:3] = keys[3]
-    found, wanted = pack(disturbed, sinks=3), pack(keys)
+    found, wanted = pack(disturbed, sinks=3), pack(keys, sinks=3)
+    np.testing.assert_array_equal(found.sequence, np.arange(64))
     np.testing.assert_array_equal(found.words, wanted.words)
     np.testing.assert_array_equal(found.low, wanted.low)
 

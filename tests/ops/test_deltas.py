@@ -32,7 +32,8 @@ def put_together(stored: deltas.StoredDeltas, coding: deltas.LaneCoding, size: i
     offsets = (ends - [len(run) for run in runs]).reshape(n, H).T[None]
     payload = mx.array(np.concatenate(runs)[None])
     offsets = mx.array(offsets.astype(np.int32))
-    return deltas.DeltaBlocks(payload, offsets, stored.low, stored.steps, None, coding, size)
+    parts = stored.low, stored.steps, stored.sequence
+    return deltas.DeltaBlocks(payload, offsets, *parts, None, coding, size)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,12 @@ def test_keys_are_stored_as_specified(kind, mode, size):
         count = int(stored.counts[0, head, b])
         own = ref.DeltaBlock(
             np.array(stored.words[0, head, b, :count]),
+            np.array(stored.sequence[0, head, b]),
             as_float(stored.low[0, head, b]),
             np.array(stored.steps[0, head, b]),
         )
         # The same runs; on a GPU sums may be in another order, and round a few grids otherwise.
+        np.testing.assert_array_equal(own.sequence, wanted.sequence)
         assert count == len(wanted.words)
         assert not stored.words[0, head, b, count:].any()
         np.testing.assert_allclose(own.low, wanted.low, atol=0.1)
@@ -98,6 +101,7 @@ def test_blocks_that_are_not_there_stay_in_bounds():
         mx.zeros((1, 2, 1), mx.int32),
         nothing,
         nothing.astype(mx.uint8),
+        mx.broadcast_to(mx.arange(64, dtype=mx.uint8), (1, 2, 1, 64)),
         None,
         coding,
         64,
