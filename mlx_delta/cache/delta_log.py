@@ -73,8 +73,9 @@ class DeltaLog(PayloadLog):
         """The blocks as the kernel reads them; ``None`` while there are none."""
         if not self.payload.shape[1]:
             return None
-        parts = (self.parts[name] for name in ("low", "steps", "sequence"))
-        return DeltaBlocks(self.payload, self.offsets, *parts, sinks, self.coding, self.kind[1])
+        low, steps, sequence = (self.parts[name] for name in ("low", "steps", "sequence"))
+        rest = sequence, sinks, self.coding, self.kind[1]
+        return DeltaBlocks(self.payload, self.offsets, low, steps, *rest)
 
     def encode(self, rows: Rows, keys: mx.array, config: DeltaConfig, done: int) -> None:
         """Hold and store blocks of keys, behind the ``done`` ones that each of these rows has."""

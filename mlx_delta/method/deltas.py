@@ -15,8 +15,8 @@ is a run of uint32 words:
   lowest channel first, as one stream of bits, lowest first, without gaps.
 
 beside it the **sequence** of its tokens (:mod:`.sequence`), a byte for each, along which masks and
-codes stand; and a **grid**: of each channel ``low``, of the storage type, and ``step``, a float16 of
-which only the eight bits from the highest bit of its exponent to the third of its mantissa are
+codes stand; and a **grid**: of each channel ``low``, of the storage type, and ``step``, a float16
+of which only the eight bits from the highest bit of its exponent to the third of its mantissa are
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
 The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
