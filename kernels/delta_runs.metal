@@ -14,6 +14,9 @@
 // Which runs start at a token becomes a word by a vote of the simdgroup. About 350 operations an
 // element for blocks of 64, once per block. mlx_delta/method/runs.py specifies it.
 
+constant constexpr float STRETCH = 0.5f;  // see the specification
+constant constexpr float MOST_STRETCH = 1.5f;
+
 // How much each token of a block counts, tokens [Size]; keys: from the first channel on. weights and
 // salience: [D]. looked_at: [Size].
 template <typename T, int D, int Size>
@@ -129,6 +132,20 @@ inline ulong greedy_cuts(
   return cuts;
 }
 
+// The weighted mean of the run that starts at token t; of one key, or of equal ones, exactly that.
+template <typename T, int D, int Size>
+inline float run_mean(
+    ChannelKeys<T, D> keys, const threadgroup float* tokens, ulong cuts, int t) {
+  const float first = value_at(keys, t);
+  float sum = 0.0f;
+  float weight = tokens[t];
+  for (++t; t < Size && !((cuts >> t) & 1ul); ++t) {
+    sum += exact_product(tokens[t], value_at(keys, t) - first);
+    weight += tokens[t];
+  }
+  return first + sum / weight;
+}
+
 // keys: this block's, [Size][D], from the first channel on; tokens before `from` are as it. weights,
 // salience, and the cost of a run of each channel: [D]; sinks: tokens of this block that stand alone,
 // from its first on. starts: [Size][W]; means: [Size][D]; counts: how much each token does, [Size].
@@ -188,19 +205,38 @@ inline void delta_runs(
   if (!has_channel) {
     return;
   }
+  float all = 0.0f;
+  float center = 0.0f;
+  for (int t = 0; t < Size; ++t) {
+    all += tokens[t];
+    center += exact_product(tokens[t], value_at(own, t));
+  }
+  center /= all;
+  float of_keys = 0.0f;  // variances, and that of what they are held as
+  float of_means = 0.0f;
   for (int t = 0; t < Size;) {
-    const float first = value_at(own, t);
-    float sum = 0.0f;
-    float weight = tokens[t];
-    int end = t + 1;
-    for (; end < Size && !((cuts >> end) & 1ul); ++end) {
-      sum += exact_product(tokens[end], value_at(own, end) - first);
-      weight += tokens[end];
+    const float mean = run_mean<T, D, Size>(own, tokens, cuts, t);
+    const float apart = mean - center;
+    const float square = exact_product(apart, apart);
+    do {
+      const float other = value_at(own, t) - center;
+      of_keys += exact_product(tokens[t], exact_product(other, other));
+      of_means += exact_product(tokens[t], square);
+      ++t;
+    } while (t < Size && !((cuts >> t) & 1ul));
+  }
+  const float ratio = of_keys / of_means;
+  const float factor = min(1.0f + exact_product(STRETCH, ratio - 1.0f), MOST_STRETCH);
+  const bool stretched = ratio > 1.0f && factor > 1.0f;  // NaN is not
+  for (int t = 0; t < Size;) {
+    float mean = run_mean<T, D, Size>(own, tokens, cuts, t);
+    const bool alone = t + 1 == Size || ((cuts >> (t + 1)) & 1ul);
+    if (stretched && !alone) {
+      mean = center + exact_product(mean - center, factor);
     }
-    // Of one key, or of equal ones, the mean is exactly that.
-    const float mean = first + sum / weight;
-    for (; t < end; ++t) {
+    do {
       means[t * D + d] = mean;
-    }
+      ++t;
+    } while (t < Size && !((cuts >> t) & 1ul));
   }
 }

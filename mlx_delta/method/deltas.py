@@ -19,9 +19,9 @@ codes stand; and a **grid**: of each channel ``low``, of the storage type, and `
 of which only the eight bits from the highest bit of its exponent to the third of its mantissa are
 kept. A code stands for ``low + code * step``, rounded to the storage type.
 
-The grid is fitted to what is stored, a run's mean as often as it is long: the line that errs least.
-Tokens count as they do for runs, which are cut as in :mod:`mlx_delta.method.runs`. A lane that
-would take no less as runs than as the codes of all its keys is stored as those, so no block is
+The grid is fitted to what is stored, a run's value as often as it is long: the line that errs
+least. Tokens count as they do for runs, which are cut as in :mod:`mlx_delta.method.runs`. A lane
+that would take no less as runs than as the codes of all its keys is stored as those, so no block is
 larger than plain codes of these widths are. Exact keys of the first tokens (sinks) stand beside the
 blocks, and are read instead of their codes; for a block they count as the key after them.
 
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .runs import greedy_starts, optimal_starts, token_weights, weighted_means
+from .runs import greedy_starts, held_values, optimal_starts, token_weights
 from .sequence import token_sequence
 from .storage import (
     block_grid,
@@ -152,7 +152,7 @@ def pack_block(
     held = held_lanes(begins, of_lanes)
     own = np.repeat(held, LANE)
     begins = begins | ~own
-    values = np.where(own, weighted_means(keys, begins, tokens), keys)
+    values = np.where(own, held_values(keys, begins, tokens), keys)
     bits = np.repeat(of_lanes, LANE)
     low, steps = fit_grid(values, tokens, bits, dtype)
     codes = encode_values(values, np.stack([low, whole_steps(steps)]), bits)

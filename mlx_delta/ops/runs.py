@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta.config import DeltaConfig
-from mlx_delta.method.runs import LEAST_TOKEN, MOST_TOKEN
+from mlx_delta.method.runs import LEAST_TOKEN, MOST_STRETCH, MOST_TOKEN, STRETCH
 from mlx_delta.method.sequence import LEAST_WEIGHT
 from mlx_delta.method.sums import over_lanes
 
@@ -111,7 +111,7 @@ def cut_blocks(
         if sinks.any():
             alone = np.arange(len(steps))[:, None] < sinks + (sinks > 0)  # [n, M]
             starts = starts | (mx.array(alone) if xp is mx else alone)[..., None]
-        means = _weighted_means(xp, steps, starts, tokens)
+        means = _stretched(xp, steps, _weighted_means(xp, steps, starts, tokens), starts, tokens)
     return means.swapaxes(0, 1), starts.swapaxes(0, 1)
 
 
@@ -239,3 +239,24 @@ def _weighted_means(xp: ModuleType, keys: Array, starts: Array, tokens: Array) -
     for t in range(len(rows) - 2, -1, -1):
         rows[t] = xp.where(starts[t + 1], rows[t], rows[t + 1])
     return xp.stack(rows)
+
+
+def _stretched(xp: ModuleType, keys: Array, means: Array, starts: Array, tokens: Array) -> Array:
+    """[n, M, D], see :func:`mlx_delta.method.runs.held_values`."""
+    total = _sum(tokens)
+    center = _sum(tokens * keys) / total
+    apart = means - center
+    of_keys = _sum(tokens * xp.square(keys - center))
+    of_means = _sum(tokens * xp.square(apart))
+    factor = xp.minimum(1 + (of_keys / of_means - 1) * float(STRETCH), float(MOST_STRETCH))
+    ends = xp.concatenate([starts[1:], xp.ones_like(starts[:1])])
+    stretched = xp.logical_not(starts & ends) & (factor > 1)
+    return xp.where(stretched, center + apart * factor, means)
+
+
+def _sum(rows: Array) -> Array:
+    """Sums over the tokens [n, ..], added up in their order."""
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total

@@ -10,11 +10,13 @@ import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
-from mlx_delta.method.runs import run_costs
+from mlx_delta.method.runs import MOST_STRETCH, STRETCH, run_costs
 
 from .backend import has_kernels
 from .building import make_kernel
 from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, padded, table
+
+assert (STRETCH, MOST_STRETCH) == (0.5, 1.5), "as kernels/delta_runs.metal has them"
 
 BODY = """
     constexpr int W = (D + 31) / 32;

@@ -76,7 +76,7 @@ def check_runs(
             cut = runs.optimal_starts if optimal else runs.greedy_starts
             wanted = cut(own, weights[head], tokens, level)
             wanted = runs.cut_sinks(wanted, 0 if alike else alone)
-            held = runs.weighted_means(own, wanted, tokens)
+            held = runs.held_values(own, wanted, tokens)
         np.testing.assert_allclose(np.array(counts[row, head, block]), tokens, rtol=1e-5)
         got, found = starts[row, head, block], np.array(means[row, head, block])
         finite = np.isfinite(own).all(axis=0)
@@ -89,7 +89,7 @@ def check_runs(
         if optimal:
             costs = [runs.runs_cost(own, x, weights[head], tokens, level) for x in (got, wanted)]
             np.testing.assert_allclose(costs[0], costs[1], rtol=1e-4, atol=1e-4)
-        held = runs.weighted_means(own, got, tokens)
+        held = runs.held_values(own, got, tokens)
         np.testing.assert_allclose(found, held, rtol=1e-5, atol=1e-5)
     assert min(equal) > 0.97
 
@@ -161,9 +161,18 @@ MUTATIONS = [
     ),
     Mutation("thresholds without tokens", "base / sqrt(sqrt(tokens[t]))", "base"),
     Mutation("the weight goes on", "(keep ? weight : 0.0f)", "weight"),
-    Mutation("means without weights", "exact_product(tokens[end], value_at(own, end) - first)",
-             "value_at(own, end) - first"),
-    Mutation("a run past the block's end", "end < Size && !", "!"),
+    Mutation("means without weights", "exact_product(tokens[t], value_at(keys, t) - first)",
+             "value_at(keys, t) - first"),
+    Mutation("means as they are", "ratio > 1.0f && factor > 1.0f", "false"),
+    Mutation("one key is stretched", "if (stretched && !alone) {", "if (stretched) {"),
+    Mutation("the last run of one key", "t + 1 == Size || ", ""),
+    Mutation("stretched as far as it goes", "ratio - 1.0f), MOST_STRETCH)", "ratio - 1.0f), 9.0f)"),
+    Mutation("stretched all the way", "exact_product(STRETCH, ratio - 1.0f)", "(ratio - 1.0f)"),
+    Mutation("stretched from zero", "center + exact_product(mean - center, factor)",
+             "exact_product(mean, factor)"),
+    Mutation("variances of tokens alike", "exact_product(tokens[t], square)", "square"),
+    Mutation("a run past the block's end", "for (++t; t < Size && !",
+             "for (++t; !"),
     Mutation("first tokens as they are", "Alike ? min(sinks, Size - 1) : 0", "0"),
 ]  # fmt: skip
 

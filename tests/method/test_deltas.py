@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_delta.method import deltas as ref
-from mlx_delta.method.runs import optimal_starts, token_weights, weighted_means
+from mlx_delta.method.runs import held_values, optimal_starts, token_weights
 from mlx_delta.method.sequence import token_sequence
 from mlx_delta.method.storage import LARGEST_STEP, short_steps, whole_steps
 
@@ -30,7 +30,7 @@ def runs_of(keys: np.ndarray, level: float = 1.0) -> tuple[np.ndarray, np.ndarra
     keys = keys[token_sequence(keys, WEIGHTS, 0)]
     tokens = token_weights(keys, WEIGHTS, SALIENCE)
     starts = optimal_starts(keys, WEIGHTS, tokens, level)
-    return starts, weighted_means(keys, starts, tokens)
+    return starts, held_values(keys, starts, tokens)
 
 
 @pytest.mark.parametrize("n", [8, 24, 64])

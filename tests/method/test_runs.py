@@ -139,6 +139,39 @@ def test_salience_has_no_units_of_its_own():
     np.testing.assert_array_equal(tokens, moved)
 
 
+@few
+@given(seed=st.integers(0, 10**6), level=st.floats(0.01, 3))
+def test_what_is_held_varies_more_than_means_by_half_of_what_they_lack(seed, level):
+    keys, weights, tokens = _block(seed, 32, 8)
+    starts = runs.optimal_starts(keys, weights, tokens, level)
+    means, held = (f(keys, starts, tokens) for f in (runs.weighted_means, runs.held_values))
+    share = (tokens / tokens.sum())[:, None].astype(np.float64)
+    center = (share * keys).sum(axis=0)
+    of_keys, of_means, of_held = (
+        (share * (x - center) ** 2).sum(axis=0) for x in (keys, means, held)
+    )
+    varies = of_means > 1e-6 * of_keys  # not all of a channel is one run
+    ratio = of_keys[varies] / of_means[varies]
+    most = np.minimum(1 + (ratio - 1) / 2, 1.5) ** 2
+    assert (of_held[varies] >= of_means[varies] * (1 - 1e-5)).all()
+    assert (of_held[varies] <= of_means[varies] * most * (1 + 1e-4)).all()
+    assert (np.abs(held - means) <= 0.5 * np.abs(means - center) + 1e-5).all()
+
+
+def test_a_run_of_one_token_is_its_key_and_others_are_stretched():
+    keys = np.array([0, 0.25, 4, 9, -1], np.float32)[:, None]
+    starts = np.array([1, 0, 1, 1, 0], bool)[:, None]
+    held = runs.held_values(keys, starts, np.ones(5, np.float32))[:, 0]
+    center = keys.mean()
+    apart = np.array([0.125, 0.125, 4, 4, 4]) - center
+    factor = 1 + (keys.var() / np.mean(apart**2) - 1) / 2
+    assert factor > 1.5
+    wanted = [*(center + 1.5 * apart[:2]), 4, *(center + 1.5 * apart[3:])]
+    np.testing.assert_allclose(held, wanted, rtol=1e-6)
+    exact = runs.held_values(keys, np.ones((5, 1), bool), np.ones(5, np.float32))
+    np.testing.assert_array_equal(exact, keys)
+
+
 def test_higher_levels_hold_more():
     keys, weights, _ = _block(1, 64, 16)
     zeros = [
