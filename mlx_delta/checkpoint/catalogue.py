@@ -53,7 +53,7 @@ class Entry:
     revision: str
     packages: tuple[Package, ...]
     sensitivities: str | None = None
-    zeros: float = 0.7
+    zeros: float = 0.75
 
 
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
