@@ -26,7 +26,7 @@ import results_page  # noqa: E402  (beside this file)
 
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
-DELTA = ("delta", "delta:sparsity=0.75", "uncalibrated")
+DELTA = ("delta", "delta:sparsity=0.8", "uncalibrated")
 STORES = (
     "delta:kv=balanced", "delta:kv=small", "delta:sparsity=0.75,key_bits=3.5,value_bits=2.75",
     "delta:sparsity=0.75,key_bits=3,value_bits=2.5",
