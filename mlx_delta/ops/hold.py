@@ -16,6 +16,7 @@ from mlx_delta.config import DeltaConfig
 
 from .chain import walk_chain
 from .runs import hold_runs
+from .storage import to_type
 
 
 def block_thresholds(keys: mx.array, config: DeltaConfig) -> mx.array:
@@ -69,7 +70,8 @@ def hold_blocks(
     blocks = keys.astype(mx.float32).reshape(B, H, -1, config.block_size, D)
     if config.run_value == "mean":
         held, _, zeros = hold_means(blocks, config, first_block)
-        return held.reshape(keys.shape).astype(keys.dtype), zeros
+        # Stretched means may lie beyond the type's range.
+        return to_type(held.reshape(keys.shape), keys.dtype), zeros
     held, _ = _hold_firsts(blocks, config, first_block)
     held = held.reshape(keys.shape)
     zeros = _count_zeros(held, config, [first_block * config.block_size] * B, None)

@@ -17,6 +17,9 @@ from mlx_delta.method.sequence import LEAST_APART, factors, largest_code
 
 from .sequence_kernel import can_order, order_tokens
 
+# At a time in NumPy: their distances, 16 KB each, stay in the processor's cache.
+BLOCKS = 32
+
 Array = Any  # of NumPy or of MLX, as the module that comes with it
 
 
@@ -40,8 +43,13 @@ def token_sequences(keys: mx.array, config: DeltaConfig, first_block: int) -> mx
     each = np.broadcast_to(own[None, :, None], (B, H, blocks, D)).reshape(-1, 1, D)
     alone = config.sinks > size * (first_block + np.arange(blocks))
     stay = np.broadcast_to(alone, (B, H, blocks)).reshape(-1)
-    arrays = (lanes, mx.array(each), mx.array(stay)) if xp is mx else (np.array(lanes), each, stay)
-    return mx.array(sequences_of(xp, *arrays)).reshape(B, H, blocks, size)
+    if xp is mx:
+        found = sequences_of(mx, lanes, mx.array(each), mx.array(stay))
+    else:
+        some, rows = [slice(i, i + BLOCKS) for i in range(0, len(each), BLOCKS)], np.array(lanes)
+        parts = [sequences_of(np, rows[s], each[s], stay[s]) for s in some]
+        found = mx.array(np.concatenate([np.zeros((0, size), np.uint8), *parts]))
+    return found.reshape(B, H, blocks, size)
 
 
 def sequences_of(xp: ModuleType, keys: Array, each: Array, stay: Array) -> Array:
@@ -64,7 +72,7 @@ def sequences_of(xp: ModuleType, keys: Array, each: Array, stay: Array) -> Array
     gone = xp.zeros((M, n), xp.float32)
     rows = [last]
     for _ in range(n - 1):
-        gone = xp.where(index == last[:, None], np.float32(np.inf), gone)
+        gone[block, last] = np.float32(np.inf)
         last = (distances[block, last] + gone).argmin(axis=1).astype(xp.int32)
         rows.append(last)
     found = xp.where(usable[:, None], xp.stack(rows, axis=1), index)

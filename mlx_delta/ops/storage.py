@@ -31,9 +31,15 @@ def storage_type(dtype: mx.Dtype) -> mx.Dtype:
 
 def to_storage(values: mx.array) -> mx.array:
     """Round to the 16-bit storage type; finite values beyond its range become its largest."""
-    dtype = storage_type(values.dtype)
+    return to_type(values, storage_type(values.dtype))
+
+
+def to_type(values: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Round to a type; finite values beyond a 16-bit one's range become its largest."""
     if values.dtype == dtype:
         return values
+    if dtype not in LARGEST:
+        return values.astype(dtype)
     largest = LARGEST[dtype]
     finite = mx.abs(values) < mx.inf  # false for NaN and infinities, which stay what they are
     return mx.where(finite, mx.clip(values, -largest, largest), values).astype(dtype)
@@ -60,7 +66,9 @@ def block_grid(blocks: mx.array, bits: int | np.ndarray, dtype: mx.Dtype) -> mx.
     step = mx.where(nearest.astype(mx.float32) < exact, above, nearest)
     # One NaN or infinity, and the channel can't be coded: every value of it becomes NaN.
     usable = (mx.abs(blocks) < mx.inf).all(axis=3) & (span < mx.inf)
-    grid = mx.stack([low.astype(dtype), step], axis=3)
+    # What keys are held as may lie beyond the type's range.
+    low = mx.clip(low, -LARGEST[dtype], LARGEST[dtype]).astype(dtype)
+    grid = mx.stack([low, step], axis=3)
     return mx.where(usable[:, :, :, None], grid, mx.array(mx.nan, dtype))
 
 

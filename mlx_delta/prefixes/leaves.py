@@ -222,7 +222,8 @@ class HeldLeaf:
             values += ["near_values", "value_sinks"]
         for name, full in (("sinks", "near"), ("value_sinks", "near_values")):
             if name in types:
-                put(name, _first_tokens(name, blocks, end[full], len(blocks) * size, config))
+                known = len(blocks) * size
+                put(name, _first_tokens(name, blocks, end[full], first, known, config))
         if "codes" in types:
             words = [np.zeros((0, entry["rows"], size), np.uint32)]
             put("codes", np.concatenate([*words, *(block["codes"][None] for block in blocks)]))
@@ -253,22 +254,28 @@ class HeldLeaf:
 
 
 def _first_tokens(
-    name: str, blocks: Sequence[Piece], near: np.ndarray, known: int, config: dict[str, Any]
+    name: str,
+    blocks: Sequence[Piece],
+    near: np.ndarray,
+    first: int,
+    known: int,
+    config: dict[str, Any],
 ) -> np.ndarray:
     """Exact keys or values of the first tokens, [Hkv, n_sinks, D].
 
     Args:
         name: Theirs, in blocks.
         blocks: From the text's first on.
-        near: Full ones after the blocks.
+        near: Full ones from position ``first`` on.
+        first: At most ``known``.
         known: Tokens of the blocks.
         config: The setting.
     """
     count = config["sinks"]
     found = np.zeros((near.shape[0], count, near.shape[2]), near.dtype)
     parts = [near[:, :0], *(block[name] for block in blocks if name in block)]
-    if known < count:  # then full ones begin at 0
-        parts.append(near[:, known:count])
+    if known < count:
+        parts.append(near[:, known - first : count - first])
     tokens = np.concatenate(parts, axis=1)
     found[:, : tokens.shape[1]] = tokens
     return found

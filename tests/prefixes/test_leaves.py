@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,9 +13,18 @@ from mlx_delta.prefixes.leaves import HeldLeaf
 from tests.attention.test_hybrid import attend
 from tests.cache.settings import CODES, LANES, ROTATED, TEXT
 
+# Of whose first tokens the last is full when two blocks are stored, and full keys begin behind 0.
+MANY = dataclasses.replace(LANES, sinks=2 * LANES.block_size + 1)
 
-@pytest.mark.parametrize("config", [CODES, ROTATED, LANES], ids=["widths", "rotated", "lanes"])
-@pytest.mark.parametrize("length", [9, 90])
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        *((config, length) for config in (CODES, ROTATED, LANES) for length in (9, 90)),
+        (MANY, 3 * LANES.block_size + LANES.window),
+    ],
+    ids=lambda x: x if isinstance(x, int) else x.key_format,
+)
 def test_a_cache_of_its_blocks_goes_on_alike(config, length):
     cache = DeltaKVCache(config)
     attend(cache, tuple(x[:, :, :length] for x in TEXT), [length])
