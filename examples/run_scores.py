@@ -2,12 +2,13 @@
 
     python examples/run_scores.py --model smollm2 --tokens 2048
 
-Held keys are constant along runs, so a score needs only the deltas that are not zero (the paper's
-recurrence). Counted: the part of a block's deltas that is left, and how many of its 64 rows are
-distinct when only a group of neighbouring channels is looked at: a group could be computed once
-for equal rows. Timed, on one core: scores of 192 queries (three heads, 64 queries each) with a
-block's keys as a matrix product (NumPy's BLAS) and along the deltas, by ``run_scores.c``, which
-needs a C compiler. Building the lists of deltas is not timed: it is done once for each block.
+Held keys are constant along runs, in the sequence in which a block's tokens are held, so a score
+needs only the deltas that are not zero (the paper's recurrence). Counted: the part of a block's
+deltas that is left, and how many of its 64 rows are distinct when only a group of neighbouring
+channels is looked at: a group could be computed once for equal rows. Timed, on one core: scores of
+192 queries (three heads, 64 queries each) with a block's keys as a matrix product (NumPy's BLAS)
+and along the deltas, by ``run_scores.c``, which needs a C compiler. Building the lists of deltas is
+not timed: it is done once for each block.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: one core for both
@@ -27,7 +29,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_delta import DeltaConfig, load
+from mlx_delta.attention.hybrid import attend_to_step
+from mlx_delta.cache import HeldKeys
 from mlx_delta.measure.text import BUNDLED_TEXT, read_text
+from mlx_delta.method.attention import text_sequence
 
 GROUPS = (1, 4, 8, 16, 32, 64)
 LANES, CHUNKS, BATCH = 64, 3, 16
@@ -42,14 +47,33 @@ def held_blocks(args: argparse.Namespace) -> np.ndarray:
     setting = model.args.delta
     text = tokenizer.encode(read_text(args.text), add_special_tokens=False)[: args.tokens]
     caches = model.make_cache()
+    seen: list[list[mx.array]] = [[] for _ in caches]
+    for cache, keys in zip(caches, seen, strict=True):
+        cache.attend = look_on(cache, keys)
     mx.eval(model.model(mx.array(text)[None], cache=caches))
     size, blocks = setting.block_size, args.tokens // setting.block_size - setting.window_blocks - 1
-    keys = [np.array(cache.keys_and_values()[0][0, :, : blocks * size]) for cache in caches]
-    return np.stack(keys).astype(np.float32).reshape(len(keys), keys[0].shape[0], blocks, size, -1)
+    found = []
+    for cache, keys in zip(caches, seen, strict=True):
+        of_layer = np.array(mx.concatenate(keys, axis=2)[0].astype(mx.float32))
+        held = np.array(cache.keys_and_values()[0][0].astype(mx.float32))
+        for head, (own, means) in enumerate(zip(of_layer, held, strict=True)):
+            sequence = text_sequence(own[: blocks * size], cache.config.for_head(head))
+            found.append(means[sequence])
+    return np.stack(found).reshape(len(caches), -1, blocks, size, held.shape[2])
+
+
+def look_on(cache: HeldKeys, keys: list[mx.array]) -> Callable[..., mx.array]:
+    """Attention over a cache that leaves behind which keys come."""
+
+    def attend(queries: mx.array, new: mx.array, values: mx.array, scale: float) -> mx.array:
+        keys.append(new)
+        return attend_to_step(queries, cache.update(new, values), scale)
+
+    return attend
 
 
 def deltas_of(blocks: np.ndarray) -> np.ndarray:
-    """Each block's first row, and every other row less the one before."""
+    """Each block's first row, and every other row less the one before, in the sequence."""
     return np.concatenate([blocks[..., :1, :], np.diff(blocks, axis=-2)], axis=-2)
 
 

@@ -104,9 +104,8 @@ def _with_sequences(setting: DeltaConfig, buffers: list[Any]) -> list[Any]:
         return [*buffers, None] if len(buffers) == parts - 1 else buffers
     if not isinstance(last, mx.array):
         raise ValueError("it lacks one of its buffers")
-    sinks = buffers[-1]
-    if last.dtype == mx.uint8 or (isinstance(sinks, mx.array) and sinks.dtype == mx.uint8):
-        return buffers  # there, or something else is missing
+    if last.dtype != mx.int32 or last.ndim != 3:
+        return buffers  # no zeros: the sequence is there, or something else is missing
     tokens = mx.arange(setting.block_size, dtype=mx.uint8)
     sequence = mx.broadcast_to(tokens, (*last.shape, setting.block_size))
     return [*buffers[:-1], mx.contiguous(sequence), buffers[-1]]
