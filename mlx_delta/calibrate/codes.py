@@ -1,8 +1,8 @@
-"""How many bits codes get: by how far keys lie apart, and by what errors of values cost.
+"""How many bits stored keys and values get: by how far keys lie apart, and what errors cost.
 
 See :mod:`mlx_delta.widths`. Keys' weights are those of the held keys; values have weights of their
 own, from the same backward pass. For a wanted number of bytes, or a wanted divergence, the bits of
-both are chosen by measurement.
+both are chosen by measurement, and so is whether keys are held (:mod:`.lanes`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_delta.attention.probe import Seen, held_layers, watch_keys
 from mlx_delta.config import DeltaConfig
 from mlx_delta.config_checks import MEAN_BITS
 from mlx_delta.measure.text import context_length
-from mlx_delta.method.values import SCALE_BITS, value_group
 from mlx_delta.models.queries import block_spread
 from mlx_delta.sensitivities import Sensitivities
 
-from .divergence import Comparison, DenseText
+from .divergence import DenseText
+from .lanes import MOST_TRIED, LaneSearch
+from .tried import Sizes, Tried
 from .weights import Watched, measure_weights, watch
 from .windows import ProgressBar, check_length, cut_windows
 
@@ -36,24 +36,6 @@ VALUE_POWER = 0.75
 SPLIT_STEP = 0.5  # bits of a key's number more than of a value's, by which they are tried
 MOST_SPLITS = 6
 BISECTIONS = 6
-DENSE_BITS = 16
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Bits of codes on average, and what they do to a window.
-
-    Attributes:
-        key_bits: Of keys.
-        value_bits: Of values.
-        share: What a far token takes, of what it takes in 16 bits; grids and scales counted.
-        found: Against dense attention.
-    """
-
-    key_bits: float
-    value_bits: float
-    share: float
-    found: Comparison
 
 
 @dataclass(frozen=True)
@@ -122,7 +104,7 @@ def calibrate_codes(
         tokenizer: Its tokenizer.
         text: What to measure on: one window of it, and with a wish another one.
         share: Wanted: what far keys and values take at most, of what they take in 16 bits. Codes
-            with so many bits are then what the setting stores.
+            with so many bits are then what the setting stores, or held keys where these lose less.
         kl: Instead of it: the highest KL divergence from dense attention, in nats per token.
         length: Tokens of a window; 1,024 or the model's context if not given.
         seed: Of the labels drawn for gradients.
@@ -155,7 +137,7 @@ def calibrate_codes(
     sizes = Sizes.of(model, windows[0][:1], base)
     if share is not None:
         sizes.check(share)
-    steps = 1 + (MOST_SPLITS + (BISECTIONS if kl is not None else 0) if wished else 0)
+    steps = 1 + (MOST_SPLITS + MOST_TRIED + (BISECTIONS if kl is not None else 0) if wished else 0)
     with ProgressBar(steps, "calibrating", progress, "step") as bar:
         watched = watch(model, windows[0], base)
         felt = measure_weights(model, windows[0], base, watched, "gradients", seed)
@@ -166,70 +148,19 @@ def calibrate_codes(
         text_read = DenseText(model, windows[1], length // 2)
         search = Search(text_read, config, sizes, bar)
         best = search.with_share(share) if share is not None else search.with_divergence(kl or 0)
-    return CodesCalibration(search.setting(best), (*search.tried, best), length)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What keys and values take besides their codes.
-
-    Attributes:
-        keys: Numbers of a token's keys, in all held layers.
-        values: Those of its values.
-        key_grid: Bits for each number of keys: their grids.
-        value_grid: Bits for each number of values: their scales.
-    """
-
-    keys: int
-    values: int
-    key_grid: float
-    value_grid: float
-
-    @classmethod
-    def of(cls, model: nn.Module, window: Sequence[int], config: DeltaConfig) -> Sizes:
-        """Of a model with caches of a setting."""
-        keys: list[int] = []
-        values: dict[int, int] = {}
-
-        def see(layer: int, seen: Seen) -> None:
-            heads, head_dim = seen.values.shape[1], seen.values.shape[3]
-            keys.append(seen.keys.shape[1] * seen.keys.shape[3])
-            values[head_dim] = values.get(head_dim, 0) + heads * head_dim
-
-        watch_keys(model, window, config, held_layers(model), see)
-        numbers = sum(values.values())
-        scales = sum(n * SCALE_BITS / value_group(size) for size, n in values.items())
-        return cls(sum(keys), numbers, 2 * DENSE_BITS / config.block_size, scales / numbers)
-
-    def share(self, key_bits: float, value_bits: float) -> float:
-        """What codes take, of what 16 bits do."""
-        bits = self.keys * (key_bits + self.key_grid)
-        bits += self.values * (value_bits + self.value_grid)
-        return bits / (DENSE_BITS * (self.keys + self.values))
-
-    def bits(self, share: float, split: float) -> tuple[float, float]:
-        """Bits of keys and of values for a share, the ones so many more than the others."""
-        least, most = MEAN_BITS
-        grids = self.keys * self.key_grid + self.values * self.value_grid
-        room = DENSE_BITS * (self.keys + self.values) * share - grids
-        low = max(least, (room - self.values * most) / self.keys)
-        high = min(most, (room - self.values * least) / self.keys)
-        of_keys = (room + self.values * split) / (self.keys + self.values)
-        of_keys = min(max(of_keys, low), high)
-        return of_keys, (room - self.keys * of_keys) / self.values
-
-    def check(self, share: float) -> None:
-        """Refuse a share that no codes have.
-
-        Raises:
-            ValueError: It is one.
-        """
-        least, most = (self.share(bits, bits) for bits in MEAN_BITS)
-        if not least <= share <= most:
-            raise ValueError(
-                f"[calibrate] bytes must be between {least:.4g} and {most:.4g} of those in 16 bits "
-                f"but got {share}."
-            )
+        setting, tried = search.setting(best), search.tried
+        if base.cuts_runs:
+            lanes = LaneSearch(text_read, config, sizes, bar)
+            if share is not None:
+                held = lanes.with_share(share)
+                less = held is not None and held.loss < best.loss
+            else:
+                held = lanes.with_divergence(kl or 0, best.share)
+                less = held is not None and held.share < best.share
+            tried += lanes.tried
+            if held is not None and less:
+                best, setting = held, lanes.setting(held)
+    return CodesCalibration(setting, (*tried, best), length)
 
 
 class Search:
@@ -274,7 +205,7 @@ class Search:
             start = split
             while len(self._known) < MOST_SPLITS:
                 other = self._measure(share, split + step)
-                if other.found.divergence >= best.found.divergence:
+                if other.loss >= best.loss:
                     break
                 split, best = split + step, other
             if split != start:
@@ -293,9 +224,9 @@ class Search:
         """
         low, high = (self._sizes.share(bits, bits) for bits in MEAN_BITS)
         best = self._measure(high, 0.0)
-        if best.found.divergence > wanted:
+        if best.loss > wanted:
             raise ValueError(
-                f"[calibrate] KL must be at least {best.found.divergence:.3g}, which codes of "
+                f"[calibrate] KL must be at least {best.loss:.3g}, which codes of "
                 f"{MEAN_BITS[1]} bits have on this text, but got {wanted}."
             )
         split = 0.0
@@ -306,7 +237,7 @@ class Search:
                 split, found = self._best_split(share)
             else:
                 found = self._measure(share, split)
-            if found.found.divergence <= wanted:
+            if found.loss <= wanted:
                 high, best = share, min(best, found, key=lambda x: x.share)
             else:
                 low = share
@@ -318,7 +249,7 @@ def report(found: CodesCalibration) -> list[str]:
     config, lines = found.config, []
     if found.tried:
         lines.append(f"The second half of {found.length} tokens:")
-        lines.append("key_bits  value_bits  bytes       KL   top-1")
+        lines.append("keys   zeros  key_bits  value_bits  bytes       KL   top-1")
         lines += map(_row, found.tried[:-1])
         lines += ["Chosen:", _row(found.tried[-1])]
     else:
@@ -337,5 +268,8 @@ def report(found: CodesCalibration) -> list[str]:
 
 
 def _row(tried: Tried) -> str:
-    found = f"{tried.found.divergence:7.5f}  {tried.found.top1:6.3f}"
-    return f"{tried.key_bits:8.3f}  {tried.value_bits:10.3f}  {tried.share:5.3f}  {found}"
+    assert tried.found is not None
+    held = tried.level is not None
+    kind = f"held   {tried.found.zeros:5.3f}" if held else "codes      –"
+    found = f"{tried.loss:7.5f}  {tried.found.top1:6.3f}"
+    return f"{kind}  {tried.key_bits:8.3f}  {tried.value_bits:10.3f}  {tried.share:5.3f}  {found}"

@@ -70,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Or: of a calibrated model, measure anew only what decides how many bits codes get "
         "(key_format=codes, value_format=rotated); the rest of the setting stays. One pass forward "
-        "and back. With --bytes or --kl also choose these bits, of keys and of values, by what "
-        "they do to another window.",
+        "and back. With --bytes or --kl also choose these bits, of keys and of values, and whether "
+        "keys are held (key_format=deltas), by what they do to another window.",
     )
     add(
         "--bytes",

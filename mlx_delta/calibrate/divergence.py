@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_delta.cache import HeldKeys
 from mlx_delta.config import DeltaConfig
-from mlx_delta.measure.settings import Setting
+from mlx_delta.measure.settings import Setting, far_share
 from mlx_delta.measure.sparsity import measure_density, share_of_zeros
 
 CHUNK = 512  # tokens at a time
@@ -28,12 +28,14 @@ class Comparison:
         top1: Share of tokens where both rank the same token first.
         zeros: Share of the deltas of held keys that are zero.
         density: Of a prefill by tiles: the part of them that was computed.
+        far_share: What far tokens take, of what they take in 16 bits; of caches that have any.
     """
 
     divergence: float
     top1: float
     zeros: float
     density: float | None = None
+    far_share: float | None = None
 
 
 class DenseText:
@@ -90,7 +92,7 @@ class DenseText:
         if not np.isfinite(total):
             raise ValueError("[calibrate] the model's logits are not finite with keys held.")
         zeros, density = share_of_zeros(caches), measure_density(caches)
-        return Comparison(total / count, same / count, zeros, density)
+        return Comparison(total / count, same / count, zeros, density, far_share(caches))
 
     def _read(self, setting: Setting, caches: list[Any]) -> Iterator[mx.array]:
         """Logits [chunk, vocabulary] of the scored positions."""

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_delta.cache import HeldKeys
-from mlx_delta.measure.settings import cache_nbytes
+from mlx_delta.measure.settings import cache_nbytes, far_share
 from mlx_delta.measure.sparsity import measure_sparsity, share_of_zeros
 
-FLOAT_BYTES = 2  # models are in float32 without a GPU; caches are counted as with one
 SPARSITIES = ("prefill_sparsity", "decode_sparsity", "overall_sparsity")
 
 
@@ -22,9 +20,8 @@ def cache_figures(caches: Sequence[Any], prompt_tokens: int) -> dict[str, Any]:
     any.
     """
     sparsity = measure_sparsity(caches, prompt_tokens)
-    pairs = [cache.far_bytes(FLOAT_BYTES) for cache in caches if isinstance(cache, HeldKeys)]
-    dense = sum(whole for _, whole in pairs)
-    figures = {"far_share": round(sum(own for own, _ in pairs) / dense, 6)} if dense else {}
+    share = far_share(caches)
+    figures = {} if share is None else {"far_share": round(share, 6)}
     return {
         "prefill_sparsity": round(sparsity.prefill, 6),
         "decode_sparsity": round(sparsity.decode, 6),

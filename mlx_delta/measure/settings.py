@@ -269,6 +269,16 @@ def cache_nbytes(caches: Sequence[Any]) -> int:
     return sum(_nbytes(cache) for cache in caches)
 
 
+def far_share(caches: Sequence[Any]) -> float | None:
+    """What far tokens take, of what they would as 16-bit floats; ``None`` where none is far.
+
+    Of models in float32 too, whose floats are counted at 16 bits.
+    """
+    pairs = [cache.far_bytes(2) for cache in leaves(caches) if isinstance(cache, HeldKeys)]
+    dense = sum(whole for _, whole in pairs)
+    return sum(own for own, _ in pairs) / dense if dense else None
+
+
 def _nbytes(item: Any) -> int:
     if isinstance(item, mx.array):
         floats = mx.issubdtype(item.dtype, mx.floating)

@@ -123,7 +123,10 @@ def _draw_matrix(axes: Axes, theme: Theme, record: HeadRecord) -> None:
     axes.set_ylabel("channel of the key")
     axes.set_yticks([0, channels // 2, channels - 1])
     axes.tick_params(labelbottom=False)
-    axes.set_title("Delta key matrix, Kᵀ", pad=4)
+    what = "Delta key matrix, Kᵀ"
+    if record.config.cuts_runs:
+        what += ": each token against the one before it in its block's own sequence"
+    axes.set_title(what, pad=4)
 
 
 def _draw_attention(axes: Axes, theme: Theme, record: HeadRecord) -> None:
