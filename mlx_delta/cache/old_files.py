@@ -104,7 +104,9 @@ def _with_sequences(setting: DeltaConfig, buffers: list[Any]) -> list[Any]:
         return [*buffers, None] if len(buffers) == parts - 1 else buffers
     if not isinstance(last, mx.array):
         raise ValueError("it lacks one of its buffers")
-    if last.dtype != mx.int32 or last.ndim != 3:
+    sinks = buffers[-1]
+    no_sinks = isinstance(sinks, mx.array) and sinks.dtype == mx.uint8
+    if last.dtype != mx.int32 or last.ndim != 3 or no_sinks:
         return buffers  # no zeros: the sequence is there, or something else is missing
     tokens = mx.arange(setting.block_size, dtype=mx.uint8)
     sequence = mx.broadcast_to(tokens, (*last.shape, setting.block_size))

@@ -123,19 +123,20 @@ def test_window_only_reads_what_is_seen():
 
 
 @pytest.mark.parametrize(("length", "decoded"), [(100, 1), (97, 12), (20, 3)])
-def test_held_keys_read_words_offsets_grids_and_what_is_near(length, decoded):
+def test_held_keys_read_words_offsets_grids_sequences_and_what_is_near(length, decoded):
     model = llama_model()
     delta = SMALL.changed(level=0.3, key_bits=4, value_bits=16)
     caches = filled(model, "delta", length, delta, decoded)
     expected = 0
     for cache in caches:
         far = max(0, (length - 1) // 8 - 2)
-        # header, near, values, payload, counts, low, steps, zeros, sinks
+        # header, near, values, payload, counts, low, steps, zeros, sequence, sinks
         words = int(np.array(cache.state[4])[0, :, :far].sum())
         grids = 2 * 16 * (2 + 1) * far
         sinks = 2 * 3 * 16 * 2 if far else 0
+        sequences = 2 * 8 * far
         near = 2 * 16 * 2 * (length - 8 * far)
-        expected += 4 * words + grids + sinks + 4 * 2 * far + near
+        expected += 4 * words + grids + sequences + sinks + 4 * 2 * far + near
         expected += 2 * 16 * 2 * length  # values
     assert decode_traffic(model, caches).cache_bytes == expected
 
