@@ -77,7 +77,7 @@ RUNS = (
     ),
     Run(
         "smollm2-squad", "smollm2", ("squad=DATA/squad.json",),
-        ("dense", "delta", *PAPER), ("--limit", "500", "--batch-size", "16"),
+        ("dense", "delta", *PAPER), ("--limit", "1000", "--batch-size", "16"),
     ),
     Run(
         "smollm2-needles", "smollm2", ("needles",),
