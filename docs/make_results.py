@@ -116,12 +116,12 @@ RUNS = (
     ),
     Run(
         "demo-bitnet", "demo-bitnet", ("recall", "kld"),
-        ("dense", *DELTA, *PAPER, "window-only"),
-        ("--windows", "4", "--answers", "5"),
+        ("dense", "delta", "uncalibrated", "paper"),
+        ("--windows", "2", "--answers", "5"),
     ),
     Run(
         "gemma3-270m", "gemma3-270m", ("kld",),
-        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
+        ("dense", "delta:sparsity=0.75", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "2"),
     ),
     Run(

@@ -50,6 +50,7 @@ PEERS = {
 NAMES = {
     "dense": "dense",
     "delta": "delta, the model's own level",
+    "delta:sparsity=0.75": "delta, 0.75 of the deltas zero",
     "delta:sparsity=0.8": "delta, 0.8 of the deltas zero",
     "uncalibrated": "delta, as on a model that was not calibrated",
     "delta:kv=balanced": "codes of 4 bits on average",
@@ -280,7 +281,13 @@ def page(folder: Path, commands: dict[str, str]) -> str:
 def readme_table(folder: Path) -> str:
     """README.md's table: SmolLM2's loss at 2,048 tokens."""
     data = read_results(folder / "results" / "smollm2-kld-2048.json")
-    shown = set(NAMES) - {"window-only", "kivi2", "uncalibrated", "delta:sparsity=0.8"}
+    shown = set(NAMES) - {
+        "window-only",
+        "kivi2",
+        "uncalibrated",
+        "delta:sparsity=0.75",
+        "delta:sparsity=0.8",
+    }
     runs = [run for run in data["runs"] if run["summary"] and run["setting"] in shown]
     return "\n".join(loss_rows(runs, far=False))
 
