@@ -39,7 +39,6 @@ inline void put_token(
 
 // keys: this block's, [Size][D]. factors: what makes channels comparable, [D]. as_is: whether tokens
 // stay as they are. sequence: [Size]. ordered: the keys in it. codes: [Size * token_pitch<D>()].
-
 template <typename T, int D, int Size, int Most>
 inline void token_sequence(
     const device T* keys,

@@ -268,7 +268,6 @@ def report(found: CodesCalibration) -> list[str]:
 
 
 def _row(tried: Tried) -> str:
-    assert tried.found is not None
     held = tried.level is not None
     kind = f"held   {tried.found.zeros:5.3f}" if held else "codes      –"
     found = f"{tried.loss:7.5f}  {tried.found.top1:6.3f}"

@@ -47,9 +47,11 @@ class LaneSearch:
 
     def setting(self, tried: Tried) -> DeltaConfig:
         """The setting that stores keys and values so."""
-        fields = {"key_format": "deltas", "key_bits": tried.key_bits, "level": tried.level}
-        fields |= {"value_bits": tried.value_bits, "key_widths": None, "value_widths": None}
-        return self._config.changed(**fields)
+        return self._with(tried.key_bits, tried.value_bits, tried.level)
+
+    def _with(self, key_bits: float, value_bits: float, level: float | None) -> DeltaConfig:
+        fields = {"key_format": "deltas", "key_bits": key_bits, "value_bits": value_bits}
+        return self._config.changed(**fields, level=level, key_widths=None, value_widths=None)
 
     def with_share(self, share: float) -> Tried | None:
         """The least divergence for a share of bytes; ``None`` if no bits are so few."""
@@ -90,8 +92,7 @@ class LaneSearch:
             bits = self._bits(share - self._beyond, zeros, split)
             if bits is None:
                 return None
-            guess = Tried(*bits, share, None, level)
-            found = self._text.compare(self.setting(guess))
+            found = self._text.compare(self._with(*bits, level))
             assert found.far_share is not None
             tried = Tried(*bits, found.far_share, found, level)
             self.tried.append(tried)

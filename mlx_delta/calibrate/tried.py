@@ -25,20 +25,19 @@ class Tried:
         key_bits: Of keys.
         value_bits: Of values.
         share: What a far token takes, of what it takes in 16 bits; grids, masks and scales counted.
-        found: Against dense attention; ``None`` before it is measured.
+        found: Against dense attention.
         level: What a run of held keys costs; ``None``: nothing is held, all keys are codes.
     """
 
     key_bits: float
     value_bits: float
     share: float
-    found: Comparison | None
+    found: Comparison
     level: float | None = None
 
     @property
     def loss(self) -> float:
         """The divergence from dense attention."""
-        assert self.found is not None
         return self.found.divergence
 
 

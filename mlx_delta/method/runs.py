@@ -18,8 +18,7 @@ where queries look. A channel's runs cost
 Means lie closer together than keys, and a key that stands out, which is what recall looks for, is
 scored the lower for it. So in each channel the means of runs of several tokens are *stretched* away
 from the mean of all, by half of what the keys' variance (tokens weighed) is larger by, half as far
-again at most. Of SmolLM2's needles with .70 of the deltas zero that took away two thirds of what
-their answers' margins fell by on average, .12 nats.
+again at most.
 
 *Optimal* runs have the smallest cost; *greedy* ones start where a key differs from the running
 weighted mean of the run by more than ``sqrt(level) * w_d^(-1/4) * m_t^(-1/4)``, which takes one

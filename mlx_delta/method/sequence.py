@@ -1,9 +1,9 @@
 """In which sequence the tokens of a far block are held: each beside one that is like it.
 
 The plain specification, for one block of one kv head. Attention to a whole block does not depend on
-the sequence of its tokens, and a key is held the longer the more alike its neighbours are: on
-SmolLM2, with .70 of the deltas zero, this halves the loss. From the block's first token on, the
-next one is always the nearest that is left, of equal ones the earliest, by
+the sequence of its tokens, and a key is held the longer the more alike its neighbours are. From
+the block's first token on, the next one is always the nearest that is left, of equal ones the
+earliest, by
 
     sum_d (c_id - c_jd)^2,    c = rint((k - mean) w^(1/4) * most / largest),
 

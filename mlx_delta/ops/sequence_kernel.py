@@ -6,14 +6,17 @@ from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.kernels import kernel_source
-from mlx_delta.method.sequence import factors, largest_code
+from mlx_delta.method.sequence import LEAST_APART, factors, largest_code
 
 from .backend import has_kernels
 from .building import make_kernel
 from .launching import LEAST_ELEMENTS, SAFE_MATH, SIMD, check_shapes, constant, padded, table
+
+assert float(LEAST_APART) == float(np.float32(1e-30)), "as kernels/token_sequence.metal has it"
 
 # Whose codes fit into a threadgroup's memory, 16 KB.
 MOST_HEAD_DIM = 256
