@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import mlx.core as mx
 
@@ -14,6 +14,7 @@ from mlx_delta.ops.blocks import FarBlocks
 from mlx_delta.ops.deltas import DeltaBlocks
 from mlx_delta.ops.far_values import CodedValues
 from mlx_delta.ops.launching import simdgroups_times
+from mlx_delta.ops.proving import itself, proven
 
 from .choice import decode_blocks, kernel_mask, simdgroups_factor
 from .masks import begin
@@ -102,8 +103,13 @@ def attend_to_step(
     begin(step)
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
-        with simdgroups_times(simdgroups_factor(queries, step)):
-            return _decode(queries, step, blocks, scale, mask)
+        return proven(
+            _decode_form(queries, step, blocks, mask),
+            [queries, step.near],
+            lambda: _decode(queries, step, blocks, scale, mask),
+            lambda: attend_in_full(queries, step, scale, mask),
+            itself,
+        )
     if head_sinks is None:
         if (tiles := tile_range(step, mask)) is not None:
             return attend_tiles(queries, step, scale, tiles)
@@ -140,6 +146,19 @@ def _check_shapes(
             )
 
 
+def _decode_form(
+    queries: mx.array, step: Step, blocks: FarBlocks, mask: mx.array | str | None
+) -> tuple[Hashable, ...]:
+    """The kernel's name, and what decides how it is compiled."""
+    values = step.stored_values
+    shape = queries.shape[1:], step.near.shape[1]
+    types = queries.dtype, step.near.dtype
+    widths = values.widths if isinstance(values, TurnedView) else values.buffer.dtype
+    sinks, masked = blocks.sinks is not None, isinstance(mask, mx.array)
+    name = "deltas_decode" if isinstance(blocks, DeltaBlocks) else "codes_decode"
+    return name, shape, types, widths, sinks, masked
+
+
 def _decode(
     queries: mx.array,
     step: Step,
@@ -159,6 +178,7 @@ def _decode(
         firsts, stored = (0,) * len(step.starts), values.buffer
     numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
     rest = (step.near, stored, kernel_mask(mask), scale, window)
-    if isinstance(blocks, DeltaBlocks):
-        return deltas_kernel.decode(queries, numbers, blocks, *rest)
-    return codes_kernel.decode(queries, numbers, blocks, *rest)
+    with simdgroups_times(simdgroups_factor(queries, step)):
+        if isinstance(blocks, DeltaBlocks):
+            return deltas_kernel.decode(queries, numbers, blocks, *rest)
+        return codes_kernel.decode(queries, numbers, blocks, *rest)

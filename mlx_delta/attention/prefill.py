@@ -10,8 +10,9 @@ from mlx_delta.ops import tiles_kernel
 from mlx_delta.ops.backend import has_kernels
 from mlx_delta.ops.blocks import unpack
 from mlx_delta.ops.exact_attention import LEAST_QUERIES, Far, exact_attention, has_blocks
+from mlx_delta.ops.proving import proven
 from mlx_delta.ops.strip_attention import strip_attention
-from mlx_delta.ops.tiles import tile_attention
+from mlx_delta.ops.tiles import TileCount, tile_attention
 
 from .choice import tiles_by_kernel
 
@@ -110,18 +111,33 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
     assert step.tiles is not None and step.block_size is not None
     (first, end), start = tiles, step.starts[0]
     far = _far(step)
-    text = step.full, step.values, scale
-    mass, count = step.tiles.mass, step.tiles.count
+    values = step.values
+    text = step.full, values, scale
+    mass = step.tiles.mass
+
+    def kernels() -> tuple[mx.array, TileCount]:
+        count = TileCount()
+        return tiles_kernel.tile_attention(queries, *text, start, far, tiles, mass, count), count
+
+    def operations() -> tuple[mx.array, TileCount]:
+        outputs, count = [], TileCount()
+        if first > 0:
+            outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
+        chosen = queries[:, :, first:end]
+        outputs.append(tile_attention(chosen, *text, start + first, far, mass, count))
+        if end < step.steps:
+            outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
+        return mx.concatenate(outputs, axis=2), count
+
     if tiles_by_kernel(queries, step, scale):
-        return tiles_kernel.tile_attention(queries, *text, start, far, tiles, mass, count)
-    outputs = []
-    if first > 0:
-        outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
-    chosen = queries[:, :, first:end]
-    outputs.append(tile_attention(chosen, *text, start + first, far, mass, count))
-    if end < step.steps:
-        outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
-    return mx.concatenate(outputs, axis=2)
+        groups, dims = queries.shape[1] // step.full.shape[1], (queries.shape[3], values.shape[3])
+        form = ("tile_attention", queries.dtype, step.full.dtype, groups, *dims, step.block_size)
+        inputs = [queries, step.full, values]
+        output, count = proven(form, inputs, kernels, operations, lambda result: result[:1])
+    else:
+        output, count = operations()
+    step.tiles.count.add_all(count)
+    return output
 
 
 def _far(step: Step) -> Far:

@@ -1,4 +1,4 @@
-"""Whole blocks held, and stored ones read: by kernels where there are any, else by their twins.
+"""Whole blocks held, and stored ones read: by kernels that are right here, else by operations.
 
 Whether *decode attention* goes through its kernel also depends on the queries and the mask:
 :mod:`mlx_delta.attention.choice` decides that.
@@ -17,7 +17,9 @@ from .backend import has_kernels
 from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .hold import hold_blocks
-from .turned import Codes
+from .proving import proven
+from .storage import storage_type
+from .turned import Codes, decode_values
 from .turned import encode_values as encode_by_operations
 
 # Far keys that are not stored in full.
@@ -29,7 +31,13 @@ def hold(
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks; see :func:`mlx_delta.ops.hold.hold_blocks`."""
     if has_kernels() and hold_kernel.can_hold(keys, config):
-        return hold_kernel.hold(keys, config, first_block)
+        return proven(
+            ("delta_hold", keys.dtype, keys.shape[3], config.block_size, config.run_value),
+            [keys],
+            lambda: hold_kernel.hold(keys, config, first_block),
+            lambda: hold_blocks(keys, config, first_block, previous),
+            lambda held: held[:1],
+        )
     return hold_blocks(keys, config, first_block, previous)
 
 
@@ -38,7 +46,14 @@ def encode_codes(
 ) -> tuple[mx.array, mx.array]:
     """Code the keys of whole blocks; see :func:`mlx_delta.ops.codes.code_blocks`."""
     if has_kernels() and codes_encode.can_encode(size, keys.shape[3]):
-        return codes_encode.encode(keys, coding, size, felt)
+        D = keys.shape[3]
+        return proven(
+            ("codes_encode", keys.dtype, keys.shape[1], D, size, felt is None, coding.turned),
+            [keys],
+            lambda: codes_encode.encode(keys, coding, size, felt),
+            lambda: code_blocks(keys, coding, size, felt),
+            lambda coded: [decode_blocks(CodedBlocks(*coded, None, coding, D))],
+        )
     return code_blocks(keys, coding, size, felt)
 
 
@@ -47,14 +62,28 @@ def encode_deltas(
 ) -> StoredDeltas:
     """Hold and store the keys of whole blocks; see :func:`mlx_delta.ops.deltas.store_deltas`."""
     if deltas_encode.can_encode(config, keys.shape[3]):
-        return deltas_encode.encode(keys, config, coding, first_block)
+        form = (keys.dtype, *keys.shape[1::2], config.block_size, config.threshold_mode)
+        return proven(
+            ("deltas_encode", *form),
+            [keys],
+            lambda: deltas_encode.encode(keys, config, coding, first_block),
+            lambda: store_deltas(keys, config, coding, first_block),
+            lambda stored: [read_deltas(stored.apart(coding, config.block_size))],
+        )
     return store_deltas(keys, config, coding, first_block)
 
 
 def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
     """Turn and code values; see :func:`mlx_delta.ops.turned.encode_values`."""
     if has_kernels() and values_encode.can_encode(values.shape[3]):
-        return values_encode.encode(values, widths)
+        D, dtype = values.shape[3], storage_type(values.dtype)
+        return proven(
+            ("values_encode", values.dtype, D, tuple(widths)),
+            [values],
+            lambda: values_encode.encode(values, widths),
+            lambda: encode_by_operations(values, widths),
+            lambda codes: [decode_values(codes, widths, D, dtype)],
+        )
     return encode_by_operations(values, widths)
 
 

@@ -150,6 +150,15 @@ class StoredDeltas(NamedTuple):
     steps: mx.array
     sequence: mx.array
 
+    def apart(self, coding: LaneCoding, size: int) -> DeltaBlocks:
+        """The blocks as they can be read, with the room behind each one's words left in."""
+        B, H, blocks, room = self.words.shape
+        payload = mx.pad(self.words.reshape(B, -1), [(0, 0), (0, 2)])
+        firsts = mx.arange(H * blocks, dtype=mx.int32).reshape(1, H, blocks) * room
+        offsets = mx.broadcast_to(firsts, (B, H, blocks))
+        parts = self.low, self.steps, self.sequence
+        return DeltaBlocks(payload, offsets, *parts, None, coding, size)
+
 
 def store_deltas(
     keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int

@@ -19,6 +19,7 @@ from mlx_delta.method.sequence import LEAST_WEIGHT
 from mlx_delta.method.sums import over_lanes
 
 from . import sums
+from .proving import proven
 from .runs_kernel import can_cut, cut_runs, elements
 from .sequence import by_token, in_sequence, token_sequences
 
@@ -55,8 +56,30 @@ def runs_in_sequence(
     """Means and starts of :func:`hold_runs`, of blocks whose tokens are in sequence already."""
     B, H, n_blocks, size, D = blocks.shape
     if n_blocks and can_cut(config):
-        words, held, _ = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
-        return held, elements(words, D)
+        return proven(
+            ("delta_runs", blocks.dtype, H, D, size, config.threshold_mode),
+            [blocks],
+            lambda: _by_kernel(blocks, config, first_block),
+            lambda: _by_operations(blocks, config, first_block),
+            lambda runs: runs,
+        )
+    return _by_operations(blocks, config, first_block)
+
+
+def _by_kernel(
+    blocks: mx.array, config: DeltaConfig, first_block: int
+) -> tuple[mx.array, mx.array]:
+    """Means and starts, in one launch."""
+    B, H, _, _, D = blocks.shape
+    words, held, _ = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
+    return held, elements(words, D)
+
+
+def _by_operations(
+    blocks: mx.array, config: DeltaConfig, first_block: int
+) -> tuple[mx.array, mx.array]:
+    """The same in MLX's arrays on a GPU, in NumPy's without one."""
+    B, H, n_blocks, size, D = blocks.shape
     own = config.sensitivities_of_layer(H, D)
     first = first_block * size
     sinks = np.clip(config.sinks - first - size * np.arange(n_blocks), 0, size)

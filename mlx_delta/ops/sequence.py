@@ -15,6 +15,7 @@ import numpy as np
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.sequence import LEAST_APART, factors, largest_code
 
+from .proving import itself, proven
 from .sequence_kernel import can_order, order_tokens
 
 # At a time in NumPy: their distances, 16 KB each, stay in the processor's cache.
@@ -35,8 +36,25 @@ def token_sequences(keys: mx.array, config: DeltaConfig, first_block: int) -> mx
     size = config.block_size
     blocks = length // size
     if blocks and can_order(config, D):
-        return order_tokens(keys, config, first_block)[0]
-    xp = mx if mx.default_device() == mx.Device(mx.gpu) else np
+        return proven(
+            ("token_sequence", keys.dtype, H, D, size),
+            [keys],
+            lambda: order_tokens(keys, config, first_block)[0],
+            # NumPy adds up in the specification's order: one bit, and a sequence may be another.
+            lambda: _by_operations(np, keys, config, first_block),
+            itself,
+        )
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return _by_operations(mx if on_gpu else np, keys, config, first_block)
+
+
+def _by_operations(
+    xp: ModuleType, keys: mx.array, config: DeltaConfig, first_block: int
+) -> mx.array:
+    """The same in MLX's arrays or in NumPy's."""
+    B, H, length, D = keys.shape
+    size = config.block_size
+    blocks = length // size
     mx.eval(keys)
     lanes = keys.astype(mx.float32).reshape(-1, size, D)  # blocks of all heads and rows
     own = factors(config.sensitivities_of_layer(H, D)[0])

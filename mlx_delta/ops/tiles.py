@@ -45,6 +45,12 @@ class TileCount:
         else:
             self._computed += chosen
 
+    def add_all(self, other: TileCount) -> None:
+        """Count what another one has counted."""
+        self._computed += other._computed
+        self.all += other.all
+        self._waiting += other._waiting
+
     @property
     def computed(self) -> int:
         """Tiles computed."""

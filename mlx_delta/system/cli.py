@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -16,6 +17,8 @@ from mlx_delta.wording import nearest
 # What stands for characters of our tables and messages where a terminal has ASCII only.
 _PLAIN = {"±": "+-", "–": "-", "—": "-", "×": "x", "θ": "t", "ᵀ": "^T", "…": "...", "’": "'"}
 _PLAIN |= {"“": '"', "”": '"'}
+
+_USUAL = warnings.formatwarning
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -57,6 +60,19 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
 
 
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as it is shown: of our own the words, without the place in the code."""
+    if category is UserWarning and str(message).startswith("["):
+        return f"note: {message}\n"
+    return _USUAL(message, category, filename, lineno, line)
+
+
 def run_command(run: Callable[[], None], smaller: str, interrupted: str = "Interrupted.") -> int:
     """Run a command's work.
 
@@ -70,6 +86,7 @@ def run_command(run: Callable[[], None], smaller: str, interrupted: str = "Inter
         The exit status: 0, 1 after an error, 130 after Ctrl-C.
     """
     plain_output()
+    warnings.formatwarning = _note
     # It warns of texts beyond the context, for which the commands have words of their own.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:

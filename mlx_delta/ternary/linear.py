@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_delta.ops.backend import has_kernels
+from mlx_delta.ops.proving import itself, proven
 from mlx_delta.ops.ternary_matvec import MAX_ROWS, ternary_matvec
 from mlx_delta.ternary import codes as ternary
 
@@ -114,15 +115,25 @@ class TernaryLinear(nn.QuantizedLinear):
             rows = rows + mx.stop_gradient((integers * step).astype(x.dtype) - rows)
             quantize = False
         if self._has_kernel(rows):
-            y = ternary_matvec(rows, self.weight, self.scales, quantize)
-        elif quantize:
-            integers, step = quantize_rows(rows)
-            y = (self._product(integers) * step).astype(x.dtype)
+            y = proven(
+                ("ternary_matvec", rows.dtype, len(rows), quantize),
+                [rows],
+                lambda: ternary_matvec(rows, self.weight, self.scales, quantize),
+                lambda: self._by_operations(rows, quantize),
+                itself,
+            )
         else:
-            y = self._product(rows).astype(x.dtype)
+            y = self._by_operations(rows, quantize)
         if "bias" in self:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _by_operations(self, rows: mx.array, quantize: bool) -> mx.array:
+        """The product of the type of the rows, which are rounded to int8 first if asked."""
+        if not quantize:
+            return self._product(rows).astype(rows.dtype)
+        integers, step = quantize_rows(rows)
+        return (self._product(integers) * step).astype(rows.dtype)
 
     def _has_kernel(self, rows: mx.array) -> bool:
         """Whether the kernel is there, knows its gradient isn't asked for, and reads less.

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -136,3 +137,10 @@ def test_a_terminal_with_all_characters_is_left_alone(monkeypatch):
     assert raw.getvalue().decode() == "±\n"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     cli.plain_output()  # no stream of Python's own: nothing to change
+
+
+def test_a_note_of_ours_is_shown_without_its_place_in_the_code():
+    assert run_command(lambda: None, "less") == 0
+    own, other = UserWarning("[kernels] left out."), UserWarning("of another library")
+    assert warnings.formatwarning(own, UserWarning, "a.py", 3) == "note: [kernels] left out.\n"
+    assert "a.py:3: UserWarning: of" in warnings.formatwarning(other, UserWarning, "a.py", 3)
