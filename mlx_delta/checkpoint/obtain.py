@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mlx_delta.sensitivities import BUNDLED, FILE_NAME, Sensitivities
 from mlx_delta.system.folders import cache_folder
 
 from .catalogue import CATALOGUE, Entry
 from .fetch import NotReachedError, fetch
+from .known_level import put_level, update_level
 
 # Raised when the converter makes something else of the same file, so that it is made anew.
 MADE = 1
@@ -31,12 +30,9 @@ _ROOM = 3
 def place(name: str) -> Path:
     """The directory of a catalogued model, whether it is there yet or not.
 
-    Its name ends in a hash of all that decides what is in it.
+    Its name ends in a hash of all that decides what its weights are.
     """
-    entry = CATALOGUE[name]
-    recipe = f"{MADE} {entry.sha256} {entry.zeros}".encode()
-    if entry.sensitivities is not None:
-        recipe += (BUNDLED / entry.sensitivities).read_bytes()
+    recipe = f"{MADE} {CATALOGUE[name].sha256}".encode()
     return cache_folder() / "models" / f"{name}-{hashlib.sha256(recipe).hexdigest()[:8]}"
 
 
@@ -48,6 +44,8 @@ def is_here(name: str) -> bool:
 def obtain(name: str) -> Path:
     """The directory of a catalogued model; fetched and converted if it is not there.
 
+    One that is there gets this release's sensitivities and level, if it still has a release's.
+
     Raises:
         NotReachedError: It is not there, and there is no network.
         ValueError: What was fetched is not the model, or can't be converted.
@@ -55,6 +53,7 @@ def obtain(name: str) -> Path:
     """
     entry, folder = CATALOGUE[name], place(name)
     if is_here(name):
+        update_level(entry, folder)
         return folder
     models = folder.parent
     try:
@@ -86,8 +85,7 @@ def _make(name: str, entry: Entry, work: Path, folder: Path) -> None:
     _say(f"{name}: converting it")
     made = work / "model"
     _convert(file, made)
-    if entry.sensitivities is not None:
-        _add_sensitivities(entry.sensitivities, entry.zeros, made)
+    put_level(entry, made)
     try:
         made.rename(folder)
     except OSError:
@@ -115,16 +113,6 @@ def _convert(file: Path, folder: Path) -> None:
         lines = (done.stderr or "").strip().splitlines() or [f"it ended with {done.returncode}"]
         reason = lines[-1].removeprefix("error: ")
         raise ValueError(f"[load] {file.name} could not be converted: {reason}")
-
-
-def _add_sensitivities(bundled: str, zeros: float, folder: Path) -> None:
-    """Put the sensitivities beside the model and name them in its config.json, with the level."""
-    shutil.copyfile(BUNDLED / bundled, folder / FILE_NAME)
-    level = Sensitivities.read(folder / FILE_NAME).level_for(zeros)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["delta"] = {"level": float(f"{level:.4g}"), "sensitivities": FILE_NAME}
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

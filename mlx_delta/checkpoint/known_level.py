@@ -1,0 +1,76 @@
+"""A catalogued model's sensitivities and level, put beside it and kept up to date.
+
+They come with the library and change with it, while the model they lie beside stays as it was
+made. What a user has put in their place stays too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_delta.sensitivities import BUNDLED, Sensitivities
+
+from .catalogue import Entry
+from .json_file import read_json
+
+CONFIG = "config.json"
+
+
+def put_level(entry: Entry, folder: Path) -> None:
+    """Put an entry's sensitivities beside its model, and name them in its config.json.
+
+    Raises:
+        OSError: A file can't be written; config.json is as it was then.
+    """
+    if entry.sensitivities is None:
+        return
+    file = BUNDLED / entry.sensitivities
+    level, data = float(f"{Sensitivities.read(file).level_for(entry.zeros):.4g}"), file.read_bytes()
+    config = read_json(folder / CONFIG)
+    delta = {"level": level, "sensitivities": _name(data, level)}
+    if config.get("delta") == delta:
+        return
+    # First: whoever reads the old config.json finds what it names, whoever the new one, too.
+    _replace(folder / _name(data, level), data)
+    _replace(folder / CONFIG, (json.dumps({**config, "delta": delta}, indent=2) + "\n").encode())
+
+
+def update_level(entry: Entry, folder: Path) -> None:
+    """Put newer ones in the place of older ones, if these are ours and can be replaced."""
+    # A cache that is only read serves with what it has; of a broken file loading says more.
+    with suppress(OSError, ValueError):
+        if _is_ours(read_json(folder / CONFIG).get("delta"), folder):
+            put_level(entry, folder)
+
+
+def _is_ours(delta: Any, folder: Path) -> bool:
+    """Whether a setting is as :func:`put_level` left it."""
+    if not isinstance(delta, dict) or delta.keys() != {"level", "sensitivities"}:
+        return False
+    name, level = delta["sensitivities"], delta["level"]
+    return name == Path(str(name)).name and name == _name((folder / name).read_bytes(), level)
+
+
+def _name(data: bytes, level: Any) -> str:
+    """The file of these sensitivities at this level."""
+    own = hashlib.sha256(data + repr(level).encode()).hexdigest()[:8]
+    return f"delta_sensitivities-{own}.safetensors"
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, part = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(part, 0o644)
+        os.replace(part, file)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
