@@ -153,6 +153,8 @@ def test_a_text_too_long_for_any_context_is_not_cut_up(command_line, path, tmp_p
         ("--kv exact --delta-sparsity 0.6", "--delta-sparsity and --kv exact contradict"),
         ("--kv exact --delta-threshold 0.5", "--kv exact and --delta-threshold contradict"),
         ("--kv small --delta-paper", "--delta-paper and --kv small contradict"),
+        ("--kv small --delta-level 0.1", "--delta-level says how much .* which --kv small asks"),
+        ("--delta kv=small,level=0.1", "--delta level says how much is held"),
         ("--delta level=1 --delta-kl 0.1", "--delta-kl and --delta level contradict"),
     ],
 )
