@@ -20,6 +20,8 @@ import numpy as np
 CLOSE = 0.1
 # What share of numbers may be others all the same: a last bit decides a code or a cut now and then.
 OTHERS = 0.02
+# In MLX's words for memory that ran out; unlike what a threadgroup may have, that is no fault.
+NO_MEMORY = ("allocate", "insufficient memory", "out of memory")
 
 Result = TypeVar("Result")
 
@@ -45,25 +47,19 @@ def proven(
         numbers: The numbers to compare, of what either of them gives.
     """
     right = _right.get(form)
-    if right is None:
-        return _try(form, inputs, kernel, operations, numbers)
-    return kernel() if right else operations()
-
-
-def _try(
-    form: tuple[Hashable, ...],
-    inputs: Sequence[mx.array],
-    kernel: Callable[[], Result],
-    operations: Callable[[], Result],
-    numbers: Callable[[Result], Sequence[mx.array]],
-) -> Result:
-    """The right one of both results, and what is to be used from now on."""
+    if right is not None:
+        return kernel() if right else operations()
     found = kernel()
     try:
         mx.eval(list(inputs))
     except (RuntimeError, ValueError):
         return found  # nothing can be said of the kernel
     expected = operations()
+    try:
+        mx.eval(list(numbers(expected)))
+    except RuntimeError:  # no memory: the kernel needs less
+        _right[form] = True
+        return found
     reason = _fault(lambda: numbers(found), numbers(expected))
     _right[form] = reason is None
     if reason is None:
@@ -77,12 +73,17 @@ def _try(
 
 
 def _fault(numbers: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]) -> str | None:
-    """What is wrong with a kernel's numbers; ``None``: nothing."""
-    mx.eval(list(expected))
+    """What is wrong with a kernel's numbers; ``None``: nothing.
+
+    Raises:
+        RuntimeError: There is no memory for it, and for operations there would be less.
+    """
     try:
         found = list(numbers())
         mx.eval(found)
     except (RuntimeError, ValueError) as error:
+        if any(words in str(error).lower() for words in NO_MEMORY):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line.lower()), " ".join(lines[:1]))
         return telling[:300].rstrip(".") or type(error).__name__

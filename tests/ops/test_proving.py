@@ -147,3 +147,26 @@ def test_what_the_inputs_fail_of_is_not_the_kernels(failing_eval):
     lost = Failing(RuntimeError("no memory"))
     assert calls.run(lost) is lost
     assert proving._right == {}
+
+
+def test_without_memory_for_the_operations_the_kernel_is_used(failing_eval):
+    lost = Failing(RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"))
+    calls = Calls(lambda x: x * 2, lambda x: lost)
+    for _ in range(2):
+        assert mx.array_equal(calls.run(), X * 2)
+    assert calls.asked == ["kernel", "operations", "kernel"]
+
+
+@pytest.mark.parametrize("said", ["Attempting to allocate 9 bytes", "Insufficient Memory (0x8)"])
+def test_no_memory_for_a_kernel_is_no_fault_of_it(failing_eval, said):
+    calls = Calls(lambda x: Failing(RuntimeError(f"[metal] {said}")))
+    with pytest.raises(RuntimeError, match="etal"):
+        calls.run()
+    assert proving._right == {}
+
+
+def test_too_much_memory_of_a_threadgroup_is_one(failing_eval):
+    said = "Threadgroup memory size (33024) exceeds the maximum threadgroup memory allowed (32768)"
+    with pytest.warns(UserWarning, match="33024"):
+        Calls(lambda x: Failing(RuntimeError(said))).run()
+    assert proving._right == {("a_kernel",): False}
