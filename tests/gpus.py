@@ -11,6 +11,13 @@ import mlx.core as mx
 from mlx_delta.ops.backend import CUDA, METAL
 
 
+class Everything:
+    """A set with everything in it: such as of kernels that have been tried."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
 @contextlib.contextmanager
 def seems_to_have(backend: str | None) -> Iterator[None]:
     """MLX says that it has a back-end and uses it, or, with ``None``, that it has none."""

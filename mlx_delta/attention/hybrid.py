@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -104,11 +104,12 @@ def attend_to_step(
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
         return proven(
-            _decode_form(queries, step, blocks, mask),
-            [queries, step.near],
-            lambda: _decode(queries, step, blocks, scale, mask),
-            lambda: attend_in_full(queries, step, scale, mask),
+            "deltas_decode" if isinstance(blocks, DeltaBlocks) else "codes_decode",
+            queries,
+            lambda queries: _decode(queries, step, blocks, scale, mask),
+            lambda queries: attend_in_full(queries, step, scale, mask),
             itself,
+            tokens=step.length,
         )
     if head_sinks is None:
         if (tiles := tile_range(step, mask)) is not None:
@@ -144,19 +145,6 @@ def _check_shapes(
                 f"[delta_attention] mask must broadcast to [B, Hq, L, S] = {full} but has shape "
                 f"{tuple(mask.shape)}."
             )
-
-
-def _decode_form(
-    queries: mx.array, step: Step, blocks: FarBlocks, mask: mx.array | str | None
-) -> tuple[Hashable, ...]:
-    """The kernel's name, and what decides how it is compiled."""
-    values = step.stored_values
-    shape = queries.shape[1:], step.near.shape[1]
-    types = queries.dtype, step.near.dtype
-    widths = values.widths if isinstance(values, TurnedView) else values.buffer.dtype
-    sinks, masked = blocks.sinks is not None, isinstance(mask, mx.array)
-    name = "deltas_decode" if isinstance(blocks, DeltaBlocks) else "codes_decode"
-    return name, shape, types, widths, sinks, masked
 
 
 def _decode(

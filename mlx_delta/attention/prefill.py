@@ -111,15 +111,14 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
     assert step.tiles is not None and step.block_size is not None
     (first, end), start = tiles, step.starts[0]
     far = _far(step)
-    values = step.values
-    text = step.full, values, scale
+    text = step.full, step.values, scale
     mass = step.tiles.mass
 
-    def kernels() -> tuple[mx.array, TileCount]:
+    def kernels(queries: mx.array) -> tuple[mx.array, TileCount]:
         count = TileCount()
         return tiles_kernel.tile_attention(queries, *text, start, far, tiles, mass, count), count
 
-    def operations() -> tuple[mx.array, TileCount]:
+    def operations(queries: mx.array) -> tuple[mx.array, TileCount]:
         outputs, count = [], TileCount()
         if first > 0:
             outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
@@ -130,12 +129,16 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
         return mx.concatenate(outputs, axis=2), count
 
     if tiles_by_kernel(queries, step, scale):
-        groups, dims = queries.shape[1] // step.full.shape[1], (queries.shape[3], values.shape[3])
-        form = ("tile_attention", queries.dtype, step.full.dtype, groups, *dims, step.block_size)
-        inputs = [queries, step.full, values]
-        output, count = proven(form, inputs, kernels, operations, lambda result: result[:1])
+        output, count = proven(
+            "tile_attention",
+            queries,
+            kernels,
+            operations,
+            lambda result: result[:1],
+            tokens=step.length,
+        )
     else:
-        output, count = operations()
+        output, count = operations(queries)
     step.tiles.count.add_all(count)
     return output
 

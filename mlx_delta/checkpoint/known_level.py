@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from mlx_delta.sensitivities import BUNDLED, Sensitivities
 
 from .catalogue import Entry
-from .json_file import read_json
+from .json_file import check_regular, read_json
 
 CONFIG = "config.json"
 
@@ -54,7 +55,10 @@ def _is_ours(delta: Any, folder: Path) -> bool:
     if not isinstance(delta, dict) or delta.keys() != {"level", "sensitivities"}:
         return False
     name, level = delta["sensitivities"], delta["level"]
-    return name == Path(str(name)).name and name == _name((folder / name).read_bytes(), level)
+    if name != Path(str(name)).name:
+        return False
+    check_regular(folder / name)
+    return bool(name == _name((folder / name).read_bytes(), level))
 
 
 def _name(data: bytes, level: Any) -> str:
@@ -64,12 +68,13 @@ def _name(data: bytes, level: Any) -> str:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; its permissions stay, and a link to it."""
+    file = file.resolve()
     handle, part = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
     try:
         with open(handle, "wb") as stream:
             stream.write(data)
-        os.chmod(part, 0o644)
+        os.chmod(part, stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644)
         os.replace(part, file)
     except BaseException:
         Path(part).unlink(missing_ok=True)

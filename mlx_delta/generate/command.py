@@ -27,7 +27,7 @@ from mlx_delta.measure.limit import MemoryWatch, Plan, check_plan
 from mlx_delta.measure.usual import usual_setting
 from mlx_delta.models.anatomy import dense_caches
 from mlx_delta.sensitivities import Sensitivities
-from mlx_delta.system.arguments import delta_fields
+from mlx_delta.system.arguments import delta_fields, flag_of_field
 from mlx_delta.system.blas import blas_status
 from mlx_delta.system.cli import run_command
 from mlx_delta.system.kv import check_holds
@@ -253,6 +253,9 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
         return usual
     path = find_model(model)
     own = read_setting(path, read_config(path)) or DeltaConfig()
+    levels = [flag_of_field(args, name) for name in ("level", "threshold") if given.get(name)]
+    for flag in levels if wish is None else [wish]:
+        check_holds(own.changed(**given), flag)
     if wish is not None:
         if not isinstance(own.sensitivities, Sensitivities):
             raise ValueError(
@@ -260,7 +263,6 @@ def choose_delta(args: argparse.Namespace, model: str) -> Any:
                 f"`python -m mlx_delta.calibrate --model {model} --sparsity 0.65` first, or set "
                 "--delta-level."
             )
-        check_holds(own.changed(**given), wish)
         given["level"] = own.sensitivities.level_for(args.delta_sparsity, args.delta_kl)
     return own.changed(**given)
 

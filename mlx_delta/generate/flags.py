@@ -177,12 +177,6 @@ def check_delta_flags(args: argparse.Namespace) -> None:
     if "threshold" in fields and fields.get("level") is not None:
         one, other = (flag_of_field(args, name) for name in ("level", "threshold"))
         raise ValueError(f"{one} and {other} contradict each other; drop one.")
-    for name in ("level", "threshold"):
-        if fields.get(name) and fields.get("key_format") == "codes":
-            raise ValueError(
-                f"{flag_of_field(args, name)} says how much is held, but of keys as codes, which "
-                f"{flag_of_field(args, 'key_format')} asks for, nothing is; drop one."
-            )
     if args.delta_paper and args.kv is not None:
         raise ValueError(f"--delta-paper and --kv {args.kv} contradict each other; drop one.")
     if args.no_delta and delta_flags:

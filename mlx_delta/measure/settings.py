@@ -237,6 +237,9 @@ def _parse_delta(text: str, base: DeltaConfig) -> DeltaConfig:
             raise ValueError(f"{key} must be a number but got {value!r}.") from error
     changes = written_fields(",".join(fields))
     delta = base.changed(**changes)
+    for name in ("level", "threshold"):
+        if changes.get(name):
+            check_holds(delta, f"{name}={changes[name]}")
     if not wanted:
         return delta
     if len(wanted) > 1:

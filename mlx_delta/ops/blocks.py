@@ -16,6 +16,7 @@ from . import codes_encode, deltas_encode, hold_kernel, values_encode
 from .backend import has_kernels
 from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
+from .far_values import TOKENS
 from .hold import hold_blocks
 from .proving import proven
 from .storage import storage_type
@@ -30,61 +31,81 @@ def hold(
     keys: mx.array, config: DeltaConfig, first_block: int, previous: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Hold the keys of whole blocks; see :func:`mlx_delta.ops.hold.hold_blocks`."""
-    if has_kernels() and hold_kernel.can_hold(keys, config):
-        return proven(
-            ("delta_hold", keys.dtype, keys.shape[3], config.block_size, config.run_value),
-            [keys],
-            lambda: hold_kernel.hold(keys, config, first_block),
-            lambda: hold_blocks(keys, config, first_block, previous),
-            lambda held: held[:1],
-        )
-    return hold_blocks(keys, config, first_block, previous)
+
+    def operations(keys: mx.array) -> tuple[mx.array, mx.array]:
+        return hold_blocks(keys, config, first_block, previous)
+
+    if not has_kernels() or not hold_kernel.can_hold(keys, config):
+        return operations(keys)
+    return proven(
+        "delta_hold",
+        keys,
+        lambda keys: hold_kernel.hold(keys, config, first_block),
+        operations,
+        lambda held: held,
+        config.block_size,
+    )
 
 
 def encode_codes(
     keys: mx.array, coding: Coding, size: int, felt: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """Code the keys of whole blocks; see :func:`mlx_delta.ops.codes.code_blocks`."""
-    if has_kernels() and codes_encode.can_encode(size, keys.shape[3]):
-        D = keys.shape[3]
-        return proven(
-            ("codes_encode", keys.dtype, keys.shape[1], D, size, felt is None, coding.turned),
-            [keys],
-            lambda: codes_encode.encode(keys, coding, size, felt),
-            lambda: code_blocks(keys, coding, size, felt),
-            lambda coded: [decode_blocks(CodedBlocks(*coded, None, coding, D))],
-        )
-    return code_blocks(keys, coding, size, felt)
+
+    def operations(keys: mx.array) -> tuple[mx.array, mx.array]:
+        return code_blocks(keys, coding, size, felt)
+
+    D = keys.shape[3]
+    if not has_kernels() or not codes_encode.can_encode(size, D):
+        return operations(keys)
+    return proven(
+        "codes_encode",
+        keys,
+        lambda keys: codes_encode.encode(keys, coding, size, felt),
+        operations,
+        lambda coded: [decode_blocks(CodedBlocks(coded[0], coded[1], None, coding, D))],
+        size,
+    )
 
 
 def encode_deltas(
     keys: mx.array, config: DeltaConfig, coding: LaneCoding, first_block: int
 ) -> StoredDeltas:
     """Hold and store the keys of whole blocks; see :func:`mlx_delta.ops.deltas.store_deltas`."""
-    if deltas_encode.can_encode(config, keys.shape[3]):
-        form = (keys.dtype, *keys.shape[1::2], config.block_size, config.threshold_mode)
-        return proven(
-            ("deltas_encode", *form),
-            [keys],
-            lambda: deltas_encode.encode(keys, config, coding, first_block),
-            lambda: store_deltas(keys, config, coding, first_block),
-            lambda stored: [read_deltas(stored.apart(coding, config.block_size))],
-        )
-    return store_deltas(keys, config, coding, first_block)
+
+    def operations(keys: mx.array) -> StoredDeltas:
+        return store_deltas(keys, config, coding, first_block)
+
+    size = config.block_size
+    if not deltas_encode.can_encode(config, keys.shape[3]):
+        return operations(keys)
+    return proven(
+        "deltas_encode",
+        keys,
+        lambda keys: deltas_encode.encode(keys, config, coding, first_block),
+        operations,
+        lambda stored: [read_deltas(stored.apart(coding, size)), stored.counts, stored.zeros],
+        size,
+    )
 
 
 def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
     """Turn and code values; see :func:`mlx_delta.ops.turned.encode_values`."""
-    if has_kernels() and values_encode.can_encode(values.shape[3]):
-        D, dtype = values.shape[3], storage_type(values.dtype)
-        return proven(
-            ("values_encode", values.dtype, D, tuple(widths)),
-            [values],
-            lambda: values_encode.encode(values, widths),
-            lambda: encode_by_operations(values, widths),
-            lambda codes: [decode_values(codes, widths, D, dtype)],
-        )
-    return encode_by_operations(values, widths)
+
+    def operations(values: mx.array) -> Codes:
+        return encode_by_operations(values, widths)
+
+    D, dtype = values.shape[3], storage_type(values.dtype)
+    if not has_kernels() or not values_encode.can_encode(D):
+        return operations(values)
+    return proven(
+        "values_encode",
+        values,
+        lambda values: values_encode.encode(values, widths),
+        operations,
+        lambda codes: [decode_values(codes, widths, D, dtype)],
+        TOKENS,
+    )
 
 
 def unpack(stored: FarBlocks, blocks: int) -> mx.array:

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from .backend import CUDA, backend
 from .cuda_text import GRID_INPUT, MOST_BLOCKS, POINTER_TO, cuda_body, cuda_header
+from .launched import Launched
 from .launching import SIMD, constant
 
 _MOST_THREADS = 1024  # of a threadgroup
@@ -33,7 +34,7 @@ def make_kernel(
     source: str,
     header: str,
     compile_options: Mapping[str, str] | None = None,
-) -> Any:
+) -> Launched:
     """A kernel for the back-end of this machine, to be called as Metal's are.
 
     Args:
@@ -45,8 +46,8 @@ def make_kernel(
         compile_options: As ``mx.fast.metal_kernel`` takes them; CUDA has none, and needs none.
     """
     if backend() == CUDA:
-        return CudaKernel(name, input_names, output_names, source, header)
-    return mx.fast.metal_kernel(
+        return Launched(name, CudaKernel(name, input_names, output_names, source, header))
+    kernel = mx.fast.metal_kernel(
         name=name,
         input_names=list(input_names),
         output_names=list(output_names),
@@ -54,6 +55,7 @@ def make_kernel(
         header=header,
         compile_options=None if compile_options is None else dict(compile_options),
     )
+    return Launched(name, kernel)
 
 
 class CudaKernel:

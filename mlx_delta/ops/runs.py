@@ -55,24 +55,24 @@ def runs_in_sequence(
 ) -> tuple[mx.array, mx.array]:
     """Means and starts of :func:`hold_runs`, of blocks whose tokens are in sequence already."""
     B, H, n_blocks, size, D = blocks.shape
-    if n_blocks and can_cut(config):
-        return proven(
-            ("delta_runs", blocks.dtype, H, D, size, config.threshold_mode),
-            [blocks],
-            lambda: _by_kernel(blocks, config, first_block),
-            lambda: _by_operations(blocks, config, first_block),
-            lambda runs: runs,
-        )
-    return _by_operations(blocks, config, first_block)
+    if not n_blocks or not can_cut(config):
+        return _by_operations(blocks, config, first_block)
 
+    def apart(keys: mx.array) -> mx.array:
+        return keys.reshape(*keys.shape[:2], -1, size, D)
 
-def _by_kernel(
-    blocks: mx.array, config: DeltaConfig, first_block: int
-) -> tuple[mx.array, mx.array]:
-    """Means and starts, in one launch."""
-    B, H, _, _, D = blocks.shape
-    words, held, _ = cut_runs(blocks.reshape(B, H, -1, D), config, first_block)
-    return held, elements(words, D)
+    def kernel(keys: mx.array) -> tuple[mx.array, mx.array]:
+        words, held, _ = cut_runs(keys, config, first_block)
+        return held, elements(words, D)
+
+    return proven(
+        "delta_runs",
+        blocks.reshape(B, H, -1, D),
+        kernel,
+        lambda keys: _by_operations(apart(keys), config, first_block),
+        lambda runs: runs,
+        size,
+    )
 
 
 def _by_operations(

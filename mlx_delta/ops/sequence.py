@@ -35,17 +35,18 @@ def token_sequences(keys: mx.array, config: DeltaConfig, first_block: int) -> mx
     B, H, length, D = keys.shape
     size = config.block_size
     blocks = length // size
-    if blocks and can_order(config, D):
-        return proven(
-            ("token_sequence", keys.dtype, H, D, size),
-            [keys],
-            lambda: order_tokens(keys, config, first_block)[0],
-            # NumPy adds up in the specification's order: one bit, and a sequence may be another.
-            lambda: _by_operations(np, keys, config, first_block),
-            itself,
-        )
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return _by_operations(mx if on_gpu else np, keys, config, first_block)
+    if not blocks or not can_order(config, D):
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        return _by_operations(mx if on_gpu else np, keys, config, first_block)
+    return proven(
+        "token_sequence",
+        keys,
+        lambda keys: order_tokens(keys, config, first_block)[0],
+        # NumPy adds up in the specification's order: another bit, and a sequence is another.
+        lambda keys: _by_operations(np, keys, config, first_block),
+        itself,
+        size,
+    )
 
 
 def _by_operations(

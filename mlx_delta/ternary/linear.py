@@ -116,10 +116,10 @@ class TernaryLinear(nn.QuantizedLinear):
             quantize = False
         if self._has_kernel(rows):
             y = proven(
-                ("ternary_matvec", rows.dtype, len(rows), quantize),
-                [rows],
-                lambda: ternary_matvec(rows, self.weight, self.scales, quantize),
-                lambda: self._by_operations(rows, quantize),
+                "ternary_matvec",
+                rows,
+                lambda rows: ternary_matvec(rows, self.weight, self.scales, quantize),
+                lambda rows: self._by_operations(rows, quantize),
                 itself,
             )
         else:

@@ -17,13 +17,13 @@ from mlx_delta.attention import masks
 from mlx_delta.attention.hybrid import delta_attention
 from mlx_delta.measure.operations import count_operations
 from mlx_delta.ops import blocks as whole_blocks
-from mlx_delta.ops import far_kernel, proving
+from mlx_delta.ops import building, far_kernel, proving
 from mlx_delta.ops.backend import METAL
 from mlx_delta.ops.codes import Coding
 from mlx_delta.ops.deltas import LaneCoding
 from mlx_delta.sensitivities import Sensitivities
 from tests.cuda.launches import forget
-from tests.gpus import seems_to_have
+from tests.gpus import Everything, seems_to_have
 from tests.tiny import SMALL, smooth_keys
 
 LAYERS = 4
@@ -69,13 +69,6 @@ def counting() -> Iterator[Counter]:
         yield counts
 
 
-class Trusted(dict):
-    """Every kernel has been tried, and is right."""
-
-    def get(self, form, default=None):
-        return True
-
-
 @contextlib.contextmanager
 def kernels_that_count() -> Iterator[list[str]]:
     """As on a Mac, but that kernels give ones and are only counted."""
@@ -92,7 +85,8 @@ def kernels_that_count() -> Iterator[list[str]]:
     far_kernel.row_numbers.cache_clear()
     with (
         mock.patch.object(mx.fast, "metal_kernel", make),
-        mock.patch.object(proving, "_right", Trusted()),
+        mock.patch.object(proving, "_tried", Everything()),
+        mock.patch.object(building, "Launched", lambda name, kernel: kernel),
         seems_to_have(METAL),
     ):
         yield launched

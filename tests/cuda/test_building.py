@@ -138,7 +138,7 @@ def test_grids_that_it_refuses(grid, threadgroup):
 
 def test_metal_gets_the_source_as_it_is():
     with seems_to_have(METAL), mock.patch.object(mx.fast, "metal_kernel", dict):
-        made = make_kernel("k", ["x"], ["out"], BODY, HEADER, launching.SAFE_MATH)
+        made: Any = make_kernel("k", ["x"], ["out"], BODY, HEADER, launching.SAFE_MATH).kernel
     assert (made["source"], made["header"]) == (BODY, HEADER)
     assert made["compile_options"] == {"math_mode": "safe"}
 

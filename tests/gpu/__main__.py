@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--cases", choices=["all", "few"], help="the cases only")
     asked, begun = parser.parse_args(arguments).cases, time.perf_counter()
+    # A kernel that is left out is wrong, however right what operations make of it.
+    warnings.filterwarnings("error", message=r"\[kernels\]")
     if backend() is None:
         print(
             "tests.gpu needs a GPU that MLX runs on: a Mac, or an NVIDIA one with "

@@ -30,8 +30,8 @@ FAULTS = (
 )
 
 
-class KernelError(RuntimeError):
-    """A kernel was refused, or did wrong while it ran."""
+class KernelError(Exception):
+    """A kernel was refused, or did wrong while it ran: unlike what MLX raises, never expected."""
 
 
 class KernelRejected(KernelError):

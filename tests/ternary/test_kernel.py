@@ -10,9 +10,11 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from mlx_delta import load
+from mlx_delta.ops import proving
 from mlx_delta.ops import ternary_matvec as ternary_kernel
 from mlx_delta.ternary import codes as ternary
 from mlx_delta.ternary.linear import TernaryLinear
+from tests.gpus import Everything
 from tests.metal_cpu.bench import KernelSource, MetalBench
 from tests.metal_cpu.fixture import bench
 from tests.metal_cpu.mutate import Mutation, assert_caught, without_barrier
@@ -205,6 +207,7 @@ def test_decode_through_the_kernel_gives_the_logits_of_transformers(bench, tmp_p
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ternary_kernel, "matvec_kernel", lambda: kernel)
+            patch.setattr(proving, "_tried", Everything())
             cache = [KVCache() for _ in model.layers]
             parts = [model(ids[:, a:b], cache=cache) for a, b in ((0, 20), (20, 23), (23, 24))]
     ternary_kernel.matvec_kernel.cache_clear()
