@@ -77,7 +77,12 @@ RUNS = (
     ),
     Run(
         "smollm2-squad", "smollm2", ("squad=DATA/squad.json",),
-        ("dense", "delta", *PAPER), ("--limit", "1000", "--batch-size", "16"),
+        ("dense", "delta"), ("--limit", "2992", "--batch-size", "32"),
+    ),
+    Run(
+        "smollm2-squad-500", "smollm2", ("squad=DATA/squad.json",),
+        ("dense", "delta", "delta:sparsity=0.65", "delta:kv=balanced", "paper"),
+        ("--limit", "500", "--batch-size", "16"),
     ),
     Run(
         "smollm2-needles", "smollm2", ("needles",),
@@ -91,6 +96,10 @@ RUNS = (
         "smollm2-needles-1k", "smollm2", ("needles",),
         ("dense", "delta", "delta:kv=balanced", "delta:kv=small", "kv8"),
         ("--needles", "word", "--lengths", "1024", "--samples", "24"),
+    ),
+    Run(
+        "smollm2-needles-paper", "smollm2", ("needles",), ("dense", "delta", *PAPER),
+        ("--needles", "word", "--lengths", "1024", "--samples", "6"),
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),

@@ -192,11 +192,12 @@ def named(run: dict[str, Any]) -> str:
     return text if done >= run["planned"] or not done else f"{text}, {done} of {run['planned']}"
 
 
-def section(name: str, data: dict[str, Any], task: str, runs: list[dict[str, Any]]) -> list[str]:
-    """A task's heading, note, table and picture."""
-    options, kind = runs[0]["options"], "ruler" if task.startswith("ruler-") else task
-    heading = TASKS.get(kind, task)
-    lines = [f"### {heading}"]
+def section(
+    name: str, data: dict[str, Any], task: str, runs: list[dict[str, Any]], again: bool
+) -> list[str]:
+    """A task's heading, note, table and picture; ``again``: the note stands above already."""
+    options = runs[0]["options"]
+    lines = [f"### {TASKS.get(task, task)}"]
     if task == "kld":
         count = max(run["summary"]["samples"] for run in runs)
         lines[0] += f": windows of {options['length']:,} tokens"
@@ -205,8 +206,10 @@ def section(name: str, data: dict[str, Any], task: str, runs: list[dict[str, Any
         if len(runs) > 3:
             lines += ["", picture(f"{name}-kld", "KL divergence against what is skipped and bytes")]
         return lines
-    if NOTES.get(kind):
-        lines += ["", NOTES[kind]]
+    if task in ("needles", "squad") and (task == "squad" or len(options["lengths"]) == 1):
+        lines[0] += f": {of_many(runs)}"
+    if NOTES.get(task) and not again:
+        lines += ["", NOTES[task]]
     (table,) = make_tables({**data, "runs": runs})
     checks = [run["checked"] for run in runs if run.get("checked")]
     if checks:
@@ -217,6 +220,14 @@ def section(name: str, data: dict[str, Any], task: str, runs: list[dict[str, Any
     if task == "needles":
         lines += ["", picture(name, "Needles found by length and depth")]
     return lines
+
+
+def of_many(runs: Sequence[dict[str, Any]]) -> str:
+    """What a task's samples are, for its heading."""
+    samples, options = max(run["planned"] for run in runs), runs[0]["options"]
+    if "lengths" not in options:
+        return f"{samples:,} of them"
+    return f"{options['texts']} texts of {options['lengths'][0]:,} tokens"
 
 
 def ruler_section(data: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
@@ -263,6 +274,7 @@ def page(folder: Path, commands: dict[str, str]) -> str:
             continue
         parts.append(f"## {title}\n\n{about}\n")
         order = {name: i for i, name in enumerate(commands)}
+        noted: set[str] = set()
         for name, data in sorted(own, key=lambda item: order.get(item[0], len(order))):
             runs = [run for run in data["runs"] if run["summary"]]
             ruler = [run for run in runs if run["task"].startswith("ruler-")]
@@ -270,7 +282,9 @@ def page(folder: Path, commands: dict[str, str]) -> str:
                 parts.append("\n".join(ruler_section(data, ruler)) + "\n")
             for task in dict.fromkeys(run["task"] for run in runs if run not in ruler):
                 some = [run for run in runs if run["task"] == task]
-                parts.append("\n".join(section(name, data, task, some)) + "\n")
+                lines = section(name, data, task, some, task in noted)
+                parts.append("\n".join(lines) + "\n")
+                noted.add(task)
             if name in commands:
                 parts.append(f"    {commands[name]}\n")
     words = (folder / "results" / "page.md").read_text(encoding="utf-8")
