@@ -27,6 +27,7 @@ from .prefill import (
     attends_in_strips,
     tile_range,
 )
+from .trial import kind_of_text, made_up
 
 
 def delta_attention(
@@ -103,13 +104,19 @@ def attend_to_step(
     begin(step)
     blocks = decode_blocks(queries, step, mask) if head_sinks is None else None
     if blocks is not None:
+
+        def decode(asked: tuple[mx.array, Step, mx.array | str | None]) -> mx.array:
+            with simdgroups_times(simdgroups_factor(asked[0], asked[1])):
+                return _decode(*asked, scale)
+
+        name = "deltas_decode" if isinstance(blocks, DeltaBlocks) else "codes_decode"
         return proven(
-            "deltas_decode" if isinstance(blocks, DeltaBlocks) else "codes_decode",
-            queries,
-            lambda queries: _decode(queries, step, blocks, scale, mask),
-            lambda queries: attend_in_full(queries, step, scale, mask),
+            (name, *kind_of_text(queries, step)),
+            (queries, step, mask),
+            decode,
+            lambda asked: attend_in_full(asked[0], asked[1], scale, asked[2]),
             itself,
-            tokens=step.length,
+            lambda: (*made_up(queries, step, scale, 1), None),
         )
     if head_sinks is None:
         if (tiles := tile_range(step, mask)) is not None:
@@ -147,14 +154,10 @@ def _check_shapes(
             )
 
 
-def _decode(
-    queries: mx.array,
-    step: Step,
-    blocks: FarBlocks,
-    scale: float,
-    mask: mx.array | str | None,
-) -> mx.array:
+def _decode(queries: mx.array, step: Step, mask: mx.array | str | None, scale: float) -> mx.array:
     """Attention of a few queries by a kernel, straight from far blocks."""
+    blocks = step.far
+    assert isinstance(blocks, FarBlocks)
     values, window = step.stored_values, step.window_blocks
     rows = zip(step.starts, step.encoded, step.firsts, strict=True)
     if isinstance(values, TurnedView):
@@ -166,7 +169,6 @@ def _decode(
         firsts, stored = (0,) * len(step.starts), values.buffer
     numbers = [(*row, first) for row, first in zip(rows, firsts, strict=True)]
     rest = (step.near, stored, kernel_mask(mask), scale, window)
-    with simdgroups_times(simdgroups_factor(queries, step)):
-        if isinstance(blocks, DeltaBlocks):
-            return deltas_kernel.decode(queries, numbers, blocks, *rest)
-        return codes_kernel.decode(queries, numbers, blocks, *rest)
+    if isinstance(blocks, DeltaBlocks):
+        return deltas_kernel.decode(queries, numbers, blocks, *rest)
+    return codes_kernel.decode(queries, numbers, blocks, *rest)

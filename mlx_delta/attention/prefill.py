@@ -15,9 +15,13 @@ from mlx_delta.ops.strip_attention import strip_attention
 from mlx_delta.ops.tiles import TileCount, tile_attention
 
 from .choice import tiles_by_kernel
+from .trial import kind_of_text, made_up
 
 # Far tokens, beyond which even a single query reads stored keys strip by strip.
 LONG = 4096
+
+# Queries, what they see, and which of them look at chosen tiles.
+Asked = tuple[mx.array, Step, tuple[int, int]]
 
 
 def attends_in_blocks(queries: mx.array, step: Step) -> bool:
@@ -109,16 +113,16 @@ def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | Non
 def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, int]) -> mx.array:
     """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
     assert step.tiles is not None and step.block_size is not None
-    (first, end), start = tiles, step.starts[0]
-    far = _far(step)
-    text = step.full, step.values, scale
-    mass = step.tiles.mass
+    mass, size = step.tiles.mass, step.block_size
 
-    def kernels(queries: mx.array) -> tuple[mx.array, TileCount]:
-        count = TileCount()
-        return tiles_kernel.tile_attention(queries, *text, start, far, tiles, mass, count), count
+    def kernels(asked: Asked) -> tuple[mx.array, TileCount]:
+        (queries, step, tiles), count = asked, TileCount()
+        text = step.full, step.values, scale, step.starts[0], _far(step)
+        return tiles_kernel.tile_attention(queries, *text, tiles, mass, count), count
 
-    def operations(queries: mx.array) -> tuple[mx.array, TileCount]:
+    def operations(asked: Asked) -> tuple[mx.array, TileCount]:
+        queries, step, (first, end) = asked
+        text, start, far = (step.full, step.values, scale), step.starts[0], _far(step)
         outputs, count = [], TileCount()
         if first > 0:
             outputs.append(exact_attention(queries[:, :, :first], *text, start, far=far))
@@ -130,15 +134,15 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
 
     if tiles_by_kernel(queries, step, scale):
         output, count = proven(
-            "tile_attention",
-            queries,
+            ("tile_attention", *kind_of_text(queries, step)),
+            (queries, step, tiles),
             kernels,
             operations,
             lambda result: result[:1],
-            tokens=step.length,
+            lambda: (*made_up(queries, step, scale, size), (0, size)),
         )
     else:
-        output, count = operations(queries)
+        output, count = operations((queries, step, tiles))
     step.tiles.count.add_all(count)
     return output
 

@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.tiles import TileCount, TilePlan
-from mlx_delta.system.tuning import store_name
 
 from .dense_keys import DenseKeys
 from .dropping import Dropping, stored
@@ -152,8 +151,8 @@ class HeldKeys(CacheState):
             encoded=tuple(encoded),
             stored_values=read,
             dtype=values.dtype,
+            config=self.config,
             tiles=self._tile_plan(),
-            store=store_name(self.config),
         )
         return self._written.follow(step, keys, values)
 

@@ -7,9 +7,11 @@ from functools import cached_property
 
 import mlx.core as mx
 
+from mlx_delta.config import DeltaConfig
 from mlx_delta.ops.blocks import FarBlocks, unpack
 from mlx_delta.ops.join import join_near
 from mlx_delta.ops.tiles import TilePlan
+from mlx_delta.system.tuning import store_name
 
 from .turned_values import TurnedView
 from .values import ValueStore
@@ -77,8 +79,8 @@ class Step:
         encoded: Blocks of each row that the last query sees as held.
         stored_values: The values as they are stored.
         dtype: The model's type.
+        config: The setting of the layer.
         tiles: How many of the far tiles to look at; ``None``: all.
-        store: How far keys and values are stored, as tables of measurements name it.
     """
 
     starts: tuple[int, ...]
@@ -91,13 +93,18 @@ class Step:
     encoded: tuple[int, ...]
     stored_values: ValueStore | TurnedView
     dtype: mx.Dtype
+    config: DeltaConfig
     tiles: TilePlan | None = None
-    store: str = ""
 
     @property
     def length(self) -> int:
         """Keys to look at, over all rows: one more than the last query's position."""
         return max(self.starts) + self.steps
+
+    @property
+    def store(self) -> str:
+        """How far keys and values are stored, as tables of measurements name it."""
+        return store_name(self.config)
 
     @property
     def block_size(self) -> int | None:

@@ -18,7 +18,7 @@ from .codes import CodedBlocks, Coding, code_blocks, decode_blocks
 from .deltas import DeltaBlocks, LaneCoding, StoredDeltas, read_deltas, store_deltas
 from .far_values import TOKENS
 from .hold import hold_blocks
-from .proving import proven
+from .proving import TRIED_BLOCKS, blocks_to_try, kind_of, proven, tokens_like
 from .storage import storage_type
 from .turned import Codes, decode_values
 from .turned import encode_values as encode_by_operations
@@ -38,12 +38,12 @@ def hold(
     if not has_kernels() or not hold_kernel.can_hold(keys, config):
         return operations(keys)
     return proven(
-        "delta_hold",
+        ("delta_hold", *kind_of(keys, config.block_size)),
         keys,
         lambda keys: hold_kernel.hold(keys, config, first_block),
         operations,
         lambda held: held,
-        config.block_size,
+        lambda: tokens_like(keys, blocks_to_try(config), config.block_size),
     )
 
 
@@ -59,12 +59,12 @@ def encode_codes(
     if not has_kernels() or not codes_encode.can_encode(size, D):
         return operations(keys)
     return proven(
-        "codes_encode",
+        ("codes_encode", *kind_of(keys, size)),
         keys,
         lambda keys: codes_encode.encode(keys, coding, size, felt),
         operations,
         lambda coded: [decode_blocks(CodedBlocks(coded[0], coded[1], None, coding, D))],
-        size,
+        lambda: tokens_like(keys, TRIED_BLOCKS, size),
     )
 
 
@@ -80,12 +80,12 @@ def encode_deltas(
     if not deltas_encode.can_encode(config, keys.shape[3]):
         return operations(keys)
     return proven(
-        "deltas_encode",
+        ("deltas_encode", *kind_of(keys, size)),
         keys,
         lambda keys: deltas_encode.encode(keys, config, coding, first_block),
         operations,
         lambda stored: [read_deltas(stored.apart(coding, size)), stored.counts, stored.zeros],
-        size,
+        lambda: tokens_like(keys, blocks_to_try(config), size),
     )
 
 
@@ -99,12 +99,12 @@ def encode_values(values: mx.array, widths: Sequence[int]) -> Codes:
     if not has_kernels() or not values_encode.can_encode(D):
         return operations(values)
     return proven(
-        "values_encode",
+        ("values_encode", *kind_of(values, TOKENS)),
         values,
         lambda values: values_encode.encode(values, widths),
         operations,
         lambda codes: [decode_values(codes, widths, D, dtype)],
-        TOKENS,
+        lambda: tokens_like(values, TRIED_BLOCKS, TOKENS),
     )
 
 

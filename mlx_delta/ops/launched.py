@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .cuda_text import MOST_BLOCKS
+
 # In MLX's words for memory that ran out; unlike what a threadgroup may have, no fault of a kernel.
 NO_MEMORY = ("allocate", "insufficient memory", "out of memory")
 
@@ -54,7 +56,9 @@ class Launched:
         Raises:
             KernelRefusedError: It was compiled for the first time, in vain.
         """
-        if (variant := tuple(template)) in self._compiled:
+        # CUDA's kernels have another source where a grid is folded.
+        variant = (*template, max(call.get("grid", (1,))[1:], default=1) > MOST_BLOCKS)
+        if variant in self._compiled:
             outputs: list[mx.array] = self.kernel(inputs=inputs, template=list(template), **call)
             return outputs
         ready = _computed([x for x in inputs if isinstance(x, mx.array)])

@@ -19,7 +19,7 @@ from mlx_delta.method.sequence import LEAST_WEIGHT
 from mlx_delta.method.sums import over_lanes
 
 from . import sums
-from .proving import proven
+from .proving import blocks_to_try, kind_of, proven, tokens_like
 from .runs_kernel import can_cut, cut_runs, elements
 from .sequence import by_token, in_sequence, token_sequences
 
@@ -65,13 +65,14 @@ def runs_in_sequence(
         words, held, _ = cut_runs(keys, config, first_block)
         return held, elements(words, D)
 
+    keys = blocks.reshape(B, H, -1, D)
     return proven(
-        "delta_runs",
-        blocks.reshape(B, H, -1, D),
+        ("delta_runs", *kind_of(keys, size), config.threshold_mode),
+        keys,
         kernel,
         lambda keys: _by_operations(apart(keys), config, first_block),
         lambda runs: runs,
-        size,
+        lambda: tokens_like(keys, blocks_to_try(config), size),
     )
 
 

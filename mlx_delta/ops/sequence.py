@@ -15,7 +15,7 @@ import numpy as np
 from mlx_delta.config import DeltaConfig
 from mlx_delta.method.sequence import LEAST_APART, factors, largest_code
 
-from .proving import itself, proven
+from .proving import blocks_to_try, itself, kind_of, proven, tokens_like
 from .sequence_kernel import can_order, order_tokens
 
 # At a time in NumPy: their distances, 16 KB each, stay in the processor's cache.
@@ -39,13 +39,13 @@ def token_sequences(keys: mx.array, config: DeltaConfig, first_block: int) -> mx
         on_gpu = mx.default_device() == mx.Device(mx.gpu)
         return _by_operations(mx if on_gpu else np, keys, config, first_block)
     return proven(
-        "token_sequence",
+        ("token_sequence", *kind_of(keys, size)),
         keys,
         lambda keys: order_tokens(keys, config, first_block)[0],
         # NumPy adds up in the specification's order: another bit, and a sequence is another.
         lambda keys: _by_operations(np, keys, config, first_block),
         itself,
-        size,
+        lambda: tokens_like(keys, blocks_to_try(config), size),
     )
 
 

@@ -89,5 +89,5 @@ def check_holds(setting: DeltaConfig, wish: str) -> None:
     if setting.key_format == "codes":
         raise ValueError(
             f"{wish} says how much is held, but of keys with key_format='codes' nothing is; drop "
-            "it, or give --delta key_format=held."
+            "it or --kv, or give --delta key_format=held where the model's own keys are codes."
         )

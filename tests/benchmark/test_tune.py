@@ -16,6 +16,7 @@ from mlx_delta.benchmark.tune import NOTHING, seconds_of, tried_shapes, tuning_t
 from mlx_delta.cache import DeltaKVCache
 from mlx_delta.system import tuning
 from mlx_delta.system.tuning import DENSE, KERNEL, PATHS, UNPACK, Shape
+from tests.gpus import Everything
 from tests.tiny import SMALL, llama_model, write_llama
 
 SHAPE = Shape("codes 4, rotated 4", 4, 2, 32)
@@ -203,7 +204,7 @@ def test_one_thing_at_a_time(other, capsys):
 )
 def test_attention_takes_the_path_of_the_table(monkeypatch, path, reads, simdgroups):
     from mlx_delta.attention import hybrid
-    from mlx_delta.ops import launching
+    from mlx_delta.ops import launching, proving
 
     wide = SMALL.changed(block_size=64, window=64)
     each = {t.shape: t for t in tried_shapes(llama_model(wide, head_dim=32))}
@@ -222,6 +223,7 @@ def test_attention_takes_the_path_of_the_table(monkeypatch, path, reads, simdgro
 
     monkeypatch.setattr(hybrid, "_decode", decode)
     monkeypatch.setattr(hybrid, "attend_in_full", lambda queries, *_: queries)
+    monkeypatch.setattr(proving, "_tried", Everything())
     keys = mx.zeros((1, 2, 1, 32))
     hybrid.delta_attention(mx.zeros((1, 4, 1, 32)), keys, keys, cache.cache, 1.0)
     assert asked == ([simdgroups] if reads else [])
