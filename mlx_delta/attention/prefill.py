@@ -20,8 +20,11 @@ from .trial import kind_of_text, made_up
 # Far tokens, beyond which even a single query reads stored keys strip by strip.
 LONG = 4096
 
-# Queries, what they see, and which of them look at chosen tiles.
-Asked = tuple[mx.array, Step, tuple[int, int]]
+# Of a text to try the kernels on: far blocks, and a share with which they have to choose.
+MANY, SOME = 12, 0.6
+
+# Queries, what they see, which of them look at chosen tiles, and how much these have to reach.
+Asked = tuple[mx.array, Step, tuple[int, int], float]
 
 
 def attends_in_blocks(queries: mx.array, step: Step) -> bool:
@@ -113,15 +116,15 @@ def tile_range(step: Step, mask: mx.array | str | None) -> tuple[int, int] | Non
 def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, int]) -> mx.array:
     """Attention of queries [B, Hq, L, D], of which some look at chosen tiles; [B, Hq, L, Dv]."""
     assert step.tiles is not None and step.block_size is not None
-    mass, size = step.tiles.mass, step.block_size
+    size = step.block_size
 
     def kernels(asked: Asked) -> tuple[mx.array, TileCount]:
-        (queries, step, tiles), count = asked, TileCount()
+        (queries, step, tiles, mass), count = asked, TileCount()
         text = step.full, step.values, scale, step.starts[0], _far(step)
         return tiles_kernel.tile_attention(queries, *text, tiles, mass, count), count
 
     def operations(asked: Asked) -> tuple[mx.array, TileCount]:
-        queries, step, (first, end) = asked
+        queries, step, (first, end), mass = asked
         text, start, far = (step.full, step.values, scale), step.starts[0], _far(step)
         outputs, count = [], TileCount()
         if first > 0:
@@ -132,17 +135,18 @@ def attend_tiles(queries: mx.array, step: Step, scale: float, tiles: tuple[int, 
             outputs.append(exact_attention(queries[:, :, end:], *text, start + end, far=far))
         return mx.concatenate(outputs, axis=2), count
 
+    asked = queries, step, tiles, step.tiles.mass
     if tiles_by_kernel(queries, step, scale):
         output, count = proven(
             ("tile_attention", *kind_of_text(queries, step)),
-            (queries, step, tiles),
+            asked,
             kernels,
             operations,
             lambda result: result[:1],
-            lambda: (*made_up(queries, step, scale, size), (0, size)),
+            lambda: (*made_up(queries, step, scale, size, MANY), (0, size), SOME),
         )
     else:
-        output, count = operations((queries, step, tiles))
+        output, count = operations(asked)
     step.tiles.count.add_all(count)
     return output
 

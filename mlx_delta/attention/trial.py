@@ -22,7 +22,9 @@ def kind_of_text(queries: mx.array, step: Step) -> tuple[Hashable, ...]:
     return queries.dtype, heads, kv_heads, queries.shape[3], dims, step.block_size
 
 
-def made_up(queries: mx.array, step: Step, scale: float, steps: int) -> tuple[mx.array, Step]:
+def made_up(
+    queries: mx.array, step: Step, scale: float, steps: int, far: int = TRIED_BLOCKS
+) -> tuple[mx.array, Step]:
     """Queries and what they see, like others but for the text: two rows of some blocks.
 
     Args:
@@ -30,10 +32,11 @@ def made_up(queries: mx.array, step: Step, scale: float, steps: int) -> tuple[mx
         step: What they see.
         scale: Factor on the scores.
         steps: How many queries, at a text's end; those of tiles begin a block.
+        far: Far blocks without sinks.
     """
     config, size = replace(step.config, max_size=None), step.config.block_size
     near = step.window_blocks + 1
-    blocks = near + TRIED_BLOCKS + config.sinks // size + -(-steps // size)
+    blocks = near + far + config.sinks // size + -(-steps // size)
     keys = tokens_like(step.near[:, :, :0], blocks, size).astype(queries.dtype)
     values = mx.zeros((1, keys.shape[1], 0, step.stored_values.head_dim), step.dtype)
     values = tokens_like(values, blocks, size)[::-1]
@@ -41,9 +44,10 @@ def made_up(queries: mx.array, step: Step, scale: float, steps: int) -> tuple[mx
     length = blocks * size - (0 if steps % size == 0 else 5)
     heads, D = queries.shape[1], queries.shape[3]
     noise = mx.random.normal((2, heads, steps, D), key=mx.random.key(0))
-    # Half of the heads lean to the newest key, the others to the first: one key of hundreds.
+    # Half of them lean to the newest key, the others to the first: one key of hundreds.
     ends = mx.repeat(keys[:, :, [length - 1, 0]], heads // keys.shape[1], axis=1)
-    leaning = mx.where(mx.arange(heads)[:, None, None] % 2 == 0, ends[:, :, :1], ends[:, :, 1:])
+    which = (mx.arange(2)[:, None] + mx.arange(heads)) % 2 == 0
+    leaning = mx.where(which[..., None, None], ends[:, :, :1], ends[:, :, 1:])
     asked = noise * (SPREAD / scale / D**0.5) + leaning * (LEAN / scale / D)
     cache = DeltaKVCache(config)
     first, rest = slice(0, length - steps), slice(length - steps, length)

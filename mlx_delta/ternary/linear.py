@@ -146,7 +146,7 @@ class TernaryLinear(nn.QuantizedLinear):
             and has_kernels()
             and not self.training
             and self.one_scale
-            and rows.shape[0] <= MAX_ROWS
+            and 0 < rows.shape[0] <= MAX_ROWS
         )
 
     def _product(self, rows: mx.array) -> mx.array:

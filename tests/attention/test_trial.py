@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from mlx_delta import DeltaConfig, DeltaKVCache
+from mlx_delta.attention import prefill
 from mlx_delta.attention.operations import attend_in_full
 from mlx_delta.attention.trial import kind_of_text, made_up
+from mlx_delta.ops import tiles
+from mlx_delta.ops.exact_attention import Far, exact_attention
 from mlx_delta.ops.proving import ROOM
+from mlx_delta.ops.tiles import TileCount, tile_attention
 from tests.attention.test_costs import LAYERS, far_format
 from tests.tiny import smooth_keys
 
@@ -82,3 +86,29 @@ def test_the_text_at_hand_is_not_looked_at():
 def apart(found: mx.array, right: mx.array) -> float:
     a, b = (np.array(x.astype(mx.float32)) for x in (found, right))
     return float(np.sqrt(np.square(a - b).mean() / np.square(b).mean()))
+
+
+def test_of_tiles_some_are_chosen_and_others_would_show():
+    setting = DeltaConfig(threshold=0.5, prefill="tiles")
+    queries, step = made_up(*asked(setting), SCALE, 64, prefill.MANY)
+    text = step.full, step.values, SCALE, step.starts[0]
+    far = Far(step.held, 64, 1)
+    count = TileCount()
+    right = tile_attention(queries, *text, far, prefill.SOME, count)
+    assert 0.2 < count.density < 0.9
+    exact = exact_attention(queries, *text, far=far)
+    assert apart(right, exact) > 1.4 * ROOM, "were all computed"
+    packed = tiles.pack_tiles
+    reverse = lambda keys: packed(keys[:, :, ::-1])  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "pack_tiles", reverse)
+        wrong = tile_attention(queries, *text, far, prefill.SOME, TileCount())
+    assert apart(wrong, right) > 1.4 * ROOM
+
+
+def test_one_head_leans_to_both_ends():
+    queries, step = asked(SETTINGS["codes"])
+    queries, step = made_up(queries[:, :2], step, SCALE, 1)
+    right = attend_in_full(queries, step, SCALE, None)
+    wrong = attend_in_full(queries, step, SCALE, (mx.arange(step.length) > 0)[None])
+    assert apart(wrong, right) > 1.4 * ROOM
