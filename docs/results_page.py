@@ -98,7 +98,8 @@ NOTES = {
     "squad": "Questions on whole paragraphs spread over a public subset in SQuAD 2.0's form (6,078 "
     "questions on 16 articles, about half of the official dev set, whose identifiers are partly "
     "changed: **not the official SQuAD v2 dev set**). Greedy answers of one line, up to 24 "
-    "tokens, no examples; F1 of their words, an answer to an unanswerable question counting 0.",
+    "tokens, no examples; F1 of their words. To an unanswerable question the right answer is none, "
+    "any other counts 0; the two kinds have columns of their own.",
     "recall": 'Facts ("Remember: the password of Anna is silver king.") told in prose and asked '
     "for at the end; the columns say how many tokens later.",
     "ruler": "RULER's tasks that need no data set, with texts and words of our own made from the "

@@ -171,6 +171,7 @@ class ReadingTask(FileTask):
                 prediction, [{"answers": {"text": self._questions[i].answers}}]
             )
             record = {"index": i, "score": scores["f1"][0], "exact": scores["exact"][0]}
+            record["answerable"] = bool(self._questions[i].answers)
             records.append({**record, "answer": text, **figures(cost)})
         return records
 

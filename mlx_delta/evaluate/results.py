@@ -21,7 +21,7 @@ from .language import summarize_kld, summarize_perplexity
 from .needles import summarize_needles
 from .recall import summarize_recall
 from .ruler import RULER, summarize_ruler
-from .samples import summarize
+from .samples import summarize, summarize_answers
 
 SAVE_EVERY = 3.0  # seconds
 SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
@@ -33,7 +33,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     **dict.fromkeys(RULER, summarize_ruler),
     "winogrande": partial(summarize, metric="accuracy"),
     "lambada": partial(summarize, metric="accuracy"),
-    "squad": partial(summarize, metric="f1"),
+    "squad": summarize_answers,
 }
 
 

@@ -100,6 +100,16 @@ def summarize(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
     }
 
 
+def summarize_answers(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """F1 of answers, over all questions and over those that have an answer, or have none."""
+    summary = summarize(records, "f1")
+    for name, answerable in (("answerable", True), ("unanswerable", False)):
+        scores = [r["score"] for r in records if r.get("answerable") is answerable]
+        if scores:
+            summary["metrics"][name] = sum(scores) / len(scores)
+    return summary
+
+
 def mean_cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sparsities and bytes averaged over records; a sparsity over those that have it."""
     found: dict[str, Any] = {}

@@ -50,7 +50,8 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
     header += ["99 %", "largest"] if runs[0]["task"] == "fidelity" else []
     lengths = [name for name in summary["metrics"] if name.startswith("share@")]
     header += [name[len("share") :] for name in lengths]
-    header += ["prefill", "decode", "overall", "cache", "of dense"]
+    kinds = [name for name in ("answerable", "unanswerable") if name in summary["metrics"]]
+    header += [*kinds, "prefill", "decode", "overall", "cache", "of dense"]
     rows = []
     for run in runs:
         summary = run["summary"]
@@ -75,7 +76,7 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> Table:
             row.append(f"{metrics['top1']:.4f}")
         if run["task"] == "fidelity":
             row += [f"{metrics['kld_p99']:.4f}", f"{metrics['kld_max']:.3f}"]
-        row += [f"{metrics[name]:.3f}" for name in lengths]
+        row += [f"{metrics[name]:.3f}" for name in (*lengths, *kinds)]
         for name in ("prefill", "decode", "overall"):
             value = summary[f"{name}_sparsity"]
             row.append("–" if value is None or run["kind"] not in _SPARSE else f"{value:.3f}")

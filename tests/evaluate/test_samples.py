@@ -139,6 +139,8 @@ def test_questions_are_scored_by_their_words(tokenizer, files, monkeypatch):
     assert [r["exact"] for r in records] == [1, 1, 0, 0, 0, 0]
     summary = SUMMARIES["squad"](records)
     assert summary["score"] == pytest.approx((2 + 2 / 3) / 6) and summary["metric"] == "f1"
+    kinds = {"answerable": pytest.approx((1 + 2 / 3) / 4), "unanswerable": 1 / 2}
+    assert summary["metrics"] == {"as_dense": 0, **kinds}
 
 
 def test_a_limit_spreads_samples_and_takes_whole_paragraphs(tokenizer, files):
