@@ -11,4 +11,5 @@
 
 Nothing here knows of caches. Which back-end there is, and so whether a kernel runs, is said in one
 place, ``backend``; what launchers share (checked shapes, small inputs made once) in ``launching``.
+A kernel is tried against its MLX form before it is used: ``proving``.
 """

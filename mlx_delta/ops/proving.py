@@ -22,7 +22,7 @@ from .launched import KernelRefusedError
 # How far a right result may be from that of operations, of its own size, by root mean square: both
 # round, and a last bit decides a code or a cut now and then.
 ROOM = 0.05
-TRIED_BLOCKS = 3
+TRIED_BLOCKS = 3  # without sinks: a first one, a last one and one between
 ALIKE = 8  # made-up tokens in a row share something
 
 Input = TypeVar("Input")
