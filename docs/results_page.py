@@ -207,8 +207,7 @@ def section(
         if len(runs) > 3:
             lines += ["", picture(f"{name}-kld", "KL divergence against what is skipped and bytes")]
         return lines
-    if task in ("needles", "squad") and (task == "squad" or len(options["lengths"]) == 1):
-        lines[0] += f": {of_many(runs)}"
+    lines[0] += of_many(task, runs)
     if NOTES.get(task) and not again:
         lines += ["", NOTES[task]]
     (table,) = make_tables({**data, "runs": runs})
@@ -223,12 +222,14 @@ def section(
     return lines
 
 
-def of_many(runs: Sequence[dict[str, Any]]) -> str:
-    """What a task's samples are, for its heading."""
-    samples, options = max(run["planned"] for run in runs), runs[0]["options"]
-    if "lengths" not in options:
-        return f"{samples:,} of them"
-    return f"{options['texts']} texts of {options['lengths'][0]:,} tokens"
+def of_many(task: str, runs: Sequence[dict[str, Any]]) -> str:
+    """What sets a task's samples apart from others of that task, for its heading."""
+    if task == "squad":
+        return f": {max(run['planned'] for run in runs):,} of them"
+    options = runs[0]["options"]
+    if task == "needles" and len(options["lengths"]) == 1:
+        return f": {options['texts']} texts of {options['lengths'][0]:,} tokens"
+    return ""
 
 
 def ruler_section(data: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:

@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
+from mlx_delta.system.files import written_aside
 
 ENTRY = "delta"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -82,7 +81,7 @@ def write_setting(file: Path, config: DeltaConfig) -> None:
     try:
         if isinstance(sensitivities, Sensitivities):
             sensitivities.save(aside)
-        with written_aside(file, text):
+        with written_aside(file, text.encode()):
             # The last thing that takes room is done. First: until config.json names it, nothing
             # reads it.
             if isinstance(sensitivities, Sensitivities):
@@ -98,35 +97,8 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: It can't be written.
     """
-    with written_aside(file, text):
+    with written_aside(file, text.encode()):
         pass
-
-
-@contextmanager
-def written_aside(file: Path, text: str) -> Iterator[None]:
-    """Write a file beside its place, into which it is moved if what is done meanwhile succeeds.
-
-    Raises:
-        OSError: It can't be written.
-    """
-    file = file.resolve()  # a link stays a link
-    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-        yield
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def copy_model(source: Path, target: Path, config: DeltaConfig) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_delta.sensitivities import BUNDLED, Sensitivities
+from mlx_delta.system.files import written_aside
 
 from .catalogue import Entry
 from .json_file import check_regular, read_json
@@ -38,8 +36,11 @@ def put_level(entry: Entry, folder: Path) -> None:
     if config.get("delta") == delta:
         return
     # First: whoever reads the old config.json finds what it names, whoever the new one, too.
-    _replace(folder / _name(data, level), data)
-    _replace(folder / CONFIG, (json.dumps({**config, "delta": delta}, indent=2) + "\n").encode())
+    text = json.dumps({**config, "delta": delta}, indent=2) + "\n"
+    with written_aside(folder / _name(data, level), data):
+        pass
+    with written_aside(folder / CONFIG, text.encode()):
+        pass
 
 
 def update_level(entry: Entry, folder: Path) -> None:
@@ -65,17 +66,3 @@ def _name(data: bytes, level: Any) -> str:
     """The file of these sensitivities at this level."""
     own = hashlib.sha256(data + repr(level).encode()).hexdigest()[:8]
     return f"delta_sensitivities-{own}.safetensors"
-
-
-def _replace(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its permissions stay, and a link to it."""
-    file = file.resolve()
-    handle, part = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
-    try:
-        with open(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(part, stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644)
-        os.replace(part, file)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

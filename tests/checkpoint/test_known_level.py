@@ -16,6 +16,7 @@ from mlx_delta.checkpoint.catalogue import CATALOGUE
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import read_setting
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system import files
 
 from .test_catalogue import ENTRY, cache, give
 
@@ -103,6 +104,6 @@ def test_a_cache_that_is_only_read_serves_as_it_is(known, monkeypatch):
     config = (folder / "config.json").read_text()
     known(weight=2.0)
     refused = mock.Mock(side_effect=PermissionError)
-    monkeypatch.setattr(known_level.tempfile, "mkstemp", refused)
+    monkeypatch.setattr(files.tempfile, "mkstemp", refused)
     assert obtain.obtain("toy") == folder and refused.called
     assert (folder / "config.json").read_text() == config

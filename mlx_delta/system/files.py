@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(file: Path, data: bytes) -> Iterator[None]:
+    """Write a file beside its place, into which it is moved if what is done meanwhile succeeds.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    file = file.resolve()  # a link stays a link
+    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, temporary)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+        yield
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
