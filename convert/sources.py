@@ -16,7 +16,7 @@ HUB_PATTERNS = [
     "model*.safetensors",
     "tokenizer.model",
     "*.jinja",
-    "delta_sensitivities.safetensors",
+    "delta_sensitivities*.safetensors",  # a catalogued model's have a hash in their name
 ]
 
 MAX_SENSITIVITIES_BYTES = 2**26

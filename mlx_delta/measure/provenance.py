@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_delta.loading import find_model
-from mlx_delta.sensitivities import FILE_NAME
 from mlx_delta.system.devices import has_gpu
 
 _SAMPLE = 1 << 16  # bytes read of a weight file at each of three places
@@ -27,7 +26,7 @@ def fingerprint(path: Path, adapter_path: Path | None = None) -> str:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config.pop("delta", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    weights = [file for file in sorted(path.glob("*.safetensors")) if file.name != FILE_NAME]
+    weights = sorted(path.glob("model*.safetensors"))  # sensitivities lie beside them
     adapters = [] if adapter_path is None else sorted(adapter_path.glob("*.safetensors"))
     for file in [*weights, *adapters]:
         size = file.stat().st_size

@@ -185,7 +185,8 @@ def test_a_calibration_does_not_make_another_model(tmp_path):
     before = fingerprint(path)
     config = read(path / "config.json")
     (path / "config.json").write_text(json.dumps({**config, "delta": {"level": 0.1}}))
-    (path / FILE_NAME).write_bytes(b"sensitivities")
+    for name in (FILE_NAME, "delta_sensitivities-124a498a.safetensors"):  # a catalogued model's
+        (path / name).write_bytes(b"sensitivities")
     assert fingerprint(path) == before
     (path / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
     assert fingerprint(path) != before
