@@ -18,13 +18,14 @@ from mlx_delta.models.common import read_delta
 from mlx_delta.sensitivities import FILE_NAME, Sensitivities
 from mlx_delta.system.arguments import add_delta_argument
 from mlx_delta.system.cli import HelpFormatter, Parser, run_command
+from mlx_delta.system.files import write_whole
 from mlx_delta.system.kv import check_holds, written_fields
 
 from . import KL_WINDOWS, WINDOWS, Calibration, calibrate, codes, runs, tiles
 from .divergence import Comparison
 from .family import Per
 from .sensitivity import GRID
-from .write import ENTRY, check_file, check_target, copy_model, merged, write_setting, write_text
+from .write import ENTRY, check_file, check_target, copy_model, merged, write_setting
 
 PASSES = 3  # of tiles' few shares, by bisection
 TABLE_ROWS = 22  # of the curve: as many as the grid has
@@ -214,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'\n"{ENTRY}": {json.dumps(merged(entries.get(ENTRY), shown))}')
     if args.curve is not None:
         curve = {"model": str(args.model), "text": str(args.text), **curve}
-        write_text(args.curve, json.dumps(curve, indent=1) + "\n")
+        write_whole(args.curve, f"{json.dumps(curve, indent=1)}\n".encode())
         print(f"Curves written to {args.curve}.")
     if args.dry_run:
         print("Dry run: no setting written.")

@@ -91,16 +91,6 @@ def write_setting(file: Path, config: DeltaConfig) -> None:
         raise
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all; its permissions stay.
-
-    Raises:
-        OSError: It can't be written.
-    """
-    with written_aside(file, text.encode()):
-        pass
-
-
 def copy_model(source: Path, target: Path, config: DeltaConfig) -> None:
     """A copy of a model's directory with a setting of its own; there whole or not at all.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mlx_delta.system.files import write_whole
 
 FORMAT = "mlx_delta conversation"
 VERSION = 1
@@ -58,22 +58,10 @@ def write(file: str | Path, saved: Saved) -> Path:
             raise ValueError(f"{file} is left as it is: {error}") from error
     values = {"format": FORMAT, "version": VERSION, **vars(saved)}
     text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("x", encoding="utf-8", errors="surrogatepass") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())  # else it could be empty after a crash
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
+        write_whole(target, text.encode("utf-8", "surrogatepass"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise type(error)(f"{file} can't be written: {error.strerror or error}.") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return target
 
 

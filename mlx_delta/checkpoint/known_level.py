@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_delta.sensitivities import BUNDLED, Sensitivities
-from mlx_delta.system.files import written_aside
+from mlx_delta.system.files import write_whole
 
 from .catalogue import Entry
 from .json_file import check_regular, read_json
@@ -37,10 +37,8 @@ def put_level(entry: Entry, folder: Path) -> None:
         return
     # First: whoever reads the old config.json finds what it names, whoever the new one, too.
     text = json.dumps({**config, "delta": delta}, indent=2) + "\n"
-    with written_aside(folder / _name(data, level), data):
-        pass
-    with written_aside(folder / CONFIG, text.encode()):
-        pass
+    write_whole(folder / _name(data, level), data)
+    write_whole(folder / CONFIG, text.encode())
 
 
 def update_level(entry: Entry, folder: Path) -> None:

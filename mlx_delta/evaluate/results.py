@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from mlx_delta.measure.provenance import machine_entry
 from mlx_delta.measure.results_file import VERSION, read_results
 from mlx_delta.measure.settings import Setting
 from mlx_delta.sensitivities import Sensitivities
+from mlx_delta.system.files import write_whole
 from mlx_delta.version import VERSION as RELEASE
 
 from .language import summarize_kld, summarize_perplexity
@@ -128,12 +128,7 @@ class Results:
         self._saved = time.monotonic()
         if self.path is None:
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            # A run that has nothing yet would be noise to whoever reads the file.
-            runs = [run for run in self.data["runs"] if run["summary"] or run.get("done")]
-            text = json.dumps({**self.data, "runs": runs}, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # A run that has nothing yet would be noise to whoever reads the file.
+        runs = [run for run in self.data["runs"] if run["summary"] or run.get("done")]
+        text = json.dumps({**self.data, "runs": runs}, ensure_ascii=False)
+        write_whole(self.path, f"{text}\n".encode())

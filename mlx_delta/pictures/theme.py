@@ -20,6 +20,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mlx_delta.system.files import write_whole
+
 WIDTH = 8.0  # inches
 DPI = 150  # 1,200 pixels wide
 SUFFIXES = (".png", ".svg")
@@ -215,14 +217,10 @@ def write(file: Path, content: bytes) -> None:
     Raises:
         OSError: It can't be written; the message names it.
     """
-    partial = file.with_name(f".{file.name}.tmp")
     try:
-        partial.write_bytes(content)
-        partial.replace(file)
+        write_whole(file, content)
     except OSError as error:
         raise _unwritable(file, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> OSError:

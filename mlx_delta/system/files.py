@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,7 +18,8 @@ def written_aside(file: Path, data: bytes) -> Iterator[None]:
         OSError: It can't be written.
     """
     file = file.resolve()  # a link stays a link
-    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name}.", file.parent)
+    # Of a long name a part: with what is added to it, it may be no longer than 255 bytes.
+    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name[:50]}.", file.parent)
     try:
         with open(handle, "wb") as stream:
             stream.write(data)
@@ -33,5 +34,16 @@ def written_aside(file: Path, data: bytes) -> Iterator[None]:
         yield
         os.replace(temporary, file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file so that its place holds all of it, or what was there before.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    with written_aside(file, data):
+        pass

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import mlx.core as mx
 from mlx_delta.config import DeltaConfig
 
 from .chips import chip_name, gpu_cores
+from .files import write_whole
 from .folders import cache_folder
 
 FORMAT = 1
@@ -254,14 +254,7 @@ def write_tuning(table: Tuning) -> Path:
     file = table_file()
     text = json.dumps(with_known(table).to_json(), indent=1)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as part:
-            part.write(text + "\n")
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(file, f"{text}\n".encode())
     read_tuning.cache_clear()
     _best.cache_clear()
     return file
