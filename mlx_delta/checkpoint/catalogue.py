@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_delta.config import DeltaConfig
+
 
 @dataclass(frozen=True)
 class Package:
@@ -42,6 +44,7 @@ class Entry:
         packages: Of the package index; their members one after another are the file.
         sensitivities: Those that come with this library: a file of ``bundled/sensitivities``.
         zeros: The share of deltas that its level makes zero, by these sensitivities' curve.
+        window: Tokens before a query's own block that stay exact.
     """
 
     title: str
@@ -54,6 +57,7 @@ class Entry:
     packages: tuple[Package, ...]
     sensitivities: str | None = None
     zeros: float = 0.75
+    window: int = DeltaConfig.window
 
 
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
@@ -73,6 +77,7 @@ CATALOGUE = {
             ),
         ),
         sensitivities="smollm2.safetensors",
+        window=128,  # a third of the loss where an answer is looked up in a short text
     ),
     "gemma3-270m": Entry(
         title="Gemma 3 270M (Q4_K_M)",

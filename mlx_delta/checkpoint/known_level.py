@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlx_delta.config import DeltaConfig
 from mlx_delta.sensitivities import BUNDLED, Sensitivities
 from mlx_delta.system.files import write_whole
 
@@ -30,14 +32,18 @@ def put_level(entry: Entry, folder: Path) -> None:
     if entry.sensitivities is None:
         return
     file = BUNDLED / entry.sensitivities
-    level, data = float(f"{Sensitivities.read(file).level_for(entry.zeros):.4g}"), file.read_bytes()
+    data = file.read_bytes()
+    others = {"level": float(f"{Sensitivities.read(file).level_for(entry.zeros):.4g}")}
+    if entry.window != DeltaConfig.window:
+        others["window"] = entry.window
+    name = _name(data, others)
+    delta = {**others, "sensitivities": name}
     config = read_json(folder / CONFIG)
-    delta = {"level": level, "sensitivities": _name(data, level)}
     if config.get("delta") == delta:
         return
     # First: whoever reads the old config.json finds what it names, whoever the new one, too.
     text = json.dumps({**config, "delta": delta}, indent=2) + "\n"
-    write_whole(folder / _name(data, level), data)
+    write_whole(folder / name, data)
     write_whole(folder / CONFIG, text.encode())
 
 
@@ -51,16 +57,18 @@ def update_level(entry: Entry, folder: Path) -> None:
 
 def _is_ours(delta: Any, folder: Path) -> bool:
     """Whether a setting is as :func:`put_level` left it."""
-    if not isinstance(delta, dict) or delta.keys() != {"level", "sensitivities"}:
+    if not isinstance(delta, dict) or not {"level", "sensitivities"} <= delta.keys():
         return False
-    name, level = delta["sensitivities"], delta["level"]
+    others = dict(delta)
+    name = others.pop("sensitivities")
     if name != Path(str(name)).name:
         return False
     check_regular(folder / name)
-    return bool(name == _name((folder / name).read_bytes(), level))
+    return bool(name == _name((folder / name).read_bytes(), others))
 
 
-def _name(data: bytes, level: Any) -> str:
-    """The file of these sensitivities at this level."""
-    own = hashlib.sha256(data + repr(level).encode()).hexdigest()[:8]
+def _name(data: bytes, others: Mapping[str, Any]) -> str:
+    """The file of these sensitivities, in a setting with these other values: a level first."""
+    said = ",".join(repr(value) for value in others.values())
+    own = hashlib.sha256(data + said.encode()).hexdigest()[:8]
     return f"delta_sensitivities-{own}.safetensors"

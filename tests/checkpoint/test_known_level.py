@@ -30,10 +30,11 @@ def known(cache, tmp_path, monkeypatch):
     """The toy comes with sensitivities; a function lets a release have others."""
     monkeypatch.setattr(known_level, "BUNDLED", tmp_path)
 
-    def release(weight: float = 1.0, zeros: float = 0.7) -> Sensitivities:
+    def release(weight: float = 1.0, zeros: float = 0.7, window: int = 64) -> Sensitivities:
         found = Sensitivities([np.full((1, 4), weight, np.float32)], CURVE)
         found.save(tmp_path / "toy.safetensors")
-        entry = dataclasses.replace(ENTRY, sensitivities="toy.safetensors", zeros=zeros)
+        own = {"sensitivities": "toy.safetensors", "zeros": zeros, "window": window}
+        entry = dataclasses.replace(ENTRY, **own)
         monkeypatch.setitem(CATALOGUE, "toy", entry)
         return found
 
@@ -51,6 +52,13 @@ def setting_of(folder: Path) -> DeltaConfig:
 def test_sensitivities_are_put_beside_it_with_their_level(known):
     setting = setting_of(obtain.obtain("toy"))
     assert setting.level == pytest.approx(0.2, rel=1e-3) and setting.sensitivities == known()
+    assert setting.window == DeltaConfig.window
+
+
+def test_a_window_of_its_own_comes_and_goes_with_releases(known):
+    for window in (64, 128, 256, 64):
+        known(window=window)
+        assert setting_of(obtain.obtain("toy")).window == window
 
 
 @pytest.mark.parametrize("change", [{"weight": 2.0}, {"zeros": 0.6}], ids=str)
@@ -67,6 +75,12 @@ def test_a_newer_release_brings_its_own_and_fetches_nothing(known, monkeypatch, 
 def change_level(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["delta"]["level"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_window(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["delta"]["window"] = 192
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -88,7 +102,8 @@ def lose_them(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [change_level, calibrate_anew, ask_for_dense, break_it, lose_them]
+    "change",
+    [change_level, change_window, calibrate_anew, ask_for_dense, break_it, lose_them],
 )
 def test_what_a_user_changed_stays(known, change):
     folder = obtain.obtain("toy")
