@@ -27,6 +27,7 @@ import results_page  # noqa: E402  (beside this file)
 OTHERS = ("kv8", "kv4", "kv4-rotated", "kivi4", "kivi2")
 PAPER = ("paper", "paper:threshold=1.05")
 DELTA = ("delta", "delta:sparsity=0.8", "uncalibrated")
+NARROW = "delta:window=64"  # the default's window, where the model has one of its own
 STORES = (
     "delta:kv=balanced", "delta:kv=small", "delta:sparsity=0.75,key_bits=3.5,value_bits=2.75",
     "delta:sparsity=0.75,key_bits=3,value_bits=2.5",
@@ -64,7 +65,7 @@ class Run:
 RUNS = (
     Run(
         "smollm2-kld-2048", "smollm2", ("kld",),
-        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, NARROW, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "2048", "--windows", "4"),
     ),
     Run(
@@ -77,24 +78,23 @@ RUNS = (
     ),
     Run(
         "smollm2-squad", "smollm2", ("squad=DATA/squad.json",),
-        ("dense", "delta"), ("--limit", "2992", "--batch-size", "32"),
+        ("dense", "delta", NARROW), ("--limit", "2992", "--batch-size", "32"),
     ),
     Run(
         "smollm2-squad-500", "smollm2", ("squad=DATA/squad.json",),
-        ("dense", "delta", "delta:sparsity=0.65", "delta:kv=balanced", "paper"),
-        ("--limit", "500", "--batch-size", "16"),
+        ("dense", "delta", "delta:kv=balanced", *PAPER), ("--limit", "500", "--batch-size", "16"),
     ),
     Run(
         "smollm2-needles", "smollm2", ("needles",),
         (
-            *("dense", "delta", "delta:kv=balanced", "delta:prefill=tiles,level=0"),
+            *("dense", "delta", NARROW, "delta:kv=balanced", "delta:prefill=tiles,level=0"),
             *("uncalibrated", *PAPER, "kv8", "kv4"),
         ),
         ("--needles", "word", "--samples", "5"),
     ),
     Run(
         "smollm2-needles-1k", "smollm2", ("needles",),
-        ("dense", "delta", "delta:kv=balanced", "delta:kv=small", "kv8"),
+        ("dense", "delta", NARROW, "delta:kv=balanced", "delta:kv=small", "kv8"),
         ("--needles", "word", "--lengths", "1024", "--samples", "24"),
     ),
     Run(
@@ -103,7 +103,7 @@ RUNS = (
     ),
     Run(
         "smollm2-kld-4096", "smollm2", ("kld",),
-        ("dense", *DELTA, *STORES, *PAPER, "window-only", *OTHERS),
+        ("dense", *DELTA, NARROW, *STORES, *PAPER, "window-only", *OTHERS),
         ("--length", "4096", "--windows", "2"),
     ),
     Run(

@@ -24,7 +24,8 @@ MODELS = {
     "smollm2": (
         "SmolLM2-135M-Instruct",
         "Llama architecture, 30 layers, 9:3 heads of 64, 4-bit weights; its sensitivities, "
-        "calibrated on other books, come with the library (`--model smollm2`).",
+        "calibrated on other books, and its window of 128 tokens come with the library "
+        "(`--model smollm2`).",
     ),
     "gemma3-270m": (
         "Gemma 3 270M",
@@ -50,6 +51,7 @@ PEERS = {
 NAMES = {
     "dense": "dense",
     "delta": "delta, the model's own level",
+    "delta:window=64": "the same with a window of 64 tokens",
     "delta:sparsity=0.75": "delta, 0.75 of the deltas zero",
     "delta:sparsity=0.8": "delta, 0.8 of the deltas zero",
     "uncalibrated": "delta, as on a model that was not calibrated",
@@ -91,10 +93,10 @@ NOTES = {
     "those of them whose every token it takes for a tenth likelier than any other, and *nats* says "
     "how much less likely the answers become, on average.",
     "winogrande": "Items of the validation set, no examples. The texts have some "
-    "25 tokens: up to 128 tokens nothing is held, and `delta` is dense attention; its records are "
+    "25 tokens: up to 192 tokens nothing is held, and `delta` is dense attention; its records are "
     "dense attention's but for one in 25, which was measured all the same.",
     "lambada": "Passages, spread evenly over the file: whether greedy decoding would write "
-    "the last word. Passages of up to 128 tokens are dense attention's for `delta`, as above.",
+    "the last word. Passages of up to 192 tokens are dense attention's for `delta`, as above.",
     "squad": "Questions on whole paragraphs spread over a public subset in SQuAD 2.0's form (6,078 "
     "questions on 16 articles, about half of the official dev set, whose identifiers are partly "
     "changed: **not the official SQuAD v2 dev set**). Greedy answers of one line, up to 24 "
@@ -301,6 +303,7 @@ def readme_table(folder: Path) -> str:
         "window-only",
         "kivi2",
         "uncalibrated",
+        "delta:window=64",
         "delta:sparsity=0.75",
         "delta:sparsity=0.8",
     }

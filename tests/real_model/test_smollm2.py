@@ -51,6 +51,7 @@ def test_it_holds_keys_by_calibrated_sensitivities(model):
     setting = model.args.delta
     assert setting.cuts_runs and setting.sensitivities.file is not None
     assert setting.level == pytest.approx(setting.sensitivities.level_for(zeros=0.75), rel=1e-3)
+    assert setting.window == 128
 
 
 def test_it_completes_a_sentence(model, tokenizer):
@@ -76,7 +77,7 @@ def test_its_logits_are_those_of_an_independent_forward_pass(model, tokenizer, g
 
 
 def test_it_skips_most_of_qk_and_stays_near_to_dense(model, tokenizer, delta):
-    length, first = 1536, 1024
+    length, first = 2048, 1536
     ids = prompt_ids(tokenizer, read_text(BUNDLED_TEXT), length)
     logs = []
     for setting in (DENSE, delta):
