@@ -51,7 +51,8 @@ PEERS = {
 NAMES = {
     "dense": "dense",
     "delta": "delta, the model's own level",
-    "delta:window=64": "the same with a window of 64 tokens",
+    "delta:level=0.0008442": "delta, three quarters of the deltas zero",
+    "delta:window=64,level=0.0008442": "the same with a window of 64 tokens",
     "delta:sparsity=0.75": "delta, 0.75 of the deltas zero",
     "delta:sparsity=0.8": "delta, 0.8 of the deltas zero",
     "uncalibrated": "delta, as on a model that was not calibrated",
@@ -303,7 +304,8 @@ def readme_table(folder: Path) -> str:
         "window-only",
         "kivi2",
         "uncalibrated",
-        "delta:window=64",
+        "delta:level=0.0008442",
+        "delta:window=64,level=0.0008442",
         "delta:sparsity=0.75",
         "delta:sparsity=0.8",
     }
