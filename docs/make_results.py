@@ -88,7 +88,8 @@ RUNS = (
     Run(
         "smollm2-needles", "smollm2", ("needles",),
         (
-            *("dense", "delta", NARROW, "delta:kv=balanced", "delta:prefill=tiles,level=0"),
+            *("dense", "delta", NARROW, "delta:window=64,kv=balanced"),
+            "delta:window=64,prefill=tiles,level=0",
             *("uncalibrated", *PAPER, "kv8", "kv4"),
         ),
         ("--needles", "word", "--samples", "5"),

@@ -57,7 +57,8 @@ NAMES = {
     "delta:sparsity=0.8": "delta, 0.8 of the deltas zero",
     "uncalibrated": "delta, as on a model that was not calibrated",
     "delta:kv=balanced": "codes of 4 bits on average",
-    "delta:prefill=tiles,level=0": "prefill by tiles, full keys",
+    "delta:window=64,prefill=tiles,level=0": "prefill by tiles, full keys",
+    "delta:window=64,kv=balanced": "codes of 4 bits on average, a window of 64 tokens",
     "delta:kv=small": "codes of 3 bits on average",
     "delta:sparsity=0.75,key_bits=3.5,value_bits=2.75": "held keys by lanes, 3.5 and 2.75 bits",
     "delta:sparsity=0.75,key_bits=3,value_bits=2.5": "held keys by lanes, 3 and 2.5 bits",
@@ -205,7 +206,11 @@ def section(
     if task == "kld":
         count = max(run["summary"]["samples"] for run in runs)
         lines[0] += f": windows of {options['length']:,} tokens"
-        lines += ["", f"{count} windows, of each the second half scored.", ""]
+        lines += [
+            "",
+            f"{count} windows; the first half of each is the prompt, the second is scored.",
+            "",
+        ]
         lines += loss_rows(runs)
         if len(runs) > 3:
             lines += ["", picture(f"{name}-kld", "KL divergence against what is skipped and bytes")]

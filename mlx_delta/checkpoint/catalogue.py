@@ -78,7 +78,7 @@ CATALOGUE = {
         ),
         sensitivities="smollm2.safetensors",
         zeros=0.72,  # answers looked up mind more than prose does
-        window=128,  # a third of the loss where an answer is looked up in a short text
+        window=128,  # loses a third of what 64 does where answers are looked up
     ),
     "gemma3-270m": Entry(
         title="Gemma 3 270M (Q4_K_M)",

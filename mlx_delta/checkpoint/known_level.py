@@ -68,7 +68,8 @@ def _is_ours(delta: Any, folder: Path) -> bool:
 
 
 def _name(data: bytes, others: Mapping[str, Any]) -> str:
-    """The file of these sensitivities, in a setting with these other values: a level first."""
-    said = ",".join(repr(value) for value in others.values())
+    """The file of these sensitivities, in a setting with these other values."""
+    more = {name: value for name, value in others.items() if name != "level"}
+    said = ",".join([repr(others["level"]), *(f"{name}={more[name]!r}" for name in sorted(more))])
     own = hashlib.sha256(data + said.encode()).hexdigest()[:8]
     return f"delta_sensitivities-{own}.safetensors"

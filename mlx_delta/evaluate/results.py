@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -61,7 +62,8 @@ class Results:
         }
         if self.path is None:
             return
-        if self.path.is_dir() or not self.path.parent.is_dir():
+        target = Path(os.path.realpath(self.path))
+        if (target.exists() and not target.is_file()) or not target.parent.is_dir():
             raise ValueError(f"[evaluate] can't write a file {str(file)!r}; give another --output.")
         if self.path.exists() and not restart:
             data = read_results(self.path)

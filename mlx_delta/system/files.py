@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,28 +15,35 @@ from pathlib import Path
 def written_aside(file: Path, data: bytes) -> Iterator[None]:
     """Write a file beside its place, into which it is moved if what is done meanwhile succeeds.
 
+    A link stays one, and an old file's permissions stay where they can.
+
     Raises:
-        OSError: It can't be written.
+        OSError: It can't be written, or what is there is a device or a pipe; it names the file.
     """
-    file = file.resolve()  # a link stays a link
+    file = Path(os.path.realpath(file))  # which takes a link that goes round in a circle for a file
+    old = file.is_file()
+    if file.exists() and not old and not file.is_dir():
+        raise OSError(errno.EINVAL, "is a device or a pipe", str(file))
     # Of a long name a part: with what is added to it, it may be no longer than 255 bytes.
-    handle, temporary = tempfile.mkstemp(".tmp", f".{file.name[:50]}.", file.parent)
+    temporary = file.with_name(f".{file.name[:50]}.{secrets.token_hex(4)}.tmp")
+    try:
+        mode = 0o600 if old else 0o666  # without what the umask takes away
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from error
     try:
         with open(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
+        if old:
+            with suppress(OSError):  # some file systems know no permissions
+                shutil.copymode(file, temporary)
         yield
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 

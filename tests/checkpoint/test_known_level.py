@@ -16,7 +16,6 @@ from mlx_delta.checkpoint.catalogue import CATALOGUE
 from mlx_delta.config import DeltaConfig
 from mlx_delta.loading import read_setting
 from mlx_delta.sensitivities import Sensitivities
-from mlx_delta.system import files
 
 from .test_catalogue import ENTRY, cache, give
 
@@ -84,6 +83,11 @@ def change_window(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def change_what_128_is_of(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"window"', '"block_size"'))
+
+
 def calibrate_anew(folder: Path) -> None:
     own = DeltaConfig(level=0.7, sensitivities=Sensitivities([np.ones((1, 4), np.float32)]))
     write_setting(folder / "config.json", own)
@@ -103,13 +107,22 @@ def lose_them(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [change_level, change_window, calibrate_anew, ask_for_dense, break_it, lose_them],
+    [
+        change_level,
+        change_window,
+        change_what_128_is_of,
+        calibrate_anew,
+        ask_for_dense,
+        break_it,
+        lose_them,
+    ],
 )
 def test_what_a_user_changed_stays(known, change):
+    known(window=128)
     folder = obtain.obtain("toy")
     change(folder)
     config = (folder / "config.json").read_text()
-    known(weight=2.0)
+    known(weight=2.0, window=128)
     assert obtain.obtain("toy") == folder
     assert (folder / "config.json").read_text() == config
 
@@ -119,6 +132,6 @@ def test_a_cache_that_is_only_read_serves_as_it_is(known, monkeypatch):
     config = (folder / "config.json").read_text()
     known(weight=2.0)
     refused = mock.Mock(side_effect=PermissionError)
-    monkeypatch.setattr(files.tempfile, "mkstemp", refused)
+    monkeypatch.setattr(known_level, "write_whole", refused)
     assert obtain.obtain("toy") == folder and refused.called
     assert (folder / "config.json").read_text() == config

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from unittest import mock
 
 import pytest
 
@@ -35,6 +37,32 @@ def test_a_link_stays_a_link(tmp_path):
     write_whole(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_link_to_itself_becomes_the_file(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    write_whole(tmp_path / "loop", b"new")
+    assert (tmp_path / "loop").read_bytes() == b"new"
+
+
+def test_a_pipe_stays_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"device or a pipe: '.*/pipe'"):
+        write_whole(tmp_path / "pipe", b"new")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_the_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no/file'$"):
+        write_whole(tmp_path / "no" / "file", b"new")
+
+
+def test_a_file_system_without_permissions_will_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(os, "chmod", mock.Mock(side_effect=OSError(errno.ENOTSUP, "no")))
+    for name in ("file", "new"):
+        write_whole(tmp_path / name, b"whole")
+        assert (tmp_path / name).read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127], ids=["255 letters", "254 bytes"])
