@@ -6,6 +6,7 @@ What the page says around its tables is in docs/results/page.md, and in ``NOTES`
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -225,8 +226,29 @@ def section(
         differing = sum(check["differing"] for check in checks)
         lines += ["", f"Of {total} samples checked so, {differing} differ from dense attention's."]
     lines += ["", table.markdown()]
+    if task == "squad":
+        lines += ["", *where_held(runs)]
     if task == "needles":
         lines += ["", picture(name, "Needles found by length and depth")]
+    return lines
+
+
+def where_held(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the samples in whose prompts something is held, the difference to dense attention."""
+    dense = next(run for run in runs if run["kind"] == "dense")
+    exact = {record["index"]: record["score"] for record in dense["records"]}
+    lines = []
+    for run in runs:
+        held = [record for record in run["records"] if record["prefill_sparsity"]]
+        if run["kind"] == "delta" and len(held) > 1:
+            differences = [record["score"] - exact[record["index"]] for record in held]
+            room = 1.96 * statistics.stdev(differences) / len(held) ** 0.5
+            lines.append(
+                f"In {len(held):,} of {len(run['records']):,} prompts `{run['setting']}` holds "
+                f"something; on these it differs by {statistics.fmean(differences):+.3f} "
+                f"±{room:.3f} from dense attention, with "
+                f"{statistics.fmean(record['overall_sparsity'] for record in held):.2f} skipped."
+            )
     return lines
 
 
