@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +263,15 @@ def test_misuse_is_one_line(evaluate, flags, message):
     assert outcome.status == 1 and outcome.err.count("\n") <= 2
     last = outcome.err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
+
+
+def test_where_results_could_not_be_kept_nothing_is_measured(evaluate, tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "no" / "results.json")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link.json", "pipe"):
+        outcome = evaluate(*LANGUAGE, "--output", tmp_path / name)
+        assert outcome.status == 1 and f"can't write a file '{tmp_path / name}'" in outcome.err
+        assert not outcome.out
 
 
 @pytest.mark.parametrize(
