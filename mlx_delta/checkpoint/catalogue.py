@@ -77,8 +77,8 @@ CATALOGUE = {
             ),
         ),
         sensitivities="smollm2.safetensors",
-        zeros=0.72,  # answers looked up mind more than prose does
-        window=128,  # loses a third of what 64 does where answers are looked up
+        zeros=0.72,  # and a wider window: answers looked up mind more than prose does;
+        window=128,  # docs/calibrate.md has figures
     ),
     "gemma3-270m": Entry(
         title="Gemma 3 270M (Q4_K_M)",

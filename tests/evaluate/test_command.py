@@ -15,8 +15,6 @@ import pytest
 
 from mlx_delta.evaluate import BUNDLED_TEXT, local_tasks, read_text, tasks
 from mlx_delta.evaluate.command import main
-from mlx_delta.measure.provenance import fingerprint
-from mlx_delta.sensitivities import FILE_NAME
 from tests.tiny import LLAMA, write_llama
 
 RECALL = "--tasks recall --length 256 --distances 100 150 --answers 2 --facts 3".split()
@@ -179,18 +177,6 @@ def test_samples_go_on_where_they_were(evaluate, tmp_path, monkeypatch):
         for task, count in (("lambada", 3), ("needles", 1), ("fidelity", 1))
         for name in ("dense", "kv8", "paper")
     }
-
-
-def test_a_calibration_does_not_make_another_model(tmp_path):
-    path = write_llama(tmp_path / "model")
-    before = fingerprint(path)
-    config = read(path / "config.json")
-    (path / "config.json").write_text(json.dumps({**config, "delta": {"level": 0.1}}))
-    for name in (FILE_NAME, "delta_sensitivities-124a498a.safetensors"):  # a catalogued model's
-        (path / name).write_bytes(b"sensitivities")
-    assert fingerprint(path) == before
-    (path / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
-    assert fingerprint(path) != before
 
 
 def test_another_models_results_are_refused_and_kept(evaluate, tmp_path):
